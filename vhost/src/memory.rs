@@ -1,0 +1,282 @@
+//! Guest memory as a worker sees it: a table of mapped regions, and runs of bytes in it.
+//!
+//! The guest writes to this memory at any time. So no Rust reference to it ever exists: a [`Segment`] is an address and
+//! a length that were checked against the region table once, and bytes move by raw copies into or out of private
+//! memory. What was copied is what is judged; it is never read a second time.
+//!
+//! One of two files with unsafe code in this crate (the other is `ring/split.rs`).
+
+use std::marker::PhantomData;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, compiler_fence};
+
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// One mapped region, guest-physical `start..end`.
+#[derive(Debug, Clone, Copy)]
+struct Region {
+    start: u64,
+    end: u64,
+    /// Host address of `start`.
+    host: usize,
+}
+
+/// The regions of one session's memory table. Keeps them mapped for as long as it lives.
+#[derive(Debug)]
+pub struct Memory {
+    /// Sorted by address, not overlapping (vm-memory refuses overlaps).
+    regions: Box<[Region]>,
+    mapped: Arc<GuestMemoryMmap<()>>,
+}
+
+impl Memory {
+    /// Takes over the mapped regions of a memory table.
+    pub fn new(mapped: Arc<GuestMemoryMmap<()>>) -> Self {
+        let mut regions: Vec<Region> = mapped
+            .iter()
+            .map(|region| {
+                let start = region.start_addr().raw_value();
+                Region { start, end: start + region.len(), host: region.as_ptr() as usize }
+            })
+            .collect();
+        regions.sort_unstable_by_key(|region| region.start);
+        Self { regions: regions.into_boxed_slice(), mapped }
+    }
+
+    /// The mapping itself, for set-up code and oracles.
+    pub fn mapped(&self) -> &Arc<GuestMemoryMmap<()>> {
+        &self.mapped
+    }
+
+    /// The host address of `bytes` bytes at guest-physical `address`, if all of them lie in one region.
+    /// `bytes` must not be zero.
+    #[inline]
+    pub(crate) fn translate(&self, address: u64, bytes: u64) -> Option<*mut u8> {
+        let end = address.checked_add(bytes)?;
+        self.regions
+            .iter()
+            .find(|region| address >= region.start && address < region.end)
+            .filter(|region| end <= region.end)
+            .map(|region| (region.host + (address - region.start) as usize) as *mut u8)
+    }
+
+    /// The segments that make up `bytes` bytes at `address`, in order, given to `take` one by one. More than one where
+    /// the bytes span regions that are neighbours for the guest but not here. `false` if any byte is not mapped.
+    #[inline]
+    pub(crate) fn segments(&self, address: u64, bytes: u32, mut take: impl FnMut(Segment) -> bool) -> bool {
+        if let Some(host) = self.translate(address, u64::from(bytes)) {
+            return take(Segment { host: host as usize, bytes });
+        }
+        let Some(end) = address.checked_add(u64::from(bytes)) else { return false };
+        let mut at = address;
+        // At most one turn per region: each turn ends at the end of another one.
+        while at < end {
+            let Some(region) = self.regions.iter().find(|region| at >= region.start && at < region.end) else {
+                return false;
+            };
+            let stop = end.min(region.end);
+            let host = region.host + (at - region.start) as usize;
+            // The difference is at most `bytes`, a u32.
+            if !take(Segment { host, bytes: (stop - at) as u32 }) {
+                return false;
+            }
+            at = stop;
+        }
+        true
+    }
+}
+
+/// A run of bytes: in guest memory (checked against a [`Memory`] that whoever holds the segment keeps alive), or
+/// private. Only this crate makes and reads segments; outside they are seen as [`Payload`]s, which borrow their owner.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Segment {
+    host: usize,
+    bytes: u32,
+}
+
+impl Segment {
+    pub(crate) const EMPTY: Segment = Segment { host: 0, bytes: 0 };
+
+    #[inline]
+    pub(crate) fn bytes(self) -> u32 {
+        self.bytes
+    }
+
+    /// What remains after the first `bytes` bytes.
+    #[inline]
+    pub(crate) fn skip(self, bytes: u32) -> Segment {
+        debug_assert!(bytes <= self.bytes);
+        Segment { host: self.host + bytes as usize, bytes: self.bytes - bytes }
+    }
+
+    /// Copies the first `into.len()` bytes out.
+    ///
+    /// # Safety
+    /// The memory that the segment was checked against is mapped.
+    #[inline]
+    pub(crate) unsafe fn copy_out(self, into: &mut [u8]) {
+        assert!(into.len() <= self.bytes as usize, "{} > {}", into.len(), self.bytes);
+        // SAFETY: the source is `bytes` mapped bytes by the caller's promise, the length was just checked, and the
+        // destination is private memory that cannot overlap guest memory. The guest may write to the source meanwhile:
+        // the copy then holds some mix of old and new bytes, and every byte pattern is a valid u8.
+        unsafe { ptr::copy_nonoverlapping(self.host as *const u8, into.as_mut_ptr(), into.len()) }
+        // What was copied is what is judged: the compiler must not take a later read of the copy for one of the source.
+        // No instruction comes of it.
+        compiler_fence(Ordering::SeqCst);
+    }
+
+    /// Copies `bytes` bytes from `source`, which may be the same guest's memory.
+    ///
+    /// # Safety
+    /// As for [`Segment::copy_out`], for both segments.
+    #[inline]
+    unsafe fn copy_from(self, source: Segment, bytes: u32) {
+        assert!(bytes <= self.bytes && bytes <= source.bytes);
+        // SAFETY: both ranges are mapped by the caller's promise and long enough. `copy`, not `copy_nonoverlapping`:
+        // a guest may post the same page for transmission and reception.
+        unsafe { ptr::copy(source.host as *const u8, self.host as *mut u8, bytes as usize) }
+    }
+}
+
+/// The bytes of a frame behind its private header copy, where they lie: a guest's memory or a private buffer.
+/// Borrows whoever keeps them mapped.
+#[derive(Debug, Clone, Copy)]
+pub struct Payload<'a> {
+    first: Segment,
+    rest: &'a [Segment],
+    bytes: u32,
+    owner: PhantomData<&'a [u8]>,
+}
+
+impl<'a> Payload<'a> {
+    /// No bytes.
+    pub const EMPTY: Payload<'static> = Payload { first: Segment::EMPTY, rest: &[], bytes: 0, owner: PhantomData };
+
+    /// A payload in private memory.
+    ///
+    /// # Panics
+    /// If it is longer than 4 GiB.
+    #[inline]
+    pub fn private(bytes: &'a [u8]) -> Self {
+        let length = u32::try_from(bytes.len()).expect("frames are shorter than 4 GiB");
+        let first = Segment { host: bytes.as_ptr() as usize, bytes: length };
+        Self { first, rest: &[], bytes: length, owner: PhantomData }
+    }
+
+    /// The segments of a chain that the borrowed ring keeps mapped.
+    #[inline]
+    pub(crate) fn segments(segments: &'a [Segment]) -> Self {
+        let (first, rest) = match segments.split_first() {
+            Some((first, rest)) => (*first, rest),
+            None => (Segment::EMPTY, segments),
+        };
+        // Summed, not told: a length that is not the segments' own would leave a copy waiting for bytes that never come.
+        // A burst's segments are at most 32 frames.
+        let bytes = first.bytes + rest.iter().map(|segment| segment.bytes).sum::<u32>();
+        Self { first, rest, bytes, owner: PhantomData }
+    }
+
+    /// Length in bytes.
+    #[inline]
+    pub fn bytes(&self) -> u32 {
+        self.bytes
+    }
+
+    /// Copies everything into private memory.
+    ///
+    /// # Panics
+    /// If `into` is shorter than the payload.
+    #[inline]
+    pub fn copy_out(&self, into: &mut [u8]) {
+        let mut at = 0;
+        for segment in std::iter::once(&self.first).chain(self.rest) {
+            let end = at + segment.bytes as usize;
+            // SAFETY: the payload borrows the owner of the memory (a ring with its `Memory`, or a slice).
+            unsafe { segment.copy_out(&mut into[at..end]) };
+            at = end;
+        }
+    }
+}
+
+/// Reads a payload piece by piece into guest memory.
+pub(crate) struct PayloadCursor<'a> {
+    current: Segment,
+    rest: &'a [Segment],
+}
+
+impl<'a> PayloadCursor<'a> {
+    #[inline]
+    pub(crate) fn new(payload: Payload<'a>) -> Self {
+        Self { current: payload.first, rest: payload.rest }
+    }
+
+    /// Fills `into` from the payload as far as either reaches; returns what is left of `into`.
+    ///
+    /// # Safety
+    /// The memory of `into` is mapped.
+    #[inline]
+    pub(crate) unsafe fn copy_into(&mut self, mut into: Segment) -> Segment {
+        loop {
+            let bytes = self.current.bytes.min(into.bytes);
+            if bytes > 0 {
+                // SAFETY: the source is mapped because the payload borrows its owner, the destination by the caller's promise.
+                unsafe { into.copy_from(self.current, bytes) };
+                self.current = self.current.skip(bytes);
+                into = into.skip(bytes);
+            }
+            if into.bytes == 0 {
+                return into;
+            }
+            match self.rest.split_first() {
+                Some((next, rest)) => (self.current, self.rest) = (*next, rest),
+                None => return into,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    fn memory(regions: &[(u64, usize)]) -> Memory {
+        let ranges: Vec<_> = regions.iter().map(|&(start, bytes)| (GuestAddress(start), bytes)).collect();
+        Memory::new(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap()))
+    }
+
+    #[test]
+    fn only_ranges_inside_one_region_translate() {
+        let memory = memory(&[(0, 0x1000), (0x4000, 0x1000)]);
+        assert!(memory.translate(0, 0x1000).is_some());
+        assert!(memory.translate(0x4fff, 1).is_some());
+        for (address, bytes) in [(0, 0x1001), (0xfff, 2), (0x1000, 1), (0x3fff, 2), (0x5000, 1), (u64::MAX, 2)] {
+            assert!(memory.translate(address, bytes).is_none(), "{address:#x} + {bytes:#x}");
+        }
+    }
+
+    #[test]
+    fn bytes_across_neighbouring_regions_become_two_segments() {
+        let memory = memory(&[(0, 0x1000), (0x1000, 0x1000)]);
+        memory.mapped().write_slice(b"left", GuestAddress(0xffc)).unwrap();
+        memory.mapped().write_slice(b"right", GuestAddress(0x1000)).unwrap();
+        let mut segments = Vec::new();
+        assert!(memory.segments(0xffc, 9, |segment| {
+            segments.push(segment);
+            true
+        }));
+        assert_eq!(segments.iter().map(|segment| segment.bytes).collect::<Vec<_>>(), [4, 5]);
+        let mut bytes = [0; 9];
+        Payload::segments(&segments).copy_out(&mut bytes);
+        assert_eq!(&bytes, b"leftright");
+    }
+
+    #[test]
+    fn a_hole_between_regions_is_refused() {
+        let memory = memory(&[(0, 0x1000), (0x2000, 0x1000)]);
+        assert!(!memory.segments(0xfff, 0x1002, |_| true));
+        assert!(!memory.segments(u64::MAX - 1, 4, |_| true));
+    }
+}

@@ -1,0 +1,362 @@
+//! The device side of a virtqueue, served in bursts.
+//!
+//! Theory of operation. A ring is set up once (sizes, alignment and extents checked, host pointers cached) and then
+//! belongs to one worker. In the direction from the guest a burst is: [`Ring::receive`] takes up to 32 chains, copying
+//! each one's virtio-net header and first bytes and noting where the rest lies; the worker sends every frame on, reading
+//! [`Ring::payload`]; [`Ring::complete`] gives all chains back with one store of the used index. In the direction to the
+//! guest, [`Ring::send`] fills one chain (or several, with mergeable buffers) per frame and [`Ring::flush`] shows all of
+//! them to the guest at once. `complete` and `flush` notify the guest if it asked for that.
+//!
+//! What the guest controls is read once: the available index once per burst, each ring entry and descriptor once.
+//! A violation of the ring's format ([`RingFault`]) stops the ring for good: the guest has to reset its device.
+
+mod split;
+
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::eventfd::EventFd;
+use crate::frame::{NetHeader, RawFrame};
+use crate::memory::{Memory, Payload};
+use split::SplitRing;
+
+/// Chains taken at once. 32 descriptors are 512 bytes, 8 cache lines.
+pub const BURST: usize = 32;
+
+/// Entries that a ring has at most (VIRTIO 1.2 §2.7).
+pub const RING_SIZE_MAX: u16 = 32768;
+
+/// Pieces of guest memory that one chain may consist of. Linux sends at most 17 fragments and two headers; Windows
+/// drivers up to 256.
+pub const CHAIN_SEGMENTS_MAX: usize = 256;
+
+/// Descriptors that one chain may have in one table, empty ones included. QEMU allows 1024; no driver comes near half of
+/// it. Empty descriptors are no pieces of memory, yet each costs a read: without this limit a guest of one ring could
+/// have millions read in a burst.
+pub const CHAIN_DESCRIPTORS_MAX: u16 = 512;
+
+/// Descriptors after which a burst takes no further chain: a full burst of 32 descriptors each. With the last chain's
+/// own limit a burst reads at most twice as many.
+pub const BURST_DESCRIPTORS_MAX: usize = 1024;
+
+/// Pieces of guest memory that one burst may refer to: at least one chain of the longest kind beside a burst of usual
+/// ones.
+pub const BURST_SEGMENTS_MAX: usize = 1024;
+
+/// Chains that one frame may be spread over with mergeable buffers: 64 KiB over the smallest buffers seen in practice.
+pub const MERGED_CHAINS_MAX: usize = 64;
+
+/// Bytes of a frame at most: a 64 KiB IP packet, its Ethernet header and two VLAN tags.
+pub const FRAME_BYTES_MAX: u32 = 65535 + 14 + 8;
+
+const _: () = assert!(BURST_SEGMENTS_MAX >= CHAIN_SEGMENTS_MAX + BURST);
+const _: () = assert!(BURST_SEGMENTS_MAX <= u16::MAX as usize);
+const _: () = assert!(CHAIN_DESCRIPTORS_MAX as usize >= CHAIN_SEGMENTS_MAX);
+
+/// Everything needed to serve a ring, as the session gathered it.
+#[derive(Debug)]
+pub struct RingSetup {
+    /// The memory that all addresses refer to.
+    pub memory: Arc<Memory>,
+    /// Entries; a power of two, at most [`RING_SIZE_MAX`].
+    pub size: u16,
+    /// Guest-physical address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest-physical address of the available ring.
+    pub available: u64,
+    /// Guest-physical address of the used ring.
+    pub used: u64,
+    /// Index of the next available entry to take.
+    pub next_avail: u16,
+    /// Index of the next used entry to write.
+    pub next_used: u16,
+    /// Negotiated virtio feature bits.
+    pub features: u64,
+    /// SET_VRING_ENABLE's state. A disabled guest transmitq is consumed and discarded, a disabled guest receiveq gets
+    /// nothing (vhost-user specification, "Ring states").
+    pub enabled: bool,
+    /// Guest to device; `None` means poll.
+    pub kick: Option<EventFd>,
+    /// Device to guest; `None` means that the guest polls.
+    pub call: Option<EventFd>,
+    /// Signalled when the ring is found corrupt.
+    pub error: Option<EventFd>,
+}
+
+/// Why a ring cannot be served at all.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// Not a power of two, zero, or above the maximum.
+    #[error("ring size {0} is not a power of two between 1 and {RING_SIZE_MAX}")]
+    Size(u16),
+    /// A part of the ring does not lie in one memory region, or is misaligned.
+    #[error("the {part} at {address:#x}, {bytes} bytes, is misaligned or not in one region of guest memory")]
+    Address {
+        /// Which part.
+        part: &'static str,
+        /// Guest-physical address.
+        address: u64,
+        /// Its length.
+        bytes: u64,
+    },
+}
+
+/// How a guest broke its ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RingFault {
+    /// The available index is further ahead than the ring has entries.
+    #[error("available index {index} is more than {size} entries ahead of {next}")]
+    AvailableIndex {
+        /// As read.
+        index: u16,
+        /// What the device expected next.
+        next: u16,
+        /// Entries of the ring.
+        size: u16,
+    },
+    /// A descriptor index outside the table.
+    #[error("descriptor index {index} is outside the table of {size}")]
+    DescriptorIndex {
+        /// As read.
+        index: u16,
+        /// Entries of the table.
+        size: u16,
+    },
+    /// A chain longer than its table, so that it loops, or than [`CHAIN_DESCRIPTORS_MAX`].
+    #[error("the descriptor chain at {head} loops, or has more than {CHAIN_DESCRIPTORS_MAX} descriptors")]
+    Loop {
+        /// First descriptor.
+        head: u16,
+    },
+    /// An address outside guest memory.
+    #[error("a buffer at {address:#x}, {bytes} bytes, is outside guest memory")]
+    BufferAddress {
+        /// As read.
+        address: u64,
+        /// As read.
+        bytes: u32,
+    },
+    /// A device-writable descriptor where the device reads, or the reverse.
+    #[error("descriptor {index} has the wrong direction")]
+    Direction {
+        /// Index in its table.
+        index: u16,
+    },
+    /// An indirect table that is nested, chained, empty, no multiple of 16 bytes, or not negotiated.
+    #[error("descriptor {index} refers to an indirect table that is not allowed")]
+    Indirect {
+        /// Index in its table.
+        index: u16,
+    },
+}
+
+/// Why a frame was not put into a guest's ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SendError {
+    /// The guest has not posted enough buffers.
+    Full,
+    /// The guest's next buffer is too small for the frame and buffers may not be merged.
+    BufferTooSmall,
+    /// The ring is disabled.
+    Disabled,
+    /// The ring is broken, now or before.
+    Fault(RingFault),
+}
+
+/// The device side of one virtqueue, with its memory and descriptors.
+#[derive(Debug)]
+pub struct Ring {
+    split: SplitRing,
+    kick: Option<EventFd>,
+    call: Option<EventFd>,
+    error: Option<EventFd>,
+    enabled: bool,
+    features: u64,
+    fault: Option<RingFault>,
+}
+
+impl Ring {
+    /// Checks sizes, addresses and extents once, and caches host pointers.
+    pub fn new(setup: RingSetup) -> Result<Self, RingError> {
+        let split = SplitRing::new(&setup)?;
+        let RingSetup { kick, call, error, enabled, features, .. } = setup;
+        Ok(Self { split, kick, call, error, enabled, features, fault: None })
+    }
+
+    /// Takes up to `frames.len()` frames from the guest's transmitq. Returns how many; they must be given back by
+    /// [`Ring::complete`] before the next call. Frames whose `fault` is set are to be counted and dropped.
+    ///
+    /// On a fault the ring is broken from here on; frames taken before the fault in the same burst are given up.
+    #[inline]
+    pub fn receive(&mut self, frames: &mut [RawFrame]) -> Result<usize, RingFault> {
+        if let Some(fault) = self.fault {
+            return Err(fault);
+        }
+        self.split.receive(frames).map_err(|fault| self.break_down(fault))
+    }
+
+    /// Where the bytes behind a received frame's header copy lie.
+    #[inline]
+    pub fn payload(&self, frame: &RawFrame) -> Payload<'_> {
+        self.split.payload(frame)
+    }
+
+    /// Gives all chains of the last [`Ring::receive`] back and notifies the guest if it asked for it. Returns whether
+    /// it was notified.
+    #[inline]
+    pub fn complete(&mut self) -> bool {
+        self.split.complete();
+        self.publish()
+    }
+
+    /// Puts one frame into the guest's receiveq: `net`, then `header`, then `payload`. Seen by the guest after
+    /// [`Ring::flush`]. Either the whole frame is staged or nothing of it.
+    #[inline]
+    pub fn send(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>) -> Result<(), SendError> {
+        if let Some(fault) = self.fault {
+            return Err(SendError::Fault(fault));
+        }
+        if !self.enabled {
+            return Err(SendError::Disabled);
+        }
+        self.split.send(net, header, payload).map_err(|error| match error {
+            SendError::Fault(fault) => SendError::Fault(self.break_down(fault)),
+            other => other,
+        })
+    }
+
+    /// Shows everything sent since the last flush to the guest and notifies it if it asked for that. Returns whether
+    /// it was notified.
+    #[inline]
+    pub fn flush(&mut self) -> bool {
+        self.publish()
+    }
+
+    #[inline]
+    fn publish(&mut self) -> bool {
+        let notify = self.split.publish();
+        if notify && let Some(call) = &self.call {
+            // A failed write means that the front-end closed its side: its disconnect is on the way.
+            return call.signal().is_ok();
+        }
+        false
+    }
+
+    /// Notifies the guest whether it asked for it or not.
+    pub fn notify(&self) {
+        if let Some(call) = &self.call {
+            // As in `publish`.
+            let _ = call.signal();
+        }
+    }
+
+    /// Asks the guest to kick when it makes something available. Returns whether something already is: then the caller
+    /// must look again before it sleeps.
+    pub fn enable_kicks(&mut self) -> bool {
+        self.fault.is_none() && self.split.enable_kicks()
+    }
+
+    /// Tells the guest that kicks are not needed.
+    pub fn disable_kicks(&mut self) {
+        self.split.disable_kicks();
+    }
+
+    /// The kick descriptor, for epoll. `None`: the guest does not kick, the ring must be polled.
+    pub fn kick(&self) -> Option<&EventFd> {
+        self.kick.as_ref()
+    }
+
+    /// Entries.
+    pub fn size(&self) -> u16 {
+        self.split.size()
+    }
+
+    /// SET_VRING_ENABLE's state.
+    #[inline]
+    pub fn enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// How the guest broke the ring, if it did.
+    pub fn fault(&self) -> Option<RingFault> {
+        self.fault
+    }
+
+    /// Whether the available index still stands at zero, as in memory that the guest does not share with us.
+    pub fn never_used(&self) -> bool {
+        self.split.never_used()
+    }
+
+    /// Index of the next available entry: what GET_VRING_BASE answers.
+    pub fn next_avail(&self) -> u16 {
+        self.split.next_avail()
+    }
+
+    /// Index of the next used entry.
+    pub fn next_used(&self) -> u16 {
+        self.split.next_used()
+    }
+
+    /// The memory it was set up with.
+    pub fn memory(&self) -> &Arc<Memory> {
+        self.split.memory()
+    }
+
+    /// Gives the setup back, with the indices as they stand now, so that a changed ring can be attached again.
+    pub fn into_setup(self) -> RingSetup {
+        let Self { split, kick, call, error, enabled, features, .. } = self;
+        let (descriptors, available, used) = split.addresses();
+        RingSetup {
+            size: split.size(),
+            descriptors,
+            available,
+            used,
+            next_avail: split.next_avail(),
+            next_used: split.next_used(),
+            features,
+            enabled,
+            kick,
+            call,
+            error,
+            memory: split.into_memory(),
+        }
+    }
+
+    #[cold]
+    fn break_down(&mut self, fault: RingFault) -> RingFault {
+        self.fault = Some(fault);
+        if let Some(error) = &self.error {
+            // The front-end may have closed its side; the fault is reported by the worker anyway.
+            let _ = error.signal();
+        }
+        fault
+    }
+}
+
+/// Bytes of the virtio-net header with these features (VIRTIO 1.2 §5.1.6.1).
+fn net_header_bytes(features: u64) -> usize {
+    if features & ((1 << VIRTIO_F_VERSION_1) | (1 << VIRTIO_NET_F_MRG_RXBUF)) != 0 {
+        NetHeader::BYTES
+    } else {
+        NetHeader::LEGACY_BYTES
+    }
+}
+
+fn has(features: u64, bit: u32) -> bool {
+    features & (1 << bit) != 0
+}
+
+fn event_idx(features: u64) -> bool {
+    has(features, VIRTIO_RING_F_EVENT_IDX)
+}
+
+fn indirect(features: u64) -> bool {
+    has(features, VIRTIO_RING_F_INDIRECT_DESC)
+}
+
+fn mergeable(features: u64) -> bool {
+    has(features, VIRTIO_NET_F_MRG_RXBUF)
+}
