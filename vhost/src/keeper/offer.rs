@@ -1,0 +1,33 @@
+//! What a port offers to a front-end: feature bits, queue pairs, MTU.
+
+/// Virtio feature bit 30: "the front-end may use protocol feature messages".
+pub(crate) const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// Protocol feature bits that the keeper or the session really serves ("Protocol features").
+pub(super) mod protocol {
+    pub(in crate::keeper) const MQ: u64 = 1 << 0;
+    pub(in crate::keeper) const RARP: u64 = 1 << 2;
+    pub(in crate::keeper) const REPLY_ACK: u64 = 1 << 3;
+    pub(in crate::keeper) const MTU: u64 = 1 << 4;
+    pub(in crate::keeper) const RESET_DEVICE: u64 = 1 << 13;
+    pub(in crate::keeper) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    pub(in crate::keeper) const STATUS: u64 = 1 << 16;
+    pub(in crate::keeper) const ALL: u64 = MQ | RARP | REPLY_ACK | MTU | RESET_DEVICE | CONFIGURE_MEM_SLOTS | STATUS;
+}
+
+/// One port's offer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Offer {
+    /// Virtio bits without VHOST_USER_F_PROTOCOL_FEATURES.
+    pub(super) features: u64,
+    pub(super) protocol_features: u64,
+    pub(super) queue_pairs: u16,
+    /// Largest payload of a frame that the port's network carries, bytes.
+    pub(super) mtu: u16,
+}
+
+impl Offer {
+    pub(super) fn ring_count(&self) -> usize {
+        usize::from(self.queue_pairs) * 2
+    }
+}

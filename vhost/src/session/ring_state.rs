@@ -1,0 +1,104 @@
+//! One ring as the front-end has described it so far.
+
+use std::io;
+use std::sync::Arc;
+
+use crate::eventfd::EventFd;
+use crate::memory::Memory;
+use crate::ring::RingSetup;
+
+/// Guest-physical addresses of a ring's parts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RingParts {
+    pub(super) descriptors: u64,
+    pub(super) available: u64,
+    pub(super) used: u64,
+}
+
+/// Everything said about one ring; complete once [`RingState::setup`] gives a set-up.
+#[derive(Debug, Default)]
+pub(super) struct RingState {
+    /// The owner has it.
+    pub(super) attached: bool,
+    pub(super) size: Option<u16>,
+    pub(super) parts: Option<RingParts>,
+    pub(super) next_avail: u16,
+    /// Read from the used ring by the engine after it has set the addresses; until then they cannot be served.
+    pub(super) next_used: Option<u16>,
+    pub(super) enabled: bool,
+    /// Between SET_VRING_KICK and GET_VRING_BASE ("Ring states").
+    started: bool,
+    /// The engine is in the middle of GET_VRING_BASE: the kick descriptor it takes away next is no call to poll.
+    stopping: bool,
+    kick: Option<EventFd>,
+    pub(super) call: Option<EventFd>,
+    pub(super) error: Option<EventFd>,
+}
+
+impl RingState {
+    /// SET_VRING_KICK: starts the ring; without a descriptor the owner polls.
+    pub(super) fn start(&mut self, kick: Option<EventFd>) {
+        self.started = true;
+        self.stopping = false;
+        self.kick = kick;
+    }
+
+    /// The engine begins to stop the ring.
+    pub(super) fn begin_stop(&mut self) {
+        self.stopping = true;
+    }
+
+    /// True once after [`RingState::begin_stop`].
+    pub(super) fn end_stop(&mut self) -> bool {
+        std::mem::take(&mut self.stopping)
+    }
+
+    /// GET_VRING_BASE: the ring is not served until it is started anew. The index stays, to be read.
+    pub(super) fn stop(&mut self) {
+        self.started = false;
+        self.kick = None;
+    }
+
+    /// RESET_DEVICE: as new, but for the descriptors that QEMU sets once at start.
+    pub(super) fn reset(&mut self) {
+        let (call, error) = (self.call.take(), self.error.take());
+        *self = Self { call, error, ..Self::default() };
+    }
+
+    /// The owner has given the ring back with these indices.
+    pub(super) fn ring_reached(&mut self, next_avail: u16, next_used: u16) {
+        self.next_avail = next_avail;
+        self.next_used = Some(next_used);
+    }
+
+    /// The set-up of a complete ring, with handles of its own of all descriptors.
+    pub(super) fn setup(&self, memory: &Arc<Memory>, features: u64) -> io::Result<Option<RingSetup>> {
+        let (true, Some(size), Some(parts), Some(next_used)) = (self.started, self.size, self.parts, self.next_used)
+        else {
+            return Ok(None);
+        };
+        let handle = |event: &Option<EventFd>| event.as_ref().map(EventFd::try_clone).transpose();
+        Ok(Some(RingSetup {
+            memory: Arc::clone(memory),
+            size,
+            descriptors: parts.descriptors,
+            available: parts.available,
+            used: parts.used,
+            next_avail: self.next_avail,
+            next_used,
+            features,
+            enabled: self.enabled,
+            kick: handle(&self.kick)?,
+            call: handle(&self.call)?,
+            error: handle(&self.error)?,
+        }))
+    }
+
+    /// Tells the front-end that the ring is not served.
+    pub(super) fn signal_error(&self) {
+        if let Some(event) = &self.error {
+            // If that fails there is nobody else to tell; the owner gets a warning in any case.
+            let _ = event.signal();
+        }
+    }
+}
