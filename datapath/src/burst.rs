@@ -1,0 +1,60 @@
+//! The frames that go through the pipeline together, and what the stages found out about each.
+
+use std::net::IpAddr;
+
+use dreamwire_vhost::frame::RawFrame;
+use dreamwire_vhost::ring::BURST;
+
+use crate::drop_reason::DropReason;
+use crate::snapshot::{NetworkId, PortId};
+
+/// Where a frame goes. Set to its final value by the switch stage at the latest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NextHop {
+    /// Not known yet.
+    Undecided,
+    /// Its end, before it reached anybody.
+    Drop(DropReason),
+    /// A local port.
+    Port(PortId),
+    /// Another host's VTEP.
+    Vtep(IpAddr),
+    /// Everybody else in its network.
+    Flood,
+}
+
+/// Where the frames of a burst came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// A local port.
+    Port(PortId),
+    /// A VTEP.
+    Vtep(IpAddr),
+}
+
+/// Up to [`BURST`] frames. Allocated once per worker. The arrays run in parallel; only the first `length` of each count.
+#[derive(Debug)]
+pub struct Burst {
+    pub(crate) frames: Box<[RawFrame]>,
+    pub(crate) networks: [NetworkId; BURST],
+    pub(crate) origins: [Origin; BURST],
+    pub(crate) flow_hashes: [u32; BURST],
+    pub(crate) next_hops: [NextHop; BURST],
+    /// For frames from an underlay: the datagram that the frame is in.
+    pub(crate) datagrams: [u8; BURST],
+    pub(crate) length: usize,
+}
+
+impl Default for Burst {
+    fn default() -> Self {
+        Self {
+            frames: vec![RawFrame::EMPTY; BURST].into_boxed_slice(),
+            networks: [NetworkId(0); BURST],
+            origins: [Origin::Port(PortId(0)); BURST],
+            flow_hashes: [0; BURST],
+            next_hops: [NextHop::Undecided; BURST],
+            datagrams: [0; BURST],
+            length: 0,
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Why a frame ended without reaching anybody: a closed list, each with a name for counters and a sentence for people.
+
+/// The end of a frame that was not sent. Every drop has exactly one reason and is counted once:
+/// at the receiving port for what the receiver causes, else where the frame came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum DropReason {
+    /// A descriptor chain that no frame can be read from.
+    BadChain,
+    /// A virtio-net header that asks for what was not negotiated, or that does not fit its frame.
+    BadOffload,
+    /// Shorter than an Ethernet header.
+    TooShort,
+    /// Longer than the network's MTU with Ethernet header and two VLAN tags.
+    TooLong,
+    /// The source address is a group address or zero.
+    BadSource,
+    /// The source is not one that the port may use.
+    SourceGuard,
+    /// A frame that IEEE 802.1Q forbids to forward (pause, 01-80-c2-00-00-01).
+    Reserved,
+    /// The sender's ring is started but disabled (SET_VRING_ENABLE 0).
+    SenderDisabled,
+    /// The destination is where the frame came from.
+    Hairpin,
+    /// Nobody else is in the network.
+    NoDestination,
+    /// It came from a tunnel and would go back into one.
+    SplitHorizon,
+    /// The port or network was removed while the frame was under way.
+    Removed,
+    /// The receiving guest has no driver, or its receiveq is disabled.
+    PortDown,
+    /// The receiving guest has not posted enough buffers.
+    RingFull,
+    /// The receiving guest posted a descriptor that cannot be written to.
+    BadReceiveChain,
+    /// An outer packet that is no VXLAN (RFC 7348 §5: I flag, length).
+    BadEncapsulation,
+    /// No network here has that VNI on that underlay.
+    UnknownVni,
+    /// The outer source address is not one of the network's `remotes`.
+    UnknownVtep,
+    /// The kernel's send buffer or the uplink's ring is full.
+    UnderlayFull,
+    /// The kernel refused the packet (no route, too big).
+    UnderlayRefused,
+}
+
+impl DropReason {
+    /// How many reasons there are.
+    pub const COUNT: usize = Self::ALL.len();
+
+    /// All of them, in the order of their discriminants.
+    pub const ALL: [DropReason; 20] = [
+        Self::BadChain,
+        Self::BadOffload,
+        Self::TooShort,
+        Self::TooLong,
+        Self::BadSource,
+        Self::SourceGuard,
+        Self::Reserved,
+        Self::SenderDisabled,
+        Self::Hairpin,
+        Self::NoDestination,
+        Self::SplitHorizon,
+        Self::Removed,
+        Self::PortDown,
+        Self::RingFull,
+        Self::BadReceiveChain,
+        Self::BadEncapsulation,
+        Self::UnknownVni,
+        Self::UnknownVtep,
+        Self::UnderlayFull,
+        Self::UnderlayRefused,
+    ];
+
+    /// The name in counters: snake case, stable.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::BadChain => "bad_chain",
+            Self::BadOffload => "bad_offload",
+            Self::TooShort => "too_short",
+            Self::TooLong => "too_long",
+            Self::BadSource => "bad_source",
+            Self::SourceGuard => "source_guard",
+            Self::Reserved => "reserved",
+            Self::SenderDisabled => "sender_disabled",
+            Self::Hairpin => "hairpin",
+            Self::NoDestination => "no_destination",
+            Self::SplitHorizon => "split_horizon",
+            Self::Removed => "removed",
+            Self::PortDown => "port_down",
+            Self::RingFull => "ring_full",
+            Self::BadReceiveChain => "bad_receive_chain",
+            Self::BadEncapsulation => "bad_encapsulation",
+            Self::UnknownVni => "unknown_vni",
+            Self::UnknownVtep => "unknown_vtep",
+            Self::UnderlayFull => "underlay_full",
+            Self::UnderlayRefused => "underlay_refused",
+        }
+    }
+}
+
+const _: () = {
+    let mut index = 0;
+    while index < DropReason::COUNT {
+        assert!(DropReason::ALL[index] as usize == index, "ALL is in the order of discriminants");
+        index += 1;
+    }
+};

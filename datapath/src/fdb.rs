@@ -1,0 +1,288 @@
+//! The forwarding database: where stations were last seen. Owned by one worker, so nothing here is shared.
+//!
+//! A set-associative table: a key's hash names one bucket of 8 keys (one cache line), and the key is in that bucket or
+//! nowhere. So every operation is bounded, nothing ever grows, and a full bucket means that an address is not learned
+//! and its frames are flooded, as with any switch. The hash is seeded: a guest cannot aim at a bucket. Quotas keep one
+//! port, and one network's tunnel, from filling the table for others.
+
+use std::hash::BuildHasher;
+use std::net::IpAddr;
+
+use foldhash::fast::RandomState;
+
+use crate::mac::Mac;
+use crate::snapshot::{NETWORKS_MAX, NetworkId, PORTS_MAX, PortId};
+
+/// Addresses in one bucket: 8 keys of 8 bytes are a cache line.
+const WAYS: usize = 8;
+
+/// Buckets: room for 65,536 addresses.
+const BUCKETS: usize = 8192;
+
+/// Addresses learned at one port at most: a guest with that many nested machines bridges a rack.
+pub const LEARNED_PER_PORT_MAX: u16 = 1024;
+
+/// Addresses learned from one network's tunnel at most.
+pub const LEARNED_PER_TUNNEL_MAX: u32 = 16384;
+
+/// An entry is written to again only after this long, so that a steady flow leaves its cache line clean.
+const REFRESH_NS: u64 = 1_000_000_000;
+
+/// Buckets looked at by one [`Fdb::sweep`].
+const SWEEP_BUCKETS: usize = 256;
+
+/// Where a station was seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Location {
+    /// A local port.
+    Port(PortId),
+    /// Another host's VTEP.
+    Vtep(IpAddr),
+}
+
+/// What became of an address that was seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Learned {
+    /// It was known there.
+    Known,
+    /// It is new, or has moved.
+    New,
+    /// The bucket or the quota is full.
+    Refused,
+}
+
+/// A learned address, for `show fdb`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FdbRow {
+    /// Segment.
+    pub network: NetworkId,
+    /// Station.
+    pub mac: Mac,
+    /// Where it was last seen.
+    pub location: Location,
+    /// Time since it was last seen, in ns, give or take a second.
+    pub idle_ns: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    location: Location,
+    seen_ns: u64,
+    /// When the entry is forgotten; the network's age as of the last refresh.
+    expires_ns: u64,
+}
+
+/// The table. See the module's text.
+#[derive(Debug)]
+pub struct Fdb {
+    hasher: RandomState,
+    keys: Box<[[u64; WAYS]]>,
+    entries: Box<[[Entry; WAYS]]>,
+    by_port: Box<[u16]>,
+    by_tunnel: Box<[u32]>,
+    sweep_at: usize,
+}
+
+/// Network and address in one word. Never zero, which marks a free place: a station's address is not zero.
+#[inline]
+fn key(network: NetworkId, mac: Mac) -> u64 {
+    u64::from(network.0) << 48 | mac.to_u64()
+}
+
+#[inline]
+fn key_network(key: u64) -> NetworkId {
+    NetworkId((key >> 48) as u16)
+}
+
+impl Default for Fdb {
+    fn default() -> Self {
+        let free = Entry { location: Location::Port(PortId(0)), seen_ns: 0, expires_ns: 0 };
+        Self {
+            hasher: RandomState::default(),
+            keys: vec![[0; WAYS]; BUCKETS].into_boxed_slice(),
+            entries: vec![[free; WAYS]; BUCKETS].into_boxed_slice(),
+            by_port: vec![0; PORTS_MAX].into_boxed_slice(),
+            by_tunnel: vec![0; NETWORKS_MAX].into_boxed_slice(),
+            sweep_at: 0,
+        }
+    }
+}
+
+impl Fdb {
+    #[inline]
+    fn bucket(&self, key: u64) -> usize {
+        // The upper bits: foldhash mixes best there.
+        (self.hasher.hash_one(key) >> 32) as usize % BUCKETS
+    }
+
+    /// Where `mac` was last seen in `network`, unless that was too long ago.
+    #[inline]
+    pub fn lookup(&self, network: NetworkId, mac: Mac, now_ns: u64) -> Option<Location> {
+        let key = key(network, mac);
+        let bucket = self.bucket(key);
+        let way = self.keys[bucket].iter().position(|&other| other == key)?;
+        let entry = &self.entries[bucket][way];
+        (entry.expires_ns > now_ns).then_some(entry.location)
+    }
+
+    /// Notes that station `mac` of `network` was seen at `location`.
+    #[inline]
+    pub fn learn(&mut self, network: NetworkId, mac: Mac, location: Location, now_ns: u64, age_ns: u64) -> Learned {
+        debug_assert!(mac.is_station());
+        let key = key(network, mac);
+        let bucket = self.bucket(key);
+        if let Some(way) = self.keys[bucket].iter().position(|&other| other == key) {
+            let entry = &self.entries[bucket][way];
+            if entry.location == location {
+                if now_ns.saturating_sub(entry.seen_ns) >= REFRESH_NS || entry.expires_ns <= now_ns {
+                    self.entries[bucket][way] = Entry { location, seen_ns: now_ns, expires_ns: now_ns + age_ns };
+                }
+                return Learned::Known;
+            }
+            self.forget(bucket, way);
+        }
+        self.insert(bucket, key, Entry { location, seen_ns: now_ns, expires_ns: now_ns + age_ns })
+    }
+
+    fn insert(&mut self, bucket: usize, key: u64, entry: Entry) -> Learned {
+        let now_ns = entry.seen_ns;
+        let within_quota = match entry.location {
+            Location::Port(port) => self.by_port[usize::from(port.0)] < LEARNED_PER_PORT_MAX,
+            Location::Vtep(_) => self.by_tunnel[usize::from(key_network(key).0)] < LEARNED_PER_TUNNEL_MAX,
+        };
+        let free = (0..WAYS).find(|&way| self.keys[bucket][way] == 0 || self.entries[bucket][way].expires_ns <= now_ns);
+        let Some(way) = free.filter(|_| within_quota) else { return Learned::Refused };
+        self.forget(bucket, way);
+        self.keys[bucket][way] = key;
+        self.entries[bucket][way] = entry;
+        self.count(key, entry.location, 1);
+        Learned::New
+    }
+
+    /// Frees a place, if it is taken.
+    fn forget(&mut self, bucket: usize, way: usize) {
+        let key = std::mem::take(&mut self.keys[bucket][way]);
+        if key != 0 {
+            self.count(key, self.entries[bucket][way].location, -1);
+        }
+    }
+
+    fn count(&mut self, key: u64, location: Location, by: i16) {
+        match location {
+            Location::Port(port) => {
+                let count = &mut self.by_port[usize::from(port.0)];
+                *count = count.strict_add_signed(by);
+            }
+            Location::Vtep(_) => {
+                let count = &mut self.by_tunnel[usize::from(key_network(key).0)];
+                *count = count.strict_add_signed(i32::from(by));
+            }
+        }
+    }
+
+    /// Forgets what is too old in the next few buckets, so that quotas free up. Call it about once a second or more
+    /// often; 32 calls look at the whole table.
+    pub fn sweep(&mut self, now_ns: u64) {
+        for _ in 0..SWEEP_BUCKETS {
+            let bucket = self.sweep_at;
+            self.sweep_at = (bucket + 1) % BUCKETS;
+            for way in 0..WAYS {
+                if self.keys[bucket][way] != 0 && self.entries[bucket][way].expires_ns <= now_ns {
+                    self.forget(bucket, way);
+                }
+            }
+        }
+    }
+
+    /// Forgets every entry for which `keep` is false. Looks at the whole table (about 100 µs): for changes of the
+    /// configuration only.
+    pub fn retain(&mut self, keep: impl Fn(NetworkId, Mac, Location) -> bool) {
+        for bucket in 0..BUCKETS {
+            for way in 0..WAYS {
+                let key = self.keys[bucket][way];
+                if key != 0 && !keep(key_network(key), Mac::from_u64(key), self.entries[bucket][way].location) {
+                    self.forget(bucket, way);
+                }
+            }
+        }
+    }
+
+    /// Everything that is known and not too old.
+    pub fn rows(&self, now_ns: u64) -> Vec<FdbRow> {
+        let places = self.keys.as_flattened().iter().zip(self.entries.as_flattened());
+        places
+            .filter(|(key, entry)| **key != 0 && entry.expires_ns > now_ns)
+            .map(|(&key, entry)| FdbRow {
+                network: key_network(key),
+                mac: Mac::from_u64(key),
+                location: entry.location,
+                idle_ns: now_ns.saturating_sub(entry.seen_ns),
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NET: NetworkId = NetworkId(3);
+    const AGE: u64 = 300 * 1_000_000_000;
+
+    fn mac(number: u32) -> Mac {
+        let [a, b, c, d] = number.to_be_bytes();
+        Mac([2, 0, a, b, c, d])
+    }
+
+    fn port(number: u16) -> Location {
+        Location::Port(PortId(number))
+    }
+
+    #[test]
+    fn a_station_is_found_where_it_was_last_seen() {
+        let mut fdb = Fdb::default();
+        assert_eq!(fdb.learn(NET, mac(1), port(1), 0, AGE), Learned::New);
+        assert_eq!(fdb.learn(NET, mac(1), port(1), 5, AGE), Learned::Known);
+        assert_eq!(fdb.lookup(NET, mac(1), 5), Some(port(1)));
+        let vtep = Location::Vtep("192.0.2.2".parse().unwrap());
+        assert_eq!(fdb.learn(NET, mac(1), vtep, 6, AGE), Learned::New);
+        assert_eq!(fdb.lookup(NET, mac(1), 6), Some(vtep));
+        assert_eq!(fdb.by_port[1], 0);
+        assert_eq!(fdb.lookup(NetworkId(4), mac(1), 6), None, "networks do not see each other's stations");
+    }
+
+    #[test]
+    fn an_old_station_is_forgotten_and_a_seen_one_is_not() {
+        let mut fdb = Fdb::default();
+        fdb.learn(NET, mac(1), port(1), 0, AGE);
+        fdb.learn(NET, mac(2), port(1), 0, AGE);
+        fdb.learn(NET, mac(2), port(1), AGE / 2, AGE);
+        assert_eq!(fdb.lookup(NET, mac(1), AGE), None);
+        assert_eq!(fdb.lookup(NET, mac(2), AGE), Some(port(1)));
+        for _ in 0..BUCKETS / SWEEP_BUCKETS {
+            fdb.sweep(AGE);
+        }
+        assert_eq!(fdb.by_port[1], 1);
+        assert_eq!(fdb.rows(AGE).len(), 1);
+    }
+
+    #[test]
+    fn an_age_below_the_refresh_interval_is_kept() {
+        let mut fdb = Fdb::default();
+        let age = REFRESH_NS / 4;
+        fdb.learn(NET, mac(1), port(1), 0, age);
+        fdb.learn(NET, mac(1), port(1), 2 * age, age);
+        assert_eq!(fdb.lookup(NET, mac(1), 2 * age), Some(port(1)));
+    }
+
+    #[test]
+    fn one_port_cannot_fill_the_table() {
+        let mut fdb = Fdb::default();
+        let refused = (0..3000).filter(|&n| fdb.learn(NET, mac(n), port(1), 0, AGE) == Learned::Refused).count();
+        assert_eq!(refused, 3000 - usize::from(LEARNED_PER_PORT_MAX));
+        assert_eq!(fdb.learn(NET, mac(5000), port(2), 0, AGE), Learned::New);
+        fdb.retain(|_, _, location| location != port(1));
+        assert_eq!(fdb.rows(0).len(), 1);
+        assert_eq!(fdb.learn(NET, mac(1), port(1), 0, AGE), Learned::New);
+    }
+}

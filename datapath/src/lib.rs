@@ -1,0 +1,14 @@
+//! Frames, tables, stages, tunnels, underlays and the worker loop.
+
+pub mod burst;
+mod claim;
+pub mod counters;
+pub mod drop_reason;
+pub mod fdb;
+pub mod mac;
+pub mod snapshot;
+mod stage;
+pub mod underlay;
+pub mod vni;
+pub mod vxlan;
+pub mod worker;

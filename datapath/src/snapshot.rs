@@ -1,0 +1,109 @@
+//! Everything that workers read and never write, replaced as a whole.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use dreamwire_policy::SourceGuard;
+
+use crate::counters::{NetworkCounters, PortCounters};
+use crate::mac::Mac;
+use crate::vni::Vni;
+
+/// Index of a port in [`Snapshot::ports`]. Reused only after every worker has adopted a snapshot without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortId(pub u16);
+
+/// Index of a network in [`Snapshot::networks`]; reuse as for [`PortId`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NetworkId(pub u16);
+
+/// Index of an underlay in a worker's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UnderlayId(pub u16);
+
+/// Ports that one daemon serves at most.
+pub const PORTS_MAX: usize = 1024;
+/// Networks that one daemon serves at most.
+pub const NETWORKS_MAX: usize = 1024;
+/// Underlays that one daemon has at most.
+pub const UNDERLAYS_MAX: usize = 16;
+/// Remotes on the flood list of one network at most.
+pub const REMOTES_MAX: usize = 256;
+
+/// The datapath's whole configuration. Built by the control thread, published to workers, freed by the control thread
+/// once every worker has passed its generation.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// Rises by one with every change that was applied.
+    pub generation: u64,
+    /// By [`PortId`].
+    pub ports: Vec<Option<Port>>,
+    /// By [`NetworkId`].
+    pub networks: Vec<Option<Network>>,
+    /// Which network a VNI on an underlay belongs to.
+    pub by_vni: HashMap<(UnderlayId, Vni), NetworkId, foldhash::fast::RandomState>,
+}
+
+/// A virtual machine's card.
+#[derive(Debug, Clone)]
+pub struct Port {
+    /// Name in the configuration, for traces.
+    pub name: Arc<str>,
+    /// The network it is in.
+    pub network: NetworkId,
+    /// Its own address, if configured.
+    pub mac: Option<Mac>,
+    /// What the guest may claim to be; `None` where it may claim anything.
+    pub guard: Option<SourceGuard>,
+    /// Queue pairs.
+    pub queue_pairs: u16,
+    /// Written by the worker that owns the port.
+    pub counters: Arc<PortCounters>,
+}
+
+/// A layer-2 segment.
+#[derive(Debug, Clone)]
+pub struct Network {
+    /// Name in the configuration.
+    pub name: Arc<str>,
+    /// What the guests may send: bytes of an Ethernet payload.
+    pub mtu: u16,
+    /// Its ports.
+    pub ports: Vec<PortId>,
+    /// Configured addresses of its ports. They take precedence over anything learned and are never learned elsewhere.
+    pub static_macs: HashMap<Mac, PortId, foldhash::fast::RandomState>,
+    /// Whether source addresses are learned.
+    pub learning: bool,
+    /// Seconds after which a learned address that was not seen again is forgotten, in ns.
+    pub age_ns: u64,
+    /// How the network reaches other hosts, if it does.
+    pub tunnel: Option<Tunnel>,
+    /// Written by the worker.
+    pub counters: Arc<NetworkCounters>,
+}
+
+/// The other hosts of a network.
+#[derive(Debug, Clone)]
+pub struct Tunnel {
+    /// The segment's identifier.
+    pub vni: Vni,
+    /// Which wire it goes over.
+    pub underlay: UnderlayId,
+    /// The other VTEPs: the flood list, and the only sources that are believed.
+    pub remotes: Vec<IpAddr>,
+}
+
+impl Snapshot {
+    /// The port, unless it was removed.
+    #[inline]
+    pub fn port(&self, id: PortId) -> Option<&Port> {
+        self.ports.get(usize::from(id.0))?.as_ref()
+    }
+
+    /// The network, unless it was removed.
+    #[inline]
+    pub fn network(&self, id: NetworkId) -> Option<&Network> {
+        self.networks.get(usize::from(id.0))?.as_ref()
+    }
+}

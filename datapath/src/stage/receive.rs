@@ -1,0 +1,50 @@
+//! The receive stage: a burst of frames out of a guest's transmitq.
+
+use dreamwire_vhost::ring::{Ring, RingFault};
+
+use super::parse::ETHERNET_BYTES;
+use crate::burst::{Burst, NextHop, Origin};
+use crate::drop_reason::DropReason;
+use crate::snapshot::{Network, Port, PortId};
+
+/// Bytes of two VLAN tags, which a frame may have beyond the network's MTU, as on any Ethernet that carries QinQ.
+const TAGS_BYTES: u32 = 8;
+
+/// Takes frames of `port` from `ring` into `burst` and counts them. Those that cannot be a frame of this network are
+/// marked as dropped.
+#[inline]
+pub(crate) fn receive(
+    burst: &mut Burst,
+    ring: &mut Ring,
+    queue: u16,
+    id: PortId,
+    port: &Port,
+    network: &Network,
+) -> Result<(), RingFault> {
+    burst.length = ring.receive(&mut burst.frames)?;
+    let frame_bytes_max = u32::from(network.mtu) + ETHERNET_BYTES as u32 + TAGS_BYTES;
+    let mut bytes = 0;
+    for index in 0..burst.length {
+        let frame = &burst.frames[index];
+        burst.networks[index] = port.network;
+        burst.origins[index] = Origin::Port(id);
+        bytes += u64::from(frame.frame_bytes);
+        burst.next_hops[index] = if frame.fault.is_some() {
+            NextHop::Drop(DropReason::BadChain)
+        } else if !ring.enabled() {
+            // vhost-user, "Ring states": a disabled transmitq is consumed without side effects.
+            NextHop::Drop(DropReason::SenderDisabled)
+        } else if frame.frame_bytes < ETHERNET_BYTES as u32 {
+            NextHop::Drop(DropReason::TooShort)
+        } else if frame.frame_bytes > frame_bytes_max {
+            NextHop::Drop(DropReason::TooLong)
+        } else if frame.net.flags != 0 || frame.net.gso_type != 0 {
+            // No offload is offered, so none may be asked for (VIRTIO 1.2 §5.1.6.2.1).
+            NextHop::Drop(DropReason::BadOffload)
+        } else {
+            NextHop::Undecided
+        };
+    }
+    port.counters.rings[usize::from(queue)].traffic.add(burst.length as u64, bytes);
+    Ok(())
+}

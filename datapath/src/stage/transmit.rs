@@ -1,0 +1,98 @@
+//! The transmit stage: every frame of a burst is written once to each place it goes, or counted as dropped.
+
+use dreamwire_vhost::frame::{NetHeader, RawFrame};
+use dreamwire_vhost::memory::Payload;
+use dreamwire_vhost::ring::Ring;
+
+use crate::burst::{Burst, NextHop, Origin};
+use crate::drop_reason::DropReason;
+use crate::snapshot::{Network, Snapshot};
+use crate::underlay::SocketRx;
+use crate::worker::outlets::Outlets;
+
+/// Who keeps the bytes behind a burst's header copies.
+#[derive(Clone, Copy)]
+pub(crate) enum Tails<'a> {
+    /// The ring that the burst was taken from.
+    Ring(&'a Ring),
+    /// The underlay's receive buffers.
+    Datagrams(&'a SocketRx),
+}
+
+impl<'a> Tails<'a> {
+    #[inline]
+    fn payload(self, frame: &RawFrame, datagram: u8) -> Payload<'a> {
+        match self {
+            Tails::Ring(ring) => ring.payload(frame),
+            Tails::Datagrams(rx) => {
+                let (bytes, _) = rx.datagram(usize::from(datagram));
+                Payload::private(&bytes[bytes.len() - frame.tail_bytes() as usize..])
+            }
+        }
+    }
+}
+
+/// Sends or counts every frame of `burst`. `outlets` must be flushed afterwards.
+#[inline]
+pub(crate) fn transmit(burst: &Burst, tails: Tails<'_>, snapshot: &Snapshot, outlets: &mut Outlets) {
+    for index in 0..burst.length {
+        let frame = &burst.frames[index];
+        let network_id = burst.networks[index];
+        let hash = burst.flow_hashes[index];
+        let origin = burst.origins[index];
+        let payload = || tails.payload(frame, burst.datagrams[index]);
+        match burst.next_hops[index] {
+            NextHop::Port(port) => {
+                outlets.send_to_port(
+                    snapshot,
+                    network_id,
+                    port,
+                    hash,
+                    NetHeader::default(),
+                    frame.headers(),
+                    payload(),
+                );
+            }
+            NextHop::Vtep(vtep) => outlets.send_to_vtep(snapshot, network_id, vtep, hash, frame.headers(), payload()),
+            NextHop::Flood => {
+                let Some(network) = snapshot.network(network_id) else { continue };
+                let (header, payload) = (frame.headers(), payload());
+                let mut copies = 0;
+                for &port in network.ports.iter().filter(|&&port| origin != Origin::Port(port)) {
+                    outlets.send_to_port(snapshot, network_id, port, hash, NetHeader::default(), header, payload);
+                    copies += 1;
+                }
+                for &vtep in flood_list(network, origin) {
+                    outlets.send_to_vtep(snapshot, network_id, vtep, hash, header, payload);
+                    copies += 1;
+                }
+                match copies {
+                    0 => count_drop(snapshot, burst, index, DropReason::NoDestination),
+                    _ => network.counters.flood_copies.add(copies - 1),
+                }
+            }
+            NextHop::Drop(reason) => count_drop(snapshot, burst, index, reason),
+            NextHop::Undecided => unreachable!("the switch stage decides on every frame"),
+        }
+    }
+}
+
+/// The VTEPs that a flooded frame is replicated to: none if it came from one (split horizon).
+fn flood_list(network: &Network, origin: Origin) -> &[std::net::IpAddr] {
+    match (&network.tunnel, origin) {
+        (Some(tunnel), Origin::Port(_)) => &tunnel.remotes,
+        _ => &[],
+    }
+}
+
+/// Counts the end of frame `index` where it came from.
+#[inline]
+fn count_drop(snapshot: &Snapshot, burst: &Burst, index: usize, reason: DropReason) {
+    if let Origin::Port(id) = burst.origins[index]
+        && let Some(port) = snapshot.port(id)
+    {
+        port.counters.drops.add(reason, 1);
+    } else if let Some(network) = snapshot.network(burst.networks[index]) {
+        network.counters.drops.add(reason, 1);
+    }
+}

@@ -1,0 +1,81 @@
+//! The VXLAN header, RFC 7348 §5.
+//!
+//! ```text
+//!  0                   1                   2                   3
+//!  0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1
+//! +-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
+//! |R|R|R|R|I|R|R|R|            Reserved                           |
+//! +-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
+//! |                VXLAN Network Identifier (VNI) |   Reserved    |
+//! +-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
+//! ```
+
+use crate::vni::Vni;
+
+/// UDP port assigned by IANA.
+pub const UDP_PORT: u16 = 4789;
+
+/// Length of the header.
+pub const HEADER_BYTES: usize = 8;
+
+/// The I flag: the VNI is valid.
+const FLAG_VNI: u8 = 0x08;
+
+/// The header for a segment.
+#[inline]
+pub fn header(vni: Vni) -> [u8; HEADER_BYTES] {
+    let [_, a, b, c] = vni.get().to_be_bytes();
+    [FLAG_VNI, 0, 0, 0, a, b, c, 0]
+}
+
+/// The segment and the inner frame of a UDP payload. `None` without a whole header or the I flag. Reserved bits are
+/// ignored, as §5 demands of a receiver.
+#[inline]
+pub fn decapsulate(datagram: &[u8]) -> Option<(Vni, &[u8])> {
+    let (header, frame) = datagram.split_first_chunk::<HEADER_BYTES>()?;
+    if header[0] & FLAG_VNI == 0 {
+        return None;
+    }
+    let vni = Vni::new(u32::from_be_bytes([0, header[4], header[5], header[6]]))?;
+    Some((vni, frame))
+}
+
+/// Range of outer source ports: the dynamic ports, as §5 recommends.
+const SOURCE_PORT_MIN: u16 = 49152;
+const SOURCE_PORT_MASK: u32 = 0x3fff;
+
+/// The outer UDP source port of a flow: spreads flows over the paths of the underlay, and keeps each in order.
+#[inline]
+pub fn source_port(flow_hash: u32) -> u16 {
+    SOURCE_PORT_MIN + (flow_hash & SOURCE_PORT_MASK) as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn header_is_as_in_the_rfc_both_ways() {
+        let vni = Vni::new(0x12_3456).unwrap();
+        let bytes = [0x08, 0, 0, 0, 0x12, 0x34, 0x56, 0, 0xaa];
+        assert_eq!(header(vni), bytes[..8]);
+        assert_eq!(decapsulate(&bytes), Some((vni, &[0xaa][..])));
+        assert_eq!(
+            decapsulate(&[0xff, 1, 2, 3, 0x12, 0x34, 0x56, 9]),
+            Some((vni, &[][..])),
+            "reserved bits are ignored"
+        );
+    }
+
+    #[test]
+    fn no_flag_or_no_room_is_no_vxlan() {
+        assert_eq!(decapsulate(&[0x00, 0, 0, 0, 0, 0, 1, 0, 0xaa]), None);
+        assert_eq!(decapsulate(&[0x08, 0, 0, 0, 0, 0, 1]), None);
+    }
+
+    #[test]
+    fn source_ports_are_dynamic_ports() {
+        assert_eq!(source_port(0), 49152);
+        assert_eq!(source_port(u32::MAX), 65535);
+    }
+}

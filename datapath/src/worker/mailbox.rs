@@ -1,0 +1,80 @@
+//! What the control thread tells a worker.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crossbeam::channel::Sender;
+use crossbeam::queue::SegQueue;
+use dreamwire_vhost::eventfd::EventFd;
+use dreamwire_vhost::ring::Ring;
+
+use super::RingRow;
+use crate::fdb::FdbRow;
+use crate::snapshot::{PortId, Snapshot, UnderlayId};
+use crate::underlay::SocketUnderlay;
+
+/// One message. Whoever waits for a reply gets one, or an error when the worker has ended.
+#[derive(Debug)]
+pub(super) enum Command {
+    Publish(Arc<Snapshot>),
+    Attach { port: PortId, queue: u16, ring: Box<Ring> },
+    Detach { port: PortId, queue: u16, reply: Sender<Option<Box<Ring>>> },
+    AddUnderlay { id: UnderlayId, driver: Box<SocketUnderlay> },
+    RemoveUnderlay { id: UnderlayId, reply: Sender<()> },
+    ReadFdb { reply: Sender<Vec<FdbRow>> },
+    ReadRings { reply: Sender<Vec<RingRow>> },
+    Stop,
+}
+
+/// A queue of commands that wakes its reader.
+#[derive(Debug)]
+pub(super) struct Mailbox {
+    commands: SegQueue<Command>,
+    /// Snapshots that the worker is done with, on their way back to the control thread, which frees them.
+    pub(super) retired: SegQueue<Arc<Snapshot>>,
+    /// The generation that the worker works with.
+    pub(super) adopted: AtomicU64,
+    waiting: AtomicBool,
+    wake: EventFd,
+}
+
+impl Mailbox {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            commands: SegQueue::new(),
+            retired: SegQueue::new(),
+            adopted: AtomicU64::new(0),
+            waiting: AtomicBool::new(false),
+            wake: EventFd::new()?,
+        })
+    }
+
+    pub(super) fn send(&self, command: Command) {
+        self.commands.push(command);
+        // Release: pairs with `take`'s acquire; who sees the flag sees the command.
+        self.waiting.store(true, Ordering::Release);
+        // Our own eventfd: the write fails only when the counter is full, and then it is readable anyway.
+        let _ = self.wake.signal();
+    }
+
+    /// Whether there may be a command. One load of a line that hardly ever changes.
+    #[inline]
+    pub(super) fn is_waiting(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn take(&self) -> Option<Command> {
+        // Cleared before the queue is looked at: a command that comes in between sets it again.
+        self.waiting.swap(false, Ordering::Acquire);
+        let command = self.commands.pop();
+        if command.is_some() {
+            self.waiting.store(true, Ordering::Relaxed);
+        }
+        command
+    }
+
+    pub(super) fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+}

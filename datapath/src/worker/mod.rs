@@ -1,0 +1,274 @@
+//! A worker: the thread that owns ports' rings, underlays and tables, and alone touches them.
+//!
+//! Theory of operation. [`WorkerHandle::spawn`] starts a thread that runs [`Worker::turn`] over and over. A turn takes
+//! one burst from every guest transmitq and every underlay and carries it through the pipeline to its end; between two
+//! turns the worker holds no reference into anything, which makes that moment the quiescent state: commands from the
+//! control thread (new snapshot, attach, detach) are carried out there, and the generation of the adopted snapshot is
+//! announced. After a busy window in which nothing came, the worker asks every guest for kicks, looks once more, and
+//! sleeps in epoll until a kick, a datagram or a command comes.
+//!
+//! A worker that panics ends the process: its guests' rings are in an unknown state, and a supervisor restarts us.
+
+mod mailbox;
+pub(crate) mod outlets;
+mod sleep;
+mod turn;
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use crossbeam::channel::bounded;
+use dreamwire_vhost::ring::Ring;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::counters::WorkerCounters;
+use crate::fdb::FdbRow;
+use crate::snapshot::{PortId, Snapshot, UnderlayId};
+use crate::underlay::SocketUnderlay;
+use mailbox::{Command, Mailbox};
+use sleep::Sleeper;
+pub use turn::Worker;
+
+/// How long an adaptive worker polls after the last frame. A guest that answers at once does so in a few µs; a sleep and
+/// wake-up cost about 10 µs.
+const BUSY_WINDOW_NS: u64 = 50_000;
+
+/// How often an idle worker wakes to forget old addresses.
+const HOUSEKEEPING_MS: u16 = 1000;
+
+/// How a worker waits for work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Polling {
+    /// Never sleeps.
+    Poll,
+    /// Polls for a busy window after the last frame, then sleeps.
+    #[default]
+    Adaptive,
+    /// Sleeps as soon as there is nothing to do.
+    Interrupt,
+}
+
+/// How to start a worker.
+#[derive(Debug, Clone)]
+pub struct WorkerConfig {
+    /// Its number, from 0.
+    pub index: u16,
+    /// CPU to pin to.
+    pub cpu: Option<usize>,
+    /// How it waits.
+    pub polling: Polling,
+}
+
+/// The state of a ring at a worker, for `show port`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RingRow {
+    /// Port.
+    pub port: PortId,
+    /// Ring index: even for the guest's receiveqs, odd for its transmitqs.
+    pub queue: u16,
+    /// Entries.
+    pub size: u16,
+    /// SET_VRING_ENABLE.
+    pub enabled: bool,
+    /// Why it was quarantined, if it was.
+    pub quarantined: Option<String>,
+    /// The guest kicked it but nothing ever appeared in it: the VM's memory is most likely not shared.
+    pub kicked_but_empty: bool,
+}
+
+/// A running worker. Methods may be called from any thread but the worker's own. Dropping it stops the worker.
+#[derive(Debug)]
+pub struct WorkerHandle {
+    mailbox: Arc<Mailbox>,
+    counters: Arc<WorkerCounters>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl WorkerHandle {
+    /// Starts the thread. Fails if the CPU does not exist or descriptors have run out.
+    pub fn spawn(config: WorkerConfig, initial: Arc<Snapshot>) -> io::Result<Self> {
+        let mailbox = Arc::new(Mailbox::new()?);
+        let counters = Arc::<WorkerCounters>::default();
+        let sleeper = Sleeper::new(mailbox.wake())?;
+        let mut cpus = CpuSet::new();
+        if let Some(cpu) = config.cpu {
+            cpus.set(cpu)?;
+        }
+        let (pinned, pinning) = bounded(1);
+        let thread = thread::Builder::new().name(format!("worker-{}", config.index)).spawn({
+            let (mailbox, counters) = (Arc::clone(&mailbox), Arc::clone(&counters));
+            move || {
+                let result = config.cpu.map_or(Ok(()), |_| sched_setaffinity(Pid::from_raw(0), &cpus));
+                let failed = result.is_err();
+                let _ = pinned.send(result);
+                if failed {
+                    return;
+                }
+                let worker = AssertUnwindSafe(|| run(initial, &config, &mailbox, &counters, sleeper));
+                if catch_unwind(worker).is_err() {
+                    tracing::error!(worker = config.index, "a worker has panicked; the process ends");
+                    std::process::abort();
+                }
+            }
+        })?;
+        match pinning.recv() {
+            Ok(Ok(())) => Ok(Self { mailbox, counters, thread: Some(thread) }),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(io::Error::other("the worker thread ended at once")),
+        }
+    }
+
+    /// Hands a new snapshot over; it takes effect at the next burst.
+    pub fn publish(&self, snapshot: Arc<Snapshot>) {
+        self.free_retired();
+        self.mailbox.send(Command::Publish(snapshot));
+    }
+
+    /// The generation that the worker works with. It holds no reference to an older snapshot, nor to anything that only
+    /// older ones name.
+    pub fn adopted_generation(&self) -> u64 {
+        self.free_retired();
+        // Acquire: pairs with the worker's release after it has let go of the older snapshot.
+        self.mailbox.adopted.load(Ordering::Acquire)
+    }
+
+    fn free_retired(&self) {
+        while self.mailbox.retired.pop().is_some() {}
+    }
+
+    /// Hands a ring over.
+    pub fn attach(&self, port: PortId, queue: u16, ring: Ring) {
+        self.mailbox.send(Command::Attach { port, queue, ring: Box::new(ring) });
+    }
+
+    /// Takes a ring back; returns when the worker has let go of it.
+    pub fn detach(&self, port: PortId, queue: u16) -> Option<Ring> {
+        self.ask(|reply| Command::Detach { port, queue, reply }).flatten().map(|ring| *ring)
+    }
+
+    /// Hands an underlay over.
+    pub fn add_underlay(&self, id: UnderlayId, driver: SocketUnderlay) {
+        self.mailbox.send(Command::AddUnderlay { id, driver: Box::new(driver) });
+    }
+
+    /// Closes an underlay; returns when the worker has let go of it and its address and port are free again.
+    pub fn remove_underlay(&self, id: UnderlayId) {
+        self.ask(|reply| Command::RemoveUnderlay { id, reply });
+    }
+
+    /// The learned addresses.
+    pub fn fdb(&self) -> Vec<FdbRow> {
+        self.ask(|reply| Command::ReadFdb { reply }).unwrap_or_default()
+    }
+
+    /// The attached rings.
+    pub fn rings(&self) -> Vec<RingRow> {
+        self.ask(|reply| Command::ReadRings { reply }).unwrap_or_default()
+    }
+
+    /// The loop's counters.
+    pub fn counters(&self) -> &Arc<WorkerCounters> {
+        &self.counters
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(crossbeam::channel::Sender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = bounded(1);
+        self.mailbox.send(command(reply));
+        answer.recv().ok()
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.mailbox.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The thread's life. See the module's text.
+fn run(
+    initial: Arc<Snapshot>,
+    config: &WorkerConfig,
+    mailbox: &Mailbox,
+    counters: &Arc<WorkerCounters>,
+    mut sleeper: Sleeper,
+) {
+    let busy_window_ns = match config.polling {
+        Polling::Poll => u64::MAX,
+        Polling::Adaptive => BUSY_WINDOW_NS,
+        Polling::Interrupt => 0,
+    };
+    let started = Instant::now();
+    mailbox.adopted.store(initial.generation, Ordering::Release);
+    let mut worker = Worker::new(initial, Arc::clone(counters));
+    let mut last_busy_ns = 0;
+    loop {
+        while mailbox.is_waiting()
+            && let Some(command) = mailbox.take()
+        {
+            counters.commands.add(1);
+            if !obey(&mut worker, &mut sleeper, mailbox, command) {
+                return;
+            }
+        }
+        // 2^64 ns are 584 years.
+        let now_ns = started.elapsed().as_nanos() as u64;
+        if worker.turn(now_ns) > 0 {
+            last_busy_ns = now_ns;
+            continue;
+        }
+        if now_ns - last_busy_ns < busy_window_ns || !worker.may_sleep() {
+            std::hint::spin_loop();
+            continue;
+        }
+        if !worker.enable_kicks() && !mailbox.is_waiting() {
+            counters.sleeps.add(1);
+            sleeper.sleep(HOUSEKEEPING_MS, |port, queue| worker.kicked(port, queue));
+        }
+        worker.disable_kicks();
+    }
+}
+
+/// Carries a command out; false if it was the last one.
+fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: Command) -> bool {
+    match command {
+        Command::Publish(snapshot) => {
+            let generation = snapshot.generation;
+            mailbox.retired.push(worker.adopt(snapshot));
+            // Release: pairs with `adopted_generation`.
+            mailbox.adopted.store(generation, Ordering::Release);
+        }
+        Command::Attach { port, queue, ring } => {
+            sleeper.watch_ring(port, queue, &ring);
+            worker.attach(port, queue, *ring);
+        }
+        Command::Detach { port, queue, reply } => {
+            let ring = worker.detach(port, queue);
+            if let Some(ring) = &ring {
+                sleeper.forget_ring(queue, ring);
+            }
+            let _ = reply.send(ring.map(Box::new));
+        }
+        Command::AddUnderlay { id, driver } => {
+            worker.add_underlay(id, *driver);
+            if let Some(descriptor) = worker.underlay_descriptor(id) {
+                sleeper.watch_underlay(descriptor);
+            }
+        }
+        Command::RemoveUnderlay { id, reply } => {
+            worker.remove_underlay(id);
+            let _ = reply.send(());
+        }
+        Command::ReadFdb { reply } => drop(reply.send(worker.fdb_rows())),
+        Command::ReadRings { reply } => drop(reply.send(worker.ring_rows())),
+        Command::Stop => return false,
+    }
+    true
+}

@@ -1,0 +1,232 @@
+//! Everything that a worker can send to: the receiveqs of its ports' guests and its underlays.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use dreamwire_vhost::frame::NetHeader;
+use dreamwire_vhost::memory::Payload;
+use dreamwire_vhost::ring::{Ring, SendError};
+
+use crate::counters::UnderlayCounters;
+use crate::drop_reason::DropReason;
+use crate::snapshot::{NetworkId, PORTS_MAX, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use crate::underlay::SocketTx;
+
+/// One guest's receiveqs.
+#[derive(Debug, Default)]
+struct Sinks {
+    /// By queue pair.
+    rings: Vec<Option<Sink>>,
+    /// The queue pairs that may be sent to.
+    enabled: Vec<u16>,
+}
+
+#[derive(Debug)]
+struct Sink {
+    ring: Ring,
+    /// Something was sent since the last flush.
+    touched: bool,
+}
+
+#[derive(Debug)]
+struct Uplink {
+    tx: SocketTx,
+    counters: Arc<UnderlayCounters>,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Outlets {
+    /// By port.
+    sinks: Vec<Sinks>,
+    /// Rings to be flushed: port and queue pair.
+    touched: Vec<(PortId, u16)>,
+    /// By underlay.
+    uplinks: Vec<Option<Uplink>>,
+}
+
+impl Default for Outlets {
+    fn default() -> Self {
+        Self {
+            sinks: (0..PORTS_MAX).map(|_| Sinks::default()).collect(),
+            touched: Vec::with_capacity(PORTS_MAX),
+            uplinks: (0..UNDERLAYS_MAX).map(|_| None).collect(),
+        }
+    }
+}
+
+impl Outlets {
+    /// Takes over a guest's receiveq.
+    pub(crate) fn attach(&mut self, port: PortId, pair: u16, ring: Ring) {
+        let sinks = &mut self.sinks[usize::from(port.0)];
+        let pair = usize::from(pair);
+        if sinks.rings.len() <= pair {
+            sinks.rings.resize_with(pair + 1, || None);
+        }
+        sinks.rings[pair] = Some(Sink { ring, touched: false });
+        sinks.list_enabled();
+        // A place for each ring, so that sending never allocates.
+        let rings: usize = self.sinks.iter().map(|sinks| sinks.rings.len()).sum();
+        self.touched.reserve(rings);
+    }
+
+    /// Gives a guest's receiveq back, flushed.
+    pub(crate) fn detach(&mut self, port: PortId, pair: u16) -> Option<Ring> {
+        let sinks = &mut self.sinks[usize::from(port.0)];
+        let sink = sinks.rings.get_mut(usize::from(pair))?.take()?;
+        sinks.list_enabled();
+        Some(sink.ring)
+    }
+
+    /// The attached receiveqs: port, queue pair, ring.
+    pub(crate) fn rings(&self) -> impl Iterator<Item = (PortId, u16, &Ring)> {
+        self.sinks.iter().enumerate().flat_map(|(port, sinks)| {
+            let rings = sinks.rings.iter().enumerate();
+            rings.filter_map(move |(pair, sink)| Some((PortId(port as u16), pair as u16, &sink.as_ref()?.ring)))
+        })
+    }
+
+    /// The receiveq of queue pair `pair`, if attached.
+    pub(crate) fn ring(&self, port: PortId, pair: u16) -> Option<&Ring> {
+        Some(&self.sinks.get(usize::from(port.0))?.rings.get(usize::from(pair))?.as_ref()?.ring)
+    }
+
+    pub(crate) fn add_uplink(&mut self, id: UnderlayId, tx: SocketTx, counters: Arc<UnderlayCounters>) {
+        self.uplinks[usize::from(id.0)] = Some(Uplink { tx, counters });
+    }
+
+    pub(crate) fn remove_uplink(&mut self, id: UnderlayId) {
+        self.uplinks[usize::from(id.0)] = None;
+    }
+
+    /// Sends one frame to a port, or counts at that port why not.
+    #[inline]
+    #[expect(clippy::too_many_arguments, reason = "a frame is its network, hash, net header, header copy and payload")]
+    pub(crate) fn send_to_port(
+        &mut self,
+        snapshot: &Snapshot,
+        network: NetworkId,
+        id: PortId,
+        flow_hash: u32,
+        net: NetHeader,
+        header: &[u8],
+        payload: Payload<'_>,
+    ) {
+        let Some(port) = snapshot.port(id) else {
+            if let Some(network) = snapshot.network(network) {
+                network.counters.drops.add(DropReason::Removed, 1);
+            }
+            return;
+        };
+        let sinks = &mut self.sinks[usize::from(id.0)];
+        let Some((pair, sink)) = sinks.choose(flow_hash) else {
+            port.counters.drops.add(DropReason::PortDown, 1);
+            return;
+        };
+        // The port may have fewer queues in this snapshot than its guest still has rings here.
+        let Some(counters) = port.counters.rings.get(usize::from(2 * pair)) else {
+            port.counters.drops.add(DropReason::PortDown, 1);
+            return;
+        };
+        let bytes = header.len() as u64 + u64::from(payload.bytes());
+        match sink.ring.send(net, header, payload) {
+            Ok(()) => {
+                counters.traffic.add(1, bytes);
+                if !sink.touched {
+                    sink.touched = true;
+                    self.touched.push((id, pair));
+                }
+            }
+            Err(error) => port.counters.drops.add(refusal(error), 1),
+        }
+    }
+
+    /// Sends one frame to another host, or counts at the network why not.
+    #[inline]
+    pub(crate) fn send_to_vtep(
+        &mut self,
+        snapshot: &Snapshot,
+        id: NetworkId,
+        vtep: IpAddr,
+        flow_hash: u32,
+        header: &[u8],
+        payload: Payload<'_>,
+    ) {
+        let Some(network) = snapshot.network(id) else { return };
+        let tunnel = network.tunnel.as_ref();
+        let uplink =
+            tunnel.and_then(|tunnel| Some((tunnel.vni, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
+        let Some((vni, uplink)) = uplink else {
+            network.counters.drops.add(DropReason::Removed, 1);
+            return;
+        };
+        if uplink.tx.is_full() {
+            uplink.flush(snapshot);
+        }
+        if let Err(reason) = uplink.tx.stage(id, vni, vtep, flow_hash, header, payload) {
+            network.counters.drops.add(reason, 1);
+        }
+    }
+
+    /// Shows all that was sent to guests and to the kernel.
+    #[inline]
+    pub(crate) fn flush(&mut self, snapshot: &Snapshot) {
+        for (id, pair) in self.touched.drain(..) {
+            let Some(Some(sink)) = self.sinks[usize::from(id.0)].rings.get_mut(usize::from(pair)) else { continue };
+            sink.touched = false;
+            if sink.ring.flush()
+                && let Some(port) = snapshot.port(id)
+            {
+                port.counters.rings[usize::from(2 * pair)].calls.add(1);
+            }
+        }
+        for uplink in self.uplinks.iter_mut().flatten() {
+            uplink.flush(snapshot);
+        }
+    }
+}
+
+impl Sinks {
+    /// The receiveq of a flow. One flow, one queue: its frames stay in order.
+    #[inline]
+    fn choose(&mut self, flow_hash: u32) -> Option<(u16, &mut Sink)> {
+        let pair = match self.enabled[..] {
+            [] => return None,
+            [only] => only,
+            // A hash of 32 bits times the number of queues, shifted back: an even spread without a division.
+            ref several => several[((u64::from(flow_hash) * several.len() as u64) >> 32) as usize],
+        };
+        Some((pair, self.rings[usize::from(pair)].as_mut()?))
+    }
+
+    fn list_enabled(&mut self) {
+        self.enabled.clear();
+        let rings = self.rings.iter().enumerate();
+        let usable = rings.filter(|(_, sink)| sink.as_ref().is_some_and(|sink| sink.ring.enabled()));
+        self.enabled.extend(usable.map(|(pair, _)| pair as u16));
+    }
+}
+
+impl Uplink {
+    #[inline]
+    fn flush(&mut self, snapshot: &Snapshot) {
+        let calls = self.tx.flush(|id, bytes, fate| {
+            let Some(network) = snapshot.network(id) else { return };
+            match fate {
+                Ok(()) => network.counters.tunnel_tx.add(1, u64::from(bytes)),
+                Err(reason) => network.counters.drops.add(reason, 1),
+            }
+        });
+        if calls > 0 {
+            self.counters.tx_calls.add(calls);
+        }
+    }
+}
+
+fn refusal(error: SendError) -> DropReason {
+    match error {
+        SendError::Full => DropReason::RingFull,
+        SendError::Disabled => DropReason::PortDown,
+        SendError::BufferTooSmall | SendError::Fault(_) => DropReason::BadReceiveChain,
+    }
+}

@@ -1,0 +1,268 @@
+//! One worker's state, and one turn of its loop: the straight line that every frame takes.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use dreamwire_vhost::ring::Ring;
+use foldhash::fast::RandomState;
+
+use super::RingRow;
+use super::outlets::Outlets;
+use crate::burst::Burst;
+use crate::counters::{UnderlayCounters, WorkerCounters};
+use crate::fdb::{Fdb, FdbRow, Location};
+use crate::snapshot::{Network, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use crate::stage::decap::decap;
+use crate::stage::parse::parse;
+use crate::stage::police::police;
+use crate::stage::receive::receive;
+use crate::stage::switch::switch;
+use crate::stage::transmit::{Tails, transmit};
+use crate::underlay::{SocketRx, SocketUnderlay};
+
+/// Kicks of an untouched ring before its memory is believed not to be shared. QEMU kicks once by itself at the start.
+const KICKS_IN_VAIN_MAX: u32 = 2;
+
+/// How often a part of the table of addresses is swept.
+const SWEEP_NS: u64 = 1_000_000_000;
+
+/// A guest's transmitq.
+#[derive(Debug)]
+struct Source {
+    port: PortId,
+    queue: u16,
+    ring: Ring,
+    kicks: u32,
+    kicked_but_empty: bool,
+}
+
+impl Source {
+    /// The port and network that it is served for. `None` if it is not served: quarantined, its port or network is not
+    /// in the snapshot, or the port has no such queue there.
+    #[inline]
+    fn place<'s>(&self, snapshot: &'s Snapshot) -> Option<(&'s Port, &'s Network)> {
+        let port = snapshot.port(self.port)?;
+        let network = snapshot.network(port.network)?;
+        let has_queue = usize::from(self.queue) < port.counters.rings.len();
+        (has_queue && self.ring.fault().is_none()).then_some((port, network))
+    }
+}
+
+/// An underlay's receiving half.
+#[derive(Debug)]
+struct Inlet {
+    id: UnderlayId,
+    rx: SocketRx,
+    counters: Arc<UnderlayCounters>,
+}
+
+/// What a worker owns. Public for tests and harnesses that run turns themselves.
+#[derive(Debug)]
+pub struct Worker {
+    snapshot: Arc<Snapshot>,
+    sources: Vec<Source>,
+    inlets: Vec<Inlet>,
+    outlets: Outlets,
+    fdb: Fdb,
+    burst: Burst,
+    hasher: RandomState,
+    counters: Arc<WorkerCounters>,
+    now_ns: u64,
+    /// When old addresses were last looked for.
+    swept_ns: u64,
+}
+
+impl Worker {
+    /// A worker without ports.
+    pub fn new(snapshot: Arc<Snapshot>, counters: Arc<WorkerCounters>) -> Self {
+        Self {
+            snapshot,
+            sources: Vec::with_capacity(PORTS_MAX),
+            inlets: Vec::with_capacity(UNDERLAYS_MAX),
+            outlets: Outlets::default(),
+            fdb: Fdb::default(),
+            burst: Burst::default(),
+            hasher: RandomState::default(),
+            counters,
+            now_ns: 0,
+            swept_ns: 0,
+        }
+    }
+
+    /// Carries one burst from each source to its end. Returns the number of frames and datagrams taken. About once a
+    /// second it forgets old addresses, busy or not.
+    pub fn turn(&mut self, now_ns: u64) -> usize {
+        self.now_ns = now_ns;
+        if now_ns.saturating_sub(self.swept_ns) >= SWEEP_NS {
+            self.swept_ns = now_ns;
+            self.fdb.sweep(now_ns);
+        }
+        let mut moved = 0;
+        for index in 0..self.sources.len() {
+            moved += self.turn_source(index);
+        }
+        for index in 0..self.inlets.len() {
+            moved += self.turn_inlet(index);
+        }
+        if moved > 0 {
+            self.counters.busy_turns.add(1);
+        } else {
+            self.counters.empty_turns.add(1);
+        }
+        moved
+    }
+
+    #[inline]
+    fn turn_source(&mut self, index: usize) -> usize {
+        let Self { snapshot, sources, outlets, fdb, burst, hasher, now_ns, .. } = self;
+        let source = &mut sources[index];
+        let Some((port, network)) = source.place(snapshot) else { return 0 };
+        if let Err(fault) = receive(burst, &mut source.ring, source.queue, source.port, port, network) {
+            tracing::warn!(port = %port.name, queue = source.queue, %fault, "ring quarantined until its driver resets");
+            return 0;
+        }
+        if burst.length == 0 {
+            return 0;
+        }
+        parse(burst, hasher);
+        police(burst, port);
+        switch(burst, snapshot, fdb, *now_ns);
+        transmit(burst, Tails::Ring(&source.ring), snapshot, outlets);
+        outlets.flush(snapshot);
+        if source.ring.complete() {
+            port.counters.rings[usize::from(source.queue)].calls.add(1);
+        }
+        burst.length
+    }
+
+    #[inline]
+    fn turn_inlet(&mut self, index: usize) -> usize {
+        let Self { snapshot, inlets, outlets, fdb, burst, hasher, now_ns, .. } = self;
+        let inlet = &mut inlets[index];
+        let datagrams = decap(burst, inlet.id, &mut inlet.rx, &inlet.counters, snapshot);
+        if burst.length > 0 {
+            parse(burst, hasher);
+            switch(burst, snapshot, fdb, *now_ns);
+            transmit(burst, Tails::Datagrams(&inlet.rx), snapshot, outlets);
+            outlets.flush(snapshot);
+        }
+        datagrams
+    }
+
+    /// Replaces the snapshot between two turns; returns the old one, for the control thread to free.
+    pub fn adopt(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
+        let old = std::mem::replace(&mut self.snapshot, snapshot);
+        let snapshot = &self.snapshot;
+        self.fdb.retain(|network, mac, location| {
+            snapshot.network(network).is_some_and(|known| {
+                !known.static_macs.contains_key(&mac)
+                    && match location {
+                        Location::Port(port) => snapshot.port(port).is_some_and(|port| port.network == network),
+                        Location::Vtep(vtep) => known.tunnel.as_ref().is_some_and(|t| t.remotes.contains(&vtep)),
+                    }
+            })
+        });
+        old
+    }
+
+    /// Takes a ring over: even `queue`s are guests' receiveqs, odd ones their transmitqs.
+    pub fn attach(&mut self, port: PortId, queue: u16, mut ring: Ring) {
+        ring.disable_kicks();
+        // Whatever was used before the ring came here may not have been notified (a daemon that was killed); a
+        // notification too many is harmless (VIRTIO 1.2 §2.7.7.1).
+        ring.notify();
+        if queue.is_multiple_of(2) {
+            self.outlets.attach(port, queue / 2, ring);
+        } else {
+            self.sources.push(Source { port, queue, ring, kicks: 0, kicked_but_empty: false });
+        }
+    }
+
+    /// Gives a ring back.
+    pub fn detach(&mut self, port: PortId, queue: u16) -> Option<Ring> {
+        if queue.is_multiple_of(2) {
+            return self.outlets.detach(port, queue / 2);
+        }
+        let index = self.sources.iter().position(|source| source.port == port && source.queue == queue)?;
+        Some(self.sources.swap_remove(index).ring)
+    }
+
+    /// Takes an underlay over.
+    pub fn add_underlay(&mut self, id: UnderlayId, driver: SocketUnderlay) {
+        let (rx, tx, counters) = driver.into_halves();
+        self.inlets.push(Inlet { id, rx, counters: Arc::clone(&counters) });
+        self.outlets.add_uplink(id, tx, counters);
+    }
+
+    /// Closes an underlay.
+    pub fn remove_underlay(&mut self, id: UnderlayId) {
+        self.outlets.remove_uplink(id);
+        self.inlets.retain(|inlet| inlet.id != id);
+    }
+
+    /// For epoll.
+    pub(super) fn underlay_descriptor(&self, id: UnderlayId) -> Option<BorrowedFd<'_>> {
+        self.inlets.iter().find(|inlet| inlet.id == id).map(|inlet| inlet.rx.descriptor())
+    }
+
+    /// Sources that a turn looks at. No others: one that is not emptied must not keep the worker awake.
+    fn served(&mut self) -> impl Iterator<Item = &mut Source> {
+        let snapshot = &self.snapshot;
+        self.sources.iter_mut().filter(|source| source.place(snapshot).is_some())
+    }
+
+    /// Whether every ring announces new work by a kick.
+    pub fn may_sleep(&mut self) -> bool {
+        self.served().all(|source| source.ring.kick().is_some())
+    }
+
+    /// Asks all guests for kicks; true if one of them has work already.
+    pub fn enable_kicks(&mut self) -> bool {
+        // No short circuit: every ring has to be asked.
+        self.served().fold(false, |work, source| source.ring.enable_kicks() | work)
+    }
+
+    /// Tells all guests that kicks are not needed while the worker polls.
+    pub fn disable_kicks(&mut self) {
+        self.served().for_each(|source| source.ring.disable_kicks());
+    }
+
+    /// Counts a kick that woke the worker.
+    pub(super) fn kicked(&mut self, port: PortId, queue: u16) {
+        let Some(source) = self.sources.iter_mut().find(|source| source.port == port && source.queue == queue) else {
+            return;
+        };
+        let Some(known) = self.snapshot.port(port) else { return };
+        let Some(counters) = known.counters.rings.get(usize::from(queue)) else { return };
+        counters.kicks.add(1);
+        source.kicks = source.kicks.saturating_add(1);
+        let receiveq_untouched = self.outlets.ring(port, queue / 2).is_none_or(Ring::never_used);
+        source.kicked_but_empty = source.kicks >= KICKS_IN_VAIN_MAX && source.ring.never_used() && receiveq_untouched;
+        if source.kicked_but_empty && source.kicks == KICKS_IN_VAIN_MAX {
+            tracing::warn!(
+                port = %known.name,
+                "the guest kicks but its rings stay empty here: is the VM's memory shared (share=on)?"
+            );
+        }
+    }
+
+    /// The learned addresses.
+    pub fn fdb_rows(&self) -> Vec<FdbRow> {
+        self.fdb.rows(self.now_ns)
+    }
+
+    /// The attached rings.
+    pub fn ring_rows(&self) -> Vec<RingRow> {
+        let row = |port, queue, ring: &Ring, kicked_but_empty| RingRow {
+            port,
+            queue,
+            size: ring.size(),
+            enabled: ring.enabled(),
+            quarantined: ring.fault().map(|fault| fault.to_string()),
+            kicked_but_empty,
+        };
+        let receiveqs = self.outlets.rings().map(|(port, pair, ring)| row(port, 2 * pair, ring, false));
+        let transmitqs = self.sources.iter().map(|s| row(s.port, s.queue, &s.ring, s.kicked_but_empty));
+        receiveqs.chain(transmitqs).collect()
+    }
+}
