@@ -1,0 +1,7 @@
+//! Traffic, topologies, peers and reports; the guest side of a ring.
+#![deny(unsafe_code)]
+
+pub mod front_end;
+pub mod report;
+pub mod topology;
+pub mod traffic;

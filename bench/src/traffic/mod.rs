@@ -1,0 +1,32 @@
+//! Traffic through a device under test: frames to send, a sink that checks them, and rounds of both.
+//!
+//! **Sizes.** "64 B" means 64 bytes of Ethernet frame in the ring, without FCS: rings carry none, and published vhost
+//! figures (DPDK's, OVS's, VPP's) count the same way. On a wire such a frame would be 68 bytes with FCS, so the RFC 2544 frame
+//! of 64 bytes is our 60. Gbit/s counts the ring's bytes alone: no FCS, preamble or gap.
+
+pub mod cost;
+pub mod cpu;
+pub mod dreamwire;
+pub mod frame;
+pub mod sink;
+pub mod testpmd;
+pub mod throughput;
+
+use std::path::PathBuf;
+
+pub use dreamwire::Dreamwire;
+pub use frame::{Endpoint, FlowSet};
+pub use sink::Sink;
+pub use testpmd::Testpmd;
+pub use throughput::{Failure, Plan, Round};
+
+/// What is measured: anything that carries frames from one vhost-user socket to another.
+#[derive(Clone, Debug)]
+pub struct DeviceUnderTest {
+    /// Socket of the port that frames go into.
+    pub from: PathBuf,
+    /// Socket of the port where they should come out.
+    pub to: PathBuf,
+    /// It connects to these sockets instead of listening there.
+    pub is_client: bool,
+}

@@ -1,0 +1,230 @@
+//! One thread, two front-ends: the generator on one port, the sink on the other, the device under test between them.
+//!
+//! Theory of operation. The generator reposts a set of frames as fast as its ring takes them; the sink checks what
+//! comes out. Both run in turns on one pinned core, so that the device has the other for itself. A round: discard
+//! what is still under way, run for a time, stop sending, wait until nothing comes any more, count. Loss is exact:
+//! frames that the device took and never delivered.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::frame::{self, Endpoint, FlowSet};
+use super::sink::Sink;
+use crate::front_end::split::RingError;
+use crate::front_end::{BURST, FrontEnd, FrontEndError};
+
+/// Turns of generator and sink between two looks at the clock: some microseconds.
+const TURNS_PER_LOOK: u32 = 16;
+
+/// After this long without a frame nothing is under way any more.
+const QUIET: Duration = Duration::from_millis(5);
+
+/// Draining longer than this means that the device never falls silent.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
+
+/// How long the device may take to bring the first frame across.
+const FIRST_FRAME_MAX: Duration = Duration::from_secs(10);
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Frame length in the ring, bytes.
+    pub size: usize,
+    /// Flows, told apart by UDP source port.
+    pub flows: usize,
+    /// Length of a round.
+    pub duration: Duration,
+    /// One frame in this many is compared to its last byte.
+    pub sample: u64,
+    /// Who sends.
+    pub from: Endpoint,
+    /// Who receives.
+    pub to: Endpoint,
+}
+
+/// What a round came to.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Round {
+    /// Millions of good frames received per second, while sending.
+    pub mpps: f64,
+    /// Their bits in the ring.
+    pub gbit_per_s: f64,
+    /// Frames that the device took.
+    pub sent: u64,
+    /// Frames that came out whole, to the end.
+    pub received: u64,
+    /// Frames that never came out.
+    pub lost: u64,
+    /// Frames that came out altered.
+    pub corrupt: u64,
+    /// Frames of someone else.
+    pub foreign: u64,
+    /// Whether every flow kept its order.
+    pub in_order: bool,
+}
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// A front-end failed.
+    #[error(transparent)]
+    FrontEnd(#[from] FrontEndError),
+    /// Nothing came through.
+    #[error("no frame came through within {} s: {sent} sent, {foreign} foreign frames received", FIRST_FRAME_MAX.as_secs())]
+    Nothing {
+        /// Frames that the device took.
+        sent: u64,
+        /// Frames that were not ours.
+        foreign: u64,
+    },
+    /// The device never falls silent.
+    #[error("frames keep coming {} s after the last was sent", DRAIN_MAX.as_secs())]
+    NeverQuiet,
+}
+
+impl From<RingError> for Failure {
+    fn from(error: RingError) -> Self {
+        Self::FrontEnd(error.into())
+    }
+}
+
+/// A generator and a sink on either side of a device.
+#[derive(Debug)]
+pub struct Throughput<'a> {
+    from: &'a mut FrontEnd,
+    to: &'a mut FrontEnd,
+    plan: Plan,
+    sink: Sink<'a>,
+}
+
+impl<'a> Throughput<'a> {
+    /// The set of frames for `plan`: at least a ring full.
+    pub fn flow_set(plan: &Plan, ring_size: u16) -> FlowSet {
+        FlowSet::new(plan.from, plan.to, plan.size, plan.flows, usize::from(ring_size))
+    }
+
+    /// Loads `set` into the generator.
+    ///
+    /// # Errors
+    /// If guest memory is too small for it.
+    pub fn new(from: &'a mut FrontEnd, to: &'a mut FrontEnd, plan: Plan, set: &'a FlowSet) -> Result<Self, Failure> {
+        from.load_templates(0, set.frames())?;
+        Ok(Self { sink: Sink::new(set, plan.sample), from, to, plan })
+    }
+
+    /// Lets a switch learn both addresses, and waits until frames come through.
+    ///
+    /// # Errors
+    /// [`Failure::Nothing`], or a broken ring.
+    pub fn warm_up(&mut self) -> Result<(), Failure> {
+        let started = Instant::now();
+        // From the sink towards the generator, so that the sink's address is known; not counted anywhere.
+        let hello = frame::frame(self.plan.to, self.plan.from, frame::FRAME_BYTES_MIN, 0, u64::MAX);
+        self.sink.reset(0);
+        while self.sink.arrived().good == 0 {
+            if started.elapsed() > FIRST_FRAME_MAX {
+                return Err(Failure::Nothing {
+                    sent: self.from.pairs()[0].transmit.sent(),
+                    foreign: self.sink.arrived().foreign,
+                });
+            }
+            self.to.send_burst(&[&hello])?;
+            self.from.pairs()[0].transmit.repost_burst(1)?;
+            self.receive_for(Duration::from_millis(10))?;
+        }
+        self.to.pairs()[0].transmit.reap()?;
+        self.run(Duration::from_millis(100).min(self.plan.duration)).map(|_| ())
+    }
+
+    /// One round.
+    ///
+    /// # Errors
+    /// A broken ring, or a device that never falls silent.
+    pub fn round(&mut self) -> Result<Round, Failure> {
+        self.run(self.plan.duration)
+    }
+
+    fn run(&mut self, duration: Duration) -> Result<Round, Failure> {
+        self.drain()?;
+        let sequence = self.from.pairs()[0].transmit.next_template();
+        self.sink.reset(sequence);
+        let sent_before = self.from.pairs()[0].transmit.sent();
+
+        let started = Instant::now();
+        let elapsed = loop {
+            for _ in 0..TURNS_PER_LOOK {
+                self.from.pairs()[0].transmit.repost_burst(BURST)?;
+                let sink = &mut self.sink;
+                self.to.pairs()[0].receive.receive_views(|frame| sink.take(frame))?;
+            }
+            self.discard_backwards()?;
+            let elapsed = started.elapsed();
+            if elapsed >= duration {
+                break elapsed;
+            }
+        };
+        let in_time = self.sink.arrived().good;
+        self.drain()?;
+
+        let sent = self.from.pairs()[0].transmit.sent() - sent_before;
+        let arrived = self.sink.arrived();
+        let lost = sent.saturating_sub(arrived.good + arrived.corrupt);
+        let per_second = in_time as f64 / elapsed.as_secs_f64();
+        Ok(Round {
+            mpps: per_second / 1e6,
+            gbit_per_s: per_second * self.plan.size as f64 * 8.0 / 1e9,
+            sent,
+            received: arrived.good,
+            lost,
+            corrupt: arrived.corrupt,
+            foreign: arrived.foreign,
+            in_order: self.sink.in_sequence(lost),
+        })
+    }
+
+    /// What a switch floods towards the generator must not fill its ring.
+    fn discard_backwards(&mut self) -> Result<(), Failure> {
+        self.from.pairs()[0].receive.receive_views(|_| ())?;
+        Ok(())
+    }
+
+    /// Receives until all that was sent has been taken and nothing has come for [`QUIET`].
+    fn drain(&mut self) -> Result<(), Failure> {
+        let started = Instant::now();
+        let mut last = started;
+        loop {
+            let transmit = &mut self.from.pairs()[0].transmit;
+            transmit.reap()?;
+            let waiting = transmit.in_flight() > 0;
+            if self.receive()? > 0 || waiting {
+                last = Instant::now();
+            }
+            if last.elapsed() > QUIET {
+                return Ok(());
+            }
+            if started.elapsed() > DRAIN_MAX {
+                return Err(Failure::NeverQuiet);
+            }
+        }
+    }
+
+    fn receive_for(&mut self, duration: Duration) -> Result<(), Failure> {
+        let started = Instant::now();
+        while started.elapsed() < duration {
+            self.receive()?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<usize, Failure> {
+        self.discard_backwards()?;
+        let sink = &mut self.sink;
+        Ok(self.to.pairs()[0].receive.receive_views(|frame| sink.take(frame))?)
+    }
+
+    /// The first corrupt frame, if there was one.
+    pub fn specimen(&self) -> Option<&[u8]> {
+        self.sink.specimen()
+    }
+}
