@@ -1,0 +1,85 @@
+//! HTTP on two UNIX sockets: one that changes things, one that only tells.
+//!
+//! `api.sock` (mode 0600)
+//!
+//! | request | does |
+//! |---|---|
+//! | `GET /v1/state` | desired state, as JSON |
+//! | `PUT /v1/state?dry_run=true` | replaces desired state; body JSON, or TOML as `application/toml` |
+//! | `GET /v1/{ports,networks,underlays}[/NAME]` | objects as they are: settings, session, rings, counters |
+//! | `GET /v1/{fdb,workers}` | learned addresses; the workers' loops |
+//! | `POST /v1/{ports,networks,underlays}` | adds the object in the body; 409 if there is one of that name |
+//! | `PUT`, `PATCH`, `DELETE /v1/{..}/NAME` | replaces or adds; changes the keys given (`null` removes); removes |
+//! | `PUT`, `DELETE /v1/networks/NAME/remotes/ADDRESS` | one remote of a network |
+//! | `GET /v1/ports/NAME/qemu-args?format=libvirt` | what attaches a VM, as text |
+//!
+//! Every change is a whole document that is validated and applied or refused as one; `?dry_run=true` only tells the
+//! differences. Errors are `{"errors": [{"path", "line", "message"}]}`: 400 no JSON or TOML, 404 no such object,
+//! 409 taken (a name, a socket, an address), 413 too big, 415 neither JSON nor TOML, 422 mistakes in the document.
+//!
+//! `stats.sock` (mode 0666): `GET /metrics` (OpenMetrics), `GET /stats` (JSON).
+
+mod desired;
+mod listener;
+mod metrics;
+mod observed;
+mod reply;
+mod rings;
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::Response;
+use axum::routing::{get, post, put};
+
+use crate::config::TEXT_BYTES_MAX;
+use crate::control::ControlHandle;
+pub use listener::serve;
+use reply::Refusal;
+use rings::Rings;
+
+/// A request that takes longer is answered with 504; a change that it began goes on.
+const REQUEST_SECONDS_MAX: u64 = 60;
+
+/// What every request works with.
+#[derive(Debug, Clone)]
+struct Shared {
+    control: ControlHandle,
+    rings: Rings,
+}
+
+/// Both sockets' routers: the API's and the statistics'.
+pub fn routers(control: ControlHandle) -> (Router, Router) {
+    let shared = Shared { control, rings: Rings::default() };
+    let api = Router::new()
+        .route("/v1/state", get(desired::show).put(desired::replace))
+        .route("/v1/{kind}", get(observed::list).merge(post(desired::add)))
+        .route("/v1/{kind}/{name}", get(observed::one).put(desired::put).patch(desired::patch).delete(desired::remove))
+        .route("/v1/networks/{name}/remotes/{address}", put(desired::add_remote).delete(desired::remove_remote))
+        .route("/v1/ports/{name}/qemu-args", get(desired::qemu_args))
+        .with_state(shared.clone());
+    let stats =
+        Router::new().route("/metrics", get(metrics::scrape)).route("/stats", get(observed::stats)).with_state(shared);
+    (limited(api), limited(stats))
+}
+
+fn limited(router: Router) -> Router {
+    router
+        .fallback(|| async { Refusal::new(StatusCode::NOT_FOUND, "", "no such resource") })
+        .method_not_allowed_fallback(|| async {
+            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "", "this resource does not have that method")
+        })
+        .layer(DefaultBodyLimit::max(TEXT_BYTES_MAX))
+        .layer(middleware::from_fn(time_limit))
+}
+
+async fn time_limit(request: Request, next: Next) -> Result<Response, Refusal> {
+    let limit = Duration::from_secs(REQUEST_SECONDS_MAX);
+    tokio::time::timeout(limit, next.run(request)).await.map_err(|_| {
+        let message = format!("no answer within {REQUEST_SECONDS_MAX} s; a change that was begun goes on");
+        Refusal::new(StatusCode::GATEWAY_TIMEOUT, "", message)
+    })
+}

@@ -1,0 +1,222 @@
+//! Objects as they are: settings, session, rings, counters.
+
+use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use dreamwire_datapath::counters::{Drops, Traffic};
+use dreamwire_datapath::drop_reason::DropReason;
+use dreamwire_datapath::fdb::{FdbRow, Location};
+use dreamwire_datapath::worker::RingRow;
+use serde_json::{Value, json};
+
+use super::Shared;
+use super::reply::Refusal;
+use super::rings;
+use crate::config::document::polling_word;
+use crate::control::inventory::{Inventory, NetworkEntry, PortEntry, UnderlayEntry};
+use crate::features;
+
+pub(super) async fn list(State(shared): State<Shared>, Path(kind): Path<String>) -> Result<Json<Value>, Refusal> {
+    let inventory = shared.control.inventory();
+    let rows: Vec<Value> = match kind.as_str() {
+        "ports" => {
+            let rings = shared.rings.get(&inventory.worker).await?;
+            inventory.ports.iter().map(|entry| port(entry, &rings)).collect()
+        }
+        "networks" => inventory.networks.iter().map(network).collect(),
+        "underlays" => inventory.underlays.iter().map(underlay).collect(),
+        "workers" => vec![worker(&inventory)],
+        "fdb" => rings::fdb(&inventory.worker).await?.iter().map(|row| fdb_row(row, &inventory)).collect(),
+        _ => {
+            let message = "no such kind; there are ports, networks, underlays, workers, fdb";
+            return Err(Refusal::new(StatusCode::NOT_FOUND, &kind, message));
+        }
+    };
+    Ok(Json(Value::Array(rows)))
+}
+
+pub(super) async fn one(
+    State(shared): State<Shared>,
+    Path((kind, name)): Path<(String, String)>,
+) -> Result<Json<Value>, Refusal> {
+    let inventory = shared.control.inventory();
+    let found = match kind.as_str() {
+        "ports" => match inventory.ports.iter().find(|entry| entry.port.name == name) {
+            Some(entry) => Some(port(entry, &shared.rings.get(&inventory.worker).await?)),
+            None => None,
+        },
+        "networks" => inventory.networks.iter().find(|entry| entry.network.name == name).map(network),
+        "underlays" => inventory.underlays.iter().find(|entry| entry.underlay.name == name).map(underlay),
+        "workers" => (name == "0").then(|| worker(&inventory)),
+        _ => None,
+    };
+    found.map(Json).ok_or_else(|| Refusal::not_found(kind.strip_suffix('s').unwrap_or(&kind), &name))
+}
+
+/// Everything that is counted, and whether it adds up.
+pub(super) async fn stats(State(shared): State<Shared>) -> Result<Json<Value>, Refusal> {
+    let inventory = shared.control.inventory();
+    let rings = shared.rings.get(&inventory.worker).await?;
+    let totals = inventory.totals();
+    let difference = totals.difference();
+    Ok(Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "generation": inventory.generation,
+        "uptime_seconds": inventory.started.elapsed().unwrap_or_default().as_secs(),
+        "ports": inventory.ports.iter().map(|entry| port(entry, &rings)).collect::<Vec<_>>(),
+        "networks": inventory.networks.iter().map(network).collect::<Vec<_>>(),
+        "underlays": inventory.underlays.iter().map(underlay).collect::<Vec<_>>(),
+        "workers": [worker(&inventory)],
+        "retired": inventory.retired,
+        "conservation": {
+            "received": totals.received,
+            "copied": totals.copied,
+            "sent": totals.sent,
+            "dropped": totals.dropped,
+            "difference": difference,
+            "balanced": difference == 0,
+        },
+    })))
+}
+
+fn port(entry: &PortEntry, rings: &[RingRow]) -> Value {
+    let session = entry.session.state();
+    let features = session.features.map(|bits| json!({"bits": format!("{bits:#x}"), "names": features::names(bits)}));
+    let pair = |(frames, bytes): (u64, u64)| json!({"frames": frames, "bytes": bytes});
+    let mut shown = settings(&entry.port);
+    merge(
+        &mut shown,
+        json!({
+            "id": entry.id.0,
+            "session": {
+                "connected": session.connected,
+                "since": session.since.map(unix_seconds),
+                "connections": session.connections,
+                "features": features,
+                "last_end": session.last_end,
+                "warnings": session.warnings,
+            },
+            "rx": pair(entry.counters.rx()),
+            "tx": pair(entry.counters.tx()),
+            "rings": ring_list(entry, rings),
+            "drops": drops(&entry.counters.drops),
+        }),
+    );
+    shown
+}
+
+fn ring_list(entry: &PortEntry, rings: &[RingRow]) -> Vec<Value> {
+    let row = |queue: usize| rings.iter().find(|row| row.port == entry.id && usize::from(row.queue) == queue);
+    let counters = entry.counters.rings.iter().enumerate();
+    let ring = counters.map(|(queue, counters)| {
+        let row = row(queue);
+        json!({
+            "queue": queue,
+            "direction": ring_direction(queue),
+            "attached": row.is_some(),
+            "size": row.map(|row| row.size),
+            "enabled": row.map(|row| row.enabled),
+            "quarantined": row.and_then(|row| row.quarantined.clone()),
+            "kicked_but_empty": row.map(|row| row.kicked_but_empty),
+            "frames": counters.traffic.frames.get(),
+            "bytes": counters.traffic.bytes.get(),
+            "calls": counters.calls.get(),
+            "kicks": counters.kicks.get(),
+        })
+    });
+    ring.collect()
+}
+
+/// VIRTIO 1.2 §5.1.2: even rings are the guest's receiveqs, which are our tx.
+pub(super) fn ring_direction(queue: usize) -> &'static str {
+    if queue.is_multiple_of(2) { "tx" } else { "rx" }
+}
+
+fn network(entry: &NetworkEntry) -> Value {
+    let counters = &entry.counters;
+    let mut shown = settings(&entry.network);
+    merge(
+        &mut shown,
+        json!({
+            "id": entry.id.0,
+            "tunnel_rx": traffic(&counters.tunnel_rx),
+            "tunnel_tx": traffic(&counters.tunnel_tx),
+            "flood_copies": counters.flood_copies.get(),
+            "learn_refused": counters.learn_refused.get(),
+            "drops": drops(&counters.drops),
+        }),
+    );
+    shown
+}
+
+fn underlay(entry: &UnderlayEntry) -> Value {
+    let counters = &entry.counters;
+    let mut shown = settings(&entry.underlay);
+    merge(
+        &mut shown,
+        json!({
+            "id": entry.id.0,
+            "rx_unclaimed": counters.rx_unclaimed.get(),
+            "rx_calls": counters.rx_calls.get(),
+            "tx_calls": counters.tx_calls.get(),
+            "drops": drops(&counters.drops),
+        }),
+    );
+    shown
+}
+
+fn worker(inventory: &Inventory) -> Value {
+    let counters = inventory.worker.counters();
+    let daemon = &inventory.document.daemon;
+    json!({
+        "name": "0",
+        "cpu": daemon.workers.first(),
+        "polling": polling_word(daemon.polling),
+        "generation": inventory.worker.adopted_generation(),
+        "busy_turns": counters.busy_turns.get(),
+        "empty_turns": counters.empty_turns.get(),
+        "sleeps": counters.sleeps.get(),
+        "commands": counters.commands.get(),
+    })
+}
+
+fn fdb_row(row: &FdbRow, inventory: &Inventory) -> Value {
+    let network = inventory.networks.iter().find(|entry| entry.id == row.network);
+    let (port, vtep) = match row.location {
+        Location::Port(id) => (inventory.ports.iter().find(|entry| entry.id == id), None),
+        Location::Vtep(address) => (None, Some(address)),
+    };
+    json!({
+        "network": network.map(|entry| &entry.network.name),
+        "mac": row.mac.to_string(),
+        "port": port.map(|entry| &entry.port.name),
+        "vtep": vtep,
+        "idle_seconds": row.idle_ns / 1_000_000_000,
+    })
+}
+
+fn settings(object: &impl serde::Serialize) -> Value {
+    serde_json::to_value(object).expect("settings have string keys and plain values only")
+}
+
+fn merge(into: &mut Value, from: Value) {
+    if let (Value::Object(into), Value::Object(from)) = (into, from) {
+        into.extend(from);
+    }
+}
+
+fn traffic(traffic: &Traffic) -> Value {
+    json!({"frames": traffic.frames.get(), "bytes": traffic.bytes.get()})
+}
+
+/// The reasons that occurred.
+fn drops(drops: &Drops) -> BTreeMap<&'static str, u64> {
+    DropReason::ALL.into_iter().map(|reason| (reason.name(), drops.get(reason))).filter(|(_, n)| *n > 0).collect()
+}
+
+fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}

@@ -1,0 +1,179 @@
+//! What only shows when objects are seen together: names twice, references to nothing, addresses that clash.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+
+use dreamwire_datapath::snapshot::REMOTES_MAX;
+
+use super::decode::{PLACEHOLDER_ADDRESS, SOCKET_PATH_BYTES_MAX};
+use super::document::{Document, Kind, Network, Underlay};
+use super::fields::{At, Findings};
+use super::mistake::Mistake;
+
+/// Files in the run directory that are the daemon's own.
+const OWN_FILES: [&str; 3] = ["api.sock", "stats.sock", "lock"];
+
+/// VXLAN around a frame: Ethernet 14, IPv4 20 or IPv6 40, UDP 8, VXLAN 8 (RFC 7348 §5).
+fn overhead_bytes(underlay: &Underlay) -> u32 {
+    if underlay.address.is_ipv4() { 50 } else { 70 }
+}
+
+pub(super) fn document(document: &Document, findings: &mut Findings) {
+    underlays(document, findings);
+    networks(document, findings);
+    ports(document, findings);
+}
+
+fn underlays(document: &Document, findings: &mut Findings) {
+    let mut names = Seen::new(Kind::Underlay, "name");
+    let mut addresses = Seen::new(Kind::Underlay, "address");
+    for (index, underlay) in document.underlay.iter().enumerate() {
+        names.once(underlay.name.clone(), index, &underlay.name, findings, |first| {
+            format!("the name {:?} is taken{first}; choose another", underlay.name)
+        });
+        if underlay.address != PLACEHOLDER_ADDRESS {
+            addresses.once((underlay.address, underlay.port), index, &underlay.name, findings, |first| {
+                format!("{} port {} is another underlay's{first}; give each its own", underlay.address, underlay.port)
+            });
+        }
+    }
+}
+
+fn networks(document: &Document, findings: &mut Findings) {
+    let mut names = Seen::new(Kind::Network, "name");
+    let mut vnis = Seen::new(Kind::Network, "vni");
+    for (index, network) in document.network.iter().enumerate() {
+        names.once(network.name.clone(), index, &network.name, findings, |first| {
+            format!("the name {:?} is taken{first}; choose another", network.name)
+        });
+        let Some(underlay_name) = &network.underlay else { continue };
+        let Some(underlay) = document.find_underlay(underlay_name) else {
+            let message = unknown("underlay", underlay_name, document.underlay.iter().map(|known| &known.name));
+            mistake(findings, Kind::Network, index, &network.name, "underlay", message);
+            continue;
+        };
+        if let Some(vni) = network.vni {
+            vnis.once((underlay_name.clone(), vni), index, &network.name, findings, |first| {
+                format!("vni {vni} on underlay {underlay_name:?} is another network's{first}; choose another")
+            });
+        }
+        remotes(network, underlay, index, findings);
+        let outer = u32::from(network.mtu) + overhead_bytes(underlay);
+        if outer > u32::from(underlay.mtu) {
+            let message = format!(
+                "mtu {} and {} bytes of encapsulation exceed underlay {underlay_name:?}'s mtu of {}: the kernel will \
+                 fragment outer packets; lower it to {} or raise the underlay's to {outer}",
+                network.mtu,
+                overhead_bytes(underlay),
+                underlay.mtu,
+                u32::from(underlay.mtu).saturating_sub(overhead_bytes(underlay)),
+            );
+            let warning = at(findings, Kind::Network, index, &network.name, "mtu", message);
+            findings.warnings.push(warning);
+        }
+    }
+}
+
+fn remotes(network: &Network, underlay: &Underlay, index: usize, findings: &mut Findings) {
+    let mut report = |message| mistake(findings, Kind::Network, index, &network.name, "remotes", message);
+    if network.remotes.len() > REMOTES_MAX {
+        report(format!("{} remotes; one network has {REMOTES_MAX} at most", network.remotes.len()));
+    }
+    for (place, remote) in network.remotes.iter().enumerate() {
+        if network.remotes.iter().take(place).any(|earlier| earlier == remote) {
+            report(format!("{remote} is listed twice; every frame would arrive twice"));
+        }
+        if underlay.address == PLACEHOLDER_ADDRESS {
+            continue;
+        }
+        if remote.is_ipv4() != underlay.address.is_ipv4() {
+            report(format!(
+                "{remote} is of another address family than underlay {:?} ({}); use one of the same",
+                underlay.name, underlay.address
+            ));
+        } else if *remote == underlay.address {
+            report(format!("{remote} is this host's own address; list the other hosts only"));
+        }
+    }
+}
+
+fn ports(document: &Document, findings: &mut Findings) {
+    let mut names = Seen::new(Kind::Port, "name");
+    let mut sockets = Seen::new(Kind::Port, "socket");
+    let mut macs = Seen::new(Kind::Port, "mac");
+    for (index, port) in document.port.iter().enumerate() {
+        names.once(port.name.clone(), index, &port.name, findings, |first| {
+            format!("the name {:?} is taken{first}; choose another", port.name)
+        });
+        let socket = port.socket.display();
+        sockets.once(port.socket.clone(), index, &port.name, findings, |first| {
+            format!("{socket} is another port's socket{first}; give each port its own")
+        });
+        if port.socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            let message = format!("{socket} is longer than a socket path may be (107 bytes): set a shorter one");
+            mistake(findings, Kind::Port, index, &port.name, "socket", message);
+        }
+        if OWN_FILES.iter().any(|own| document.daemon.run_dir.join(own) == port.socket) {
+            let message = format!("{socket} is the daemon's own; choose another path");
+            mistake(findings, Kind::Port, index, &port.name, "socket", message);
+        }
+        if document.find_network(&port.network).is_none() {
+            let message = unknown("network", &port.network, document.network.iter().map(|known| &known.name));
+            mistake(findings, Kind::Port, index, &port.name, "network", message);
+        }
+        if let Some(mac) = port.mac {
+            macs.once((port.network.clone(), mac), index, &port.name, findings, |first| {
+                format!("{mac} is another port's in network {:?}{first}; give each its own", port.network)
+            });
+        }
+    }
+}
+
+fn unknown<'a>(kind: &str, name: &str, known: impl Iterator<Item = &'a String>) -> String {
+    let known: Vec<_> = known.filter(|name| !name.starts_with('#')).map(String::as_str).collect();
+    let have = if known.is_empty() { "there is none".to_owned() } else { format!("there are: {}", known.join(", ")) };
+    format!("no {kind} is called {name:?} ({have}); add it or correct the name")
+}
+
+fn at(findings: &Findings, kind: Kind, index: usize, name: &str, key: &'static str, message: String) -> Mistake {
+    let line = findings.line(At { kind, index }, Some(key));
+    let object =
+        if name.starts_with('#') { format!("{}[{index}]", kind.key()) } else { format!("{}.{name}", kind.key()) };
+    Mistake { path: format!("{object}.{key}"), line, message }
+}
+
+fn mistake(findings: &mut Findings, kind: Kind, index: usize, name: &str, key: &'static str, message: String) {
+    let mistake = at(findings, kind, index, name, key, message);
+    findings.mistakes.push(mistake);
+}
+
+/// Values that may occur once among the objects of a kind.
+struct Seen<T> {
+    kind: Kind,
+    key: &'static str,
+    first: HashMap<T, usize>,
+}
+
+impl<T: Hash + Eq> Seen<T> {
+    fn new(kind: Kind, key: &'static str) -> Self {
+        Self { kind, key, first: HashMap::new() }
+    }
+
+    /// Reports `message` if the value was seen before; its argument says where, as in " (line 4)".
+    fn once(
+        &mut self,
+        value: T,
+        index: usize,
+        name: &str,
+        findings: &mut Findings,
+        message: impl Fn(String) -> String,
+    ) {
+        let Some(first) = self.first.get(&value).copied() else {
+            self.first.insert(value, index);
+            return;
+        };
+        let line = findings.line(At { kind: self.kind, index: first }, Some(self.key));
+        let place = line.map(|line| format!(" (line {line})")).unwrap_or_default();
+        mistake(findings, self.kind, index, name, self.key, message(place));
+    }
+}

@@ -1,0 +1,306 @@
+//! From the tree to a [`Document`]. What is wrong is noted and replaced by a placeholder, so that everything else is
+//! looked at as well and indices stay those of the text.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use dreamwire_datapath::mac::Mac;
+use dreamwire_datapath::snapshot::{NETWORKS_MAX, PORTS_MAX, UNDERLAYS_MAX};
+use dreamwire_datapath::vni::Vni;
+use dreamwire_datapath::vxlan::UDP_PORT;
+use dreamwire_datapath::worker::Polling;
+
+use super::document::{Daemon, Document, Driver, Encapsulation, Kind, Mode, Network, Port, Underlay, polling_word};
+use super::fields::{At, Fields, Findings};
+use super::mistake::Mistake;
+use super::tree::{Node, Value};
+use super::{Context, RUN_DIR_DEFAULT};
+
+/// RFC 791: every host must take 68 bytes; 65535 is what a length field can say.
+const MTU_RANGE: std::ops::RangeInclusive<i64> = 68..=65535;
+/// `sun_path` has 108 bytes with its terminator (unix(7)).
+pub(super) const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// Queue pairs of a port.
+const QUEUES_MAX: i64 = 16;
+/// CPU numbers that Linux's affinity masks can name.
+const CPU_MAX: i64 = 1023;
+/// Linux: IFNAMSIZ with its terminator is 16.
+const DEVICE_NAME_BYTES_MAX: usize = 15;
+/// Seconds of silence after which an address is forgotten: IEEE 802.1D's default, and a month at most.
+const AGE_SECONDS_DEFAULT: u32 = 300;
+const AGE_SECONDS_MAX: i64 = 31 * 24 * 3600;
+const MTU_DEFAULT: u16 = 1500;
+
+pub(super) fn document(root: &Node, context: Context<'_>) -> (Document, Findings) {
+    let mut findings = Findings::default();
+    let mut document = Document::default();
+    let Value::Table(entries) = &root.value else {
+        findings.mistakes.push(Mistake::new("", format!("expected an object, found {}", root.value.kind())));
+        return (document, findings);
+    };
+    top_level(entries, &mut findings);
+
+    let daemon = entries.iter().find(|(key, _)| key == "daemon");
+    document.daemon = decode_daemon(daemon.map(|(_, node)| node), context, &mut findings);
+    let run_dir = document.daemon.run_dir.clone();
+    document.underlay = objects(entries, Kind::Underlay, UNDERLAYS_MAX, &mut findings, decode_underlay);
+    document.network = objects(entries, Kind::Network, NETWORKS_MAX, &mut findings, decode_network);
+    document.port = objects(entries, Kind::Port, PORTS_MAX, &mut findings, |f| decode_port(f, &run_dir));
+    (document, findings)
+}
+
+fn top_level(entries: &[(String, Node)], findings: &mut Findings) {
+    for (key, node) in entries {
+        let message = match key.as_str() {
+            "daemon" | "underlay" | "network" | "port" => continue,
+            "group" | "rule" => "not implemented yet: policy would not be enforced; remove it".to_owned(),
+            _ => format!("unknown key {key:?}; allowed here: daemon, underlay, network, port"),
+        };
+        findings.mistakes.push(Mistake { path: key.clone(), line: node.line, message });
+    }
+}
+
+/// Reads every table of one kind.
+fn objects<T>(
+    entries: &[(String, Node)],
+    kind: Kind,
+    max: usize,
+    findings: &mut Findings,
+    read: impl Fn(&mut Fields<'_>) -> T,
+) -> Vec<T> {
+    let Some((_, node)) = entries.iter().find(|(key, _)| key == kind.key()) else {
+        return Vec::new();
+    };
+    let mut complain = |line, message| {
+        findings.mistakes.push(Mistake { path: kind.key().to_owned(), line, message });
+    };
+    let Value::List(items) = &node.value else {
+        let message = format!("expected a list of tables, each headed [[{}]], found {}", kind.key(), node.value.kind());
+        complain(node.line, message);
+        return Vec::new();
+    };
+    if let Some(first_over) = items.get(max) {
+        complain(first_over.line, format!("{} objects; one daemon serves {max} at most", items.len()));
+    }
+    let mut values = Vec::with_capacity(items.len().min(max));
+    for (index, item) in items.iter().take(max).enumerate() {
+        let table: &[(String, Node)] = match &item.value {
+            Value::Table(table) => table,
+            other => {
+                let message = format!("expected a table, found {}", other.kind());
+                findings.mistakes.push(Mistake { path: format!("{}[{index}]", kind.key()), line: item.line, message });
+                &[]
+            }
+        };
+        let mut fields = Fields::new(At { kind, index }, item.line, table, findings);
+        values.push(read(&mut fields));
+        fields.finish();
+    }
+    values
+}
+
+fn decode_daemon(node: Option<&Node>, context: Context<'_>, findings: &mut Findings) -> Daemon {
+    let (line, entries): (_, &[_]) = match node.map(|node| (node.line, &node.value)) {
+        Some((line, Value::Table(entries))) => (line, entries),
+        Some((line, other)) => {
+            let message = format!("expected a table, found {}", other.kind());
+            findings.mistakes.push(Mistake { path: "daemon".to_owned(), line, message });
+            (line, &[])
+        }
+        None => (None, &[]),
+    };
+    let mut fields = Fields::new(At { kind: Kind::Daemon, index: 0 }, line, entries, findings);
+    let run_dir = fields.text("run_dir", absolute_path);
+    let workers = fields
+        .integers("workers", 0..=CPU_MAX)
+        .map(|cpus| cpus.into_iter().filter_map(|cpu| usize::try_from(cpu).ok()).collect::<Vec<_>>());
+    if let Some(cpus) = workers.as_ref().filter(|cpus| cpus.len() != 1 && fields.has("workers")) {
+        let message = match cpus.len() {
+            0 => "empty: name the worker's CPU, as in [1], or remove the key for one worker that is not pinned".into(),
+            count => format!("not implemented yet: {count} workers; name one CPU, as in [1]"),
+        };
+        fields.mistake("workers", message);
+    }
+    let modes = [Polling::Poll, Polling::Adaptive, Polling::Interrupt];
+    let polling = fields.word("polling", &modes.map(|mode| (polling_word(mode), mode)), &[]);
+
+    let daemon = if let Some(running) = context.running {
+        let fixed = "takes effect at start only; restart the daemon to change it (now:";
+        if let Some(path) = run_dir.filter(|path| *path != running.run_dir) {
+            let message = format!("{} {fixed} {})", path.display(), running.run_dir.display());
+            fields.mistake("run_dir", message);
+        }
+        if let Some(cpus) = workers.filter(|cpus| *cpus != running.workers) {
+            fields.mistake("workers", format!("{cpus:?} {fixed} {:?})", running.workers));
+        }
+        if let Some(mode) = polling.filter(|mode| *mode != running.polling) {
+            let now = polling_word(running.polling);
+            fields.mistake("polling", format!("{} {fixed} {now})", polling_word(mode)));
+        }
+        running.clone()
+    } else {
+        Daemon {
+            run_dir: context.run_dir.map(Path::to_owned).or(run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
+            workers: workers.unwrap_or_default(),
+            polling: polling.unwrap_or_default(),
+        }
+    };
+    // Both sockets of the daemon itself must fit as well.
+    let longest = daemon.run_dir.join("stats.sock");
+    if longest.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        let message = format!("{} is longer than a socket path may be (107 bytes); shorten it", longest.display());
+        fields.mistake("run_dir", message);
+    }
+    fields.finish();
+    daemon
+}
+
+fn decode_underlay(fields: &mut Fields<'_>) -> Underlay {
+    Underlay {
+        name: name_of(fields),
+        driver: fields
+            .word("driver", &[("socket", Driver::Socket)], &["af_xdp", "vhost-user"])
+            .unwrap_or(Driver::Socket),
+        address: fields.required("address", "\"192.0.2.1\"", vtep).unwrap_or(PLACEHOLDER_ADDRESS),
+        port: fields
+            .integer("port", 1..=65535, "UDP port")
+            .and_then(|port| u16::try_from(port).ok())
+            .unwrap_or(UDP_PORT),
+        mtu: mtu(fields),
+        device: fields.text("device", device_name),
+    }
+}
+
+fn decode_network(fields: &mut Fields<'_>) -> Network {
+    let network = Network {
+        name: name_of(fields),
+        vni: fields
+            .integer("vni", 0..=i64::from(Vni::MAX), "RFC 7348 §5: 24 bits")
+            .and_then(|vni| u32::try_from(vni).ok())
+            .and_then(Vni::new),
+        underlay: fields.text("underlay", |text| Ok(text.to_owned())),
+        encapsulation: fields
+            .word("encapsulation", &[("vxlan", Encapsulation::Vxlan)], &["geneve"])
+            .unwrap_or(Encapsulation::Vxlan),
+        mtu: mtu(fields),
+        remotes: fields.texts("remotes", vtep).unwrap_or_default(),
+        learning: fields.boolean("learning").unwrap_or(true),
+        age_seconds: fields
+            .integer("age_seconds", 1..=AGE_SECONDS_MAX, "seconds of silence; a month at most")
+            .and_then(|age| u32::try_from(age).ok())
+            .unwrap_or(AGE_SECONDS_DEFAULT),
+    };
+    match (fields.has("vni"), fields.has("underlay")) {
+        (true, false) => {
+            fields.mistake("vni", "a network with a vni needs an underlay: add underlay = \"NAME\", or remove vni");
+        }
+        (false, true) => {
+            fields.mistake("underlay", "a network with an underlay needs a vni: add vni = 100, or remove underlay");
+        }
+        (false, false) if !network.remotes.is_empty() => {
+            let message = "a network without vni and underlay is local to this host: add both, or remove remotes";
+            fields.mistake("remotes", message);
+        }
+        _ => {}
+    }
+    network
+}
+
+fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
+    fields.refuse("groups", "policy is not enforced, the port would be open to everybody in its network");
+    let name = name_of(fields);
+    let port = Port {
+        network: fields.text("network", |text| Ok(text.to_owned())).unwrap_or_else(|| "default".to_owned()),
+        socket: fields.text("socket", absolute_path).unwrap_or_else(|| run_dir.join(format!("{name}.sock"))),
+        mode: fields.word("mode", &[("server", Mode::Server), ("client", Mode::Client)], &[]).unwrap_or(Mode::Server),
+        mac: fields.text("mac", station),
+        addresses: fields.texts("addresses", guest_address).unwrap_or_default(),
+        queues: fields
+            .integer("queues", 1..=QUEUES_MAX, "queue pairs")
+            .and_then(|queues| u16::try_from(queues).ok())
+            .unwrap_or(1),
+        name,
+    };
+    if !port.addresses.is_empty() && !fields.has("mac") {
+        fields.mistake("addresses", "the source guard needs the card's address too: add mac = \"52:54:00:00:00:01\"");
+    }
+    port
+}
+
+fn guest_address(text: &str) -> Result<IpAddr, String> {
+    let wrong = |why: &str| format!("{text:?} {why}: expected the guest's own address, as in 10.0.0.1 or fd00::1");
+    let address: IpAddr = text.parse().map_err(|_| wrong("is not an IP address"))?;
+    if address.is_multicast() || address.is_unspecified() {
+        return Err(wrong("cannot be a source address"));
+    }
+    Ok(address)
+}
+
+/// Stands for an address that was missing or wrong; the document is refused in any case.
+pub(super) const PLACEHOLDER_ADDRESS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
+
+/// The name, or one that no object may have, so that nothing refers to it.
+fn name_of(fields: &mut Fields<'_>) -> String {
+    let nameless = format!("#{}", fields.at.index);
+    let example = format!("\"{}1\"", fields.at.kind.key());
+    fields.required("name", &example, name).unwrap_or(nameless)
+}
+
+fn mtu(fields: &mut Fields<'_>) -> u16 {
+    fields.integer("mtu", MTU_RANGE, "bytes").and_then(|mtu| u16::try_from(mtu).ok()).unwrap_or(MTU_DEFAULT)
+}
+
+fn name(text: &str) -> Result<String, String> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+    // "." and ".." would be legal names and no legal parts of a path.
+    if (1..=64).contains(&text.len()) && text.bytes().all(legal) && text.bytes().any(|byte| byte != b'.') {
+        return Ok(text.to_owned());
+    }
+    Err(format!("{text:?} is not a name: 1 to 64 letters, digits, '_', '-', '.', not dots alone"))
+}
+
+fn station(text: &str) -> Result<Mac, String> {
+    let mac: Mac = text.parse().map_err(|error| format!("{error}"))?;
+    if mac.is_station() {
+        return Ok(mac);
+    }
+    let kind = if mac.is_group() { "a multicast address (the lowest bit of the first octet is set)" } else { "zero" };
+    Err(format!("{mac} is {kind}: a card needs an address of its own, as in 52:54:00:12:34:56"))
+}
+
+fn vtep(text: &str) -> Result<IpAddr, String> {
+    let address: IpAddr = text
+        .parse()
+        .map_err(|_| format!("{text:?} is not an IP address: expected one like 192.0.2.1 or 2001:db8::1"))?;
+    let broadcast = address == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
+    if address.is_unspecified() || address.is_multicast() || broadcast {
+        return Err(format!("{address} is no host's address: expected a unicast address, as in 192.0.2.1"));
+    }
+    match address {
+        IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+            Err(format!("{address} is link-local, which is not implemented: use a routable address"))
+        }
+        IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => {
+            Err(format!("{address} is an IPv4 address in IPv6 form: write it as IPv4"))
+        }
+        _ => Ok(address),
+    }
+}
+
+fn device_name(text: &str) -> Result<String, String> {
+    let legal = |byte: u8| byte.is_ascii_graphic() && byte != b'/';
+    if (1..=DEVICE_NAME_BYTES_MAX).contains(&text.len()) && text.bytes().all(legal) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("{text:?} is not a network device's name (1 to 15 characters): see `ip link`"))
+}
+
+fn absolute_path(text: &str) -> Result<PathBuf, String> {
+    if text.len() > SOCKET_PATH_BYTES_MAX {
+        return Err(format!("{} bytes long; a socket's path has at most {SOCKET_PATH_BYTES_MAX}", text.len()));
+    }
+    if !text.starts_with('/') || text.ends_with('/') && text.len() > 1 || text.bytes().any(|byte| byte < b' ') {
+        return Err(format!("{text:?} is not an absolute path: begin it with '/'"));
+    }
+    Ok(PathBuf::from(text))
+}

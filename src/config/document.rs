@@ -1,0 +1,191 @@
+//! Desired state: what the configuration file and the API's JSON say, after validation.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use dreamwire_datapath::mac::Mac;
+use dreamwire_datapath::vni::Vni;
+use dreamwire_datapath::worker::Polling;
+use serde::{Serialize, Serializer};
+
+/// The kinds of objects in a document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// The daemon itself; there is one.
+    Daemon,
+    /// A wire to other hosts.
+    Underlay,
+    /// A layer-2 segment.
+    Network,
+    /// A virtual machine's card.
+    Port,
+}
+
+impl Kind {
+    /// The key in the document, and the singular that people use.
+    pub const fn key(self) -> &'static str {
+        match self {
+            Self::Daemon => "daemon",
+            Self::Underlay => "underlay",
+            Self::Network => "network",
+            Self::Port => "port",
+        }
+    }
+}
+
+/// Everything that the daemon shall do. Validated: whoever holds one need not check again.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Document {
+    /// What is fixed while the daemon runs.
+    pub daemon: Daemon,
+    /// In the order of the file.
+    pub underlay: Vec<Underlay>,
+    /// In the order of the file.
+    pub network: Vec<Network>,
+    /// In the order of the file.
+    pub port: Vec<Port>,
+}
+
+/// Settings that take effect at start only.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Daemon {
+    /// Where the sockets are.
+    pub run_dir: PathBuf,
+    /// CPUs to pin workers to. Empty: one worker, not pinned.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub workers: Vec<usize>,
+    /// How workers wait.
+    #[serde(serialize_with = "polling")]
+    pub polling: Polling,
+}
+
+/// A wire to other hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Underlay {
+    /// Unique among underlays.
+    pub name: String,
+    /// How packets leave the host.
+    pub driver: Driver,
+    /// This host's VTEP address.
+    pub address: IpAddr,
+    /// UDP port of the tunnels.
+    pub port: u16,
+    /// Bytes of an IP packet that the wire carries in one piece.
+    pub mtu: u16,
+    /// Network device to bind to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+}
+
+/// How an underlay sends and receives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Driver {
+    /// The kernel's UDP sockets.
+    Socket,
+}
+
+/// What goes around a frame on the underlay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Encapsulation {
+    /// RFC 7348.
+    Vxlan,
+}
+
+/// A layer-2 segment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Network {
+    /// Unique among networks.
+    pub name: String,
+    /// Its identifier on the underlay. With `underlay`, or neither: then the network is local to this host.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "vni")]
+    pub vni: Option<Vni>,
+    /// Name of its underlay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub underlay: Option<String>,
+    /// How frames travel on the underlay.
+    pub encapsulation: Encapsulation,
+    /// Bytes of an Ethernet payload that guests may send.
+    pub mtu: u16,
+    /// The other hosts' VTEPs.
+    pub remotes: Vec<IpAddr>,
+    /// Whether source addresses are learned.
+    pub learning: bool,
+    /// Seconds after which a learned address that is silent is forgotten.
+    pub age_seconds: u32,
+}
+
+/// A virtual machine's card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Port {
+    /// Unique among ports.
+    pub name: String,
+    /// Name of its network.
+    pub network: String,
+    /// The vhost-user socket.
+    pub socket: PathBuf,
+    /// Who listens on it.
+    pub mode: Mode,
+    /// Its own address: frames to it are never flooded, and it is never learned elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "mac")]
+    pub mac: Option<Mac>,
+    /// The guest's own addresses. If there are any, the source guard holds the guest to them and to `mac`.
+    pub addresses: Vec<IpAddr>,
+    /// Queue pairs.
+    pub queues: u16,
+}
+
+/// Who listens on a port's socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// The daemon listens, the hypervisor connects.
+    Server,
+    /// The hypervisor listens, the daemon connects and keeps trying.
+    Client,
+}
+
+/// The word for a polling mode in documents.
+pub const fn polling_word(polling: Polling) -> &'static str {
+    match polling {
+        Polling::Poll => "poll",
+        Polling::Adaptive => "adaptive",
+        Polling::Interrupt => "interrupt",
+    }
+}
+
+impl Document {
+    /// The port of that name.
+    pub fn find_port(&self, name: &str) -> Option<&Port> {
+        self.port.iter().find(|port| port.name == name)
+    }
+
+    /// The network of that name.
+    pub fn find_network(&self, name: &str) -> Option<&Network> {
+        self.network.iter().find(|network| network.name == name)
+    }
+
+    /// The underlay of that name.
+    pub fn find_underlay(&self, name: &str) -> Option<&Underlay> {
+        self.underlay.iter().find(|underlay| underlay.name == name)
+    }
+
+    /// As JSON; decoding it again gives the same document.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::to_value(self).expect("a document has string keys and plain values only")
+    }
+}
+
+fn polling<S: Serializer>(value: &Polling, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(polling_word(*value))
+}
+
+fn vni<S: Serializer>(value: &Option<Vni>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.map(Vni::get).serialize(serializer)
+}
+
+fn mac<S: Serializer>(value: &Option<Mac>, serializer: S) -> Result<S::Ok, S::Error> {
+    value.map(|mac| mac.to_string()).serialize(serializer)
+}

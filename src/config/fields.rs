@@ -1,0 +1,209 @@
+//! Typed reading of one table. Asking for a key is what makes it allowed: the schema is the code that reads it.
+
+use std::collections::HashMap;
+use std::ops::RangeInclusive;
+
+use super::document::Kind;
+use super::mistake::Mistake;
+use super::tree::{Node, Value};
+
+/// Where an object stands in its document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct At {
+    pub(super) kind: Kind,
+    pub(super) index: usize,
+}
+
+/// What the decoder has found out so far: mistakes, and where each key stood.
+#[derive(Debug, Default)]
+pub(super) struct Findings {
+    pub(super) mistakes: Vec<Mistake>,
+    pub(super) warnings: Vec<Mistake>,
+    lines: HashMap<(At, Option<&'static str>), u32>,
+}
+
+impl Findings {
+    /// The line of a key, or else of its object.
+    pub(super) fn line(&self, at: At, key: Option<&'static str>) -> Option<u32> {
+        self.lines.get(&(at, key)).or_else(|| self.lines.get(&(at, None))).copied()
+    }
+}
+
+/// One table being read.
+pub(super) struct Fields<'a> {
+    pub(super) at: At,
+    /// How the object is called in messages: `port.vm1`.
+    path: String,
+    entries: &'a [(String, Node)],
+    asked: Vec<&'static str>,
+    refused: Vec<&'static str>,
+    findings: &'a mut Findings,
+}
+
+impl<'a> Fields<'a> {
+    pub(super) fn new(at: At, line: Option<u32>, entries: &'a [(String, Node)], findings: &'a mut Findings) -> Self {
+        if let Some(line) = line {
+            findings.lines.insert((at, None), line);
+        }
+        let name = entries.iter().find(|(key, _)| key == "name").map(|(_, node)| &node.value);
+        let path = match (at.kind, name) {
+            (Kind::Daemon, _) => at.kind.key().to_owned(),
+            (kind, Some(Value::Text(name))) => format!("{}.{name}", kind.key()),
+            (kind, _) => format!("{}[{}]", kind.key(), at.index),
+        };
+        Self { at, path, entries, asked: Vec::new(), refused: Vec::new(), findings }
+    }
+
+    /// Whether the key is there, right or wrong.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.entries.iter().any(|(name, _)| name == key)
+    }
+
+    /// Reports a mistake at a key.
+    pub(super) fn mistake(&mut self, key: &'static str, message: impl Into<String>) {
+        let line = self.findings.line(self.at, Some(key));
+        let path = format!("{}.{key}", self.path);
+        self.findings.mistakes.push(Mistake { path, line, message: message.into() });
+    }
+
+    fn take(&mut self, key: &'static str) -> Option<&'a Node> {
+        self.asked.push(key);
+        let (_, node) = self.entries.iter().find(|(name, _)| name == key)?;
+        if let Some(line) = node.line {
+            self.findings.lines.insert((self.at, Some(key)), line);
+        }
+        Some(node)
+    }
+
+    fn expected(&mut self, key: &'static str, expected: &str, found: &Value) {
+        self.mistake(key, format!("expected {expected}, found {}", found.kind()));
+    }
+
+    /// A string that `parse` makes something of; its error is the message.
+    pub(super) fn text<T>(&mut self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        match &self.take(key)?.value {
+            Value::Text(text) => parse(text).map_err(|message| self.mistake(key, message)).ok(),
+            other => {
+                self.expected(key, "a string", other);
+                None
+            }
+        }
+    }
+
+    /// As [`Fields::text`], but the key must be there.
+    pub(super) fn required<T>(
+        &mut self,
+        key: &'static str,
+        example: &str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<T> {
+        if !self.has(key) {
+            self.asked.push(key);
+            self.mistake(key, format!("missing: add {key} = {example}"));
+            return None;
+        }
+        self.text(key, parse)
+    }
+
+    /// An integer within `range`; `why` says where the limit comes from.
+    pub(super) fn integer(&mut self, key: &'static str, range: RangeInclusive<i64>, why: &str) -> Option<i64> {
+        match &self.take(key)?.value {
+            Value::Integer(value) if range.contains(value) => Some(*value),
+            Value::Integer(value) => {
+                let (low, high) = (range.start(), range.end());
+                self.mistake(key, format!("{value} is out of range: {low} to {high} ({why})"));
+                None
+            }
+            other => {
+                self.expected(key, "an integer", other);
+                None
+            }
+        }
+    }
+
+    /// `true` or `false`.
+    pub(super) fn boolean(&mut self, key: &'static str) -> Option<bool> {
+        match &self.take(key)?.value {
+            Value::Boolean(value) => Some(*value),
+            other => {
+                self.expected(key, "true or false", other);
+                None
+            }
+        }
+    }
+
+    /// A list of strings, each read by `parse`.
+    pub(super) fn texts<T>(&mut self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Option<Vec<T>> {
+        let Value::List(items) = &self.take(key)?.value else {
+            self.mistake(key, "expected a list of strings");
+            return None;
+        };
+        let mut values = Vec::with_capacity(items.len());
+        for item in items {
+            let parsed = match &item.value {
+                Value::Text(text) => parse(text),
+                other => Err(format!("expected a string, found {}", other.kind())),
+            };
+            match parsed {
+                Ok(value) => values.push(value),
+                Err(message) => {
+                    let path = format!("{}.{key}", self.path);
+                    self.findings.mistakes.push(Mistake { path, line: item.line, message });
+                }
+            }
+        }
+        Some(values)
+    }
+
+    /// A list of integers within `range`.
+    pub(super) fn integers(&mut self, key: &'static str, range: RangeInclusive<i64>) -> Option<Vec<i64>> {
+        let (low, high) = (*range.start(), *range.end());
+        let Value::List(items) = &self.take(key)?.value else {
+            self.mistake(key, format!("expected a list of integers, {low} to {high}"));
+            return None;
+        };
+        let mut values = Vec::with_capacity(items.len());
+        for item in items {
+            match item.value {
+                Value::Integer(value) if range.contains(&value) => values.push(value),
+                _ => self.mistake(key, format!("expected integers, {low} to {high}")),
+            }
+        }
+        Some(values)
+    }
+
+    /// One of a few words; words of `planned` are known, but not implemented yet.
+    pub(super) fn word<T: Copy>(&mut self, key: &'static str, words: &[(&str, T)], planned: &[&str]) -> Option<T> {
+        let allowed: Vec<_> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
+        let allowed = allowed.join(", ");
+        self.text(key, |text| {
+            if let Some((_, value)) = words.iter().find(|(word, _)| *word == text) {
+                Ok(*value)
+            } else if planned.contains(&text) {
+                Err(format!("{text:?} is not implemented yet; allowed: {allowed}"))
+            } else {
+                Err(format!("unknown value {text:?}; allowed: {allowed}"))
+            }
+        })
+    }
+
+    /// A key that the design has and this version does not: refused, because ignoring it would be a lie.
+    pub(super) fn refuse(&mut self, key: &'static str, why: &str) {
+        if self.take(key).is_some() {
+            self.mistake(key, format!("not implemented yet: {why}; remove it"));
+        }
+        self.asked.retain(|asked| *asked != key);
+        self.refused.push(key);
+    }
+
+    /// Reports every key that nobody asked for.
+    pub(super) fn finish(self) {
+        for (key, node) in self.entries {
+            if self.asked.contains(&key.as_str()) || self.refused.contains(&key.as_str()) {
+                continue;
+            }
+            let message = format!("unknown key {key:?}; allowed here: {}", self.asked.join(", "));
+            self.findings.mistakes.push(Mistake { path: format!("{}.{key}", self.path), line: node.line, message });
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! TOML and JSON as one tree whose nodes remember their line.
+//!
+//! Neither `serde` nor the parsers report more than the first mistake of a kind; a tree lets the decoder look at
+//! every key of every object and say everything at once.
+
+use super::mistake::Mistake;
+
+/// A value and the line it stands on.
+#[derive(Debug, Clone)]
+pub(super) struct Node {
+    pub(super) line: Option<u32>,
+    pub(super) value: Value,
+}
+
+/// The kinds of values that both notations have; what only TOML has is `Other` with its name.
+#[derive(Debug, Clone)]
+pub(super) enum Value {
+    Text(String),
+    Integer(i64),
+    Boolean(bool),
+    List(Vec<Node>),
+    Table(Vec<(String, Node)>),
+    Other(&'static str),
+}
+
+impl Value {
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Text(_) => "a string",
+            Self::Integer(_) => "an integer",
+            Self::Boolean(_) => "a boolean",
+            Self::List(_) => "a list",
+            Self::Table(_) => "a table",
+            Self::Other(kind) => kind,
+        }
+    }
+}
+
+/// Parses TOML, carrying on after syntax errors so that all of them are reported.
+pub(super) fn from_toml(text: &str) -> Result<Node, Vec<Mistake>> {
+    let (table, errors) = toml::de::DeTable::parse_recoverable(text);
+    if errors.is_empty() {
+        let entries = toml_entries(table.get_ref(), text);
+        return Ok(Node { line: Some(1), value: Value::Table(entries) });
+    }
+    Err(errors
+        .into_iter()
+        .map(|error| Mistake {
+            path: String::new(),
+            line: error.span().map(|span| line_of(text, span.start)),
+            message: format!("not valid TOML: {}", error.message().replace('\n', ": ")),
+        })
+        .collect())
+}
+
+/// Takes JSON over. `null` is the same as an absent key.
+pub(super) fn from_json(value: &serde_json::Value) -> Node {
+    use serde_json::Value as Json;
+    let value = match value {
+        Json::String(text) => Value::Text(text.clone()),
+        Json::Bool(value) => Value::Boolean(*value),
+        Json::Number(number) => number.as_i64().map_or(Value::Other("a number that is no integer"), Value::Integer),
+        Json::Array(items) => Value::List(items.iter().map(from_json).collect()),
+        Json::Object(entries) => Value::Table(
+            entries
+                .iter()
+                .filter(|(_, value)| !value.is_null())
+                .map(|(key, value)| (key.clone(), from_json(value)))
+                .collect(),
+        ),
+        Json::Null => Value::Other("null"),
+    };
+    Node { line: None, value }
+}
+
+fn toml_entries(table: &toml::de::DeTable<'_>, text: &str) -> Vec<(String, Node)> {
+    let mut entries: Vec<_> = table
+        .iter()
+        .map(|(key, value)| {
+            let mut node = toml_node(value, text);
+            // A key's value may be a table that was opened elsewhere; the key itself is where people look.
+            node.line = Some(line_of(text, key.span().start));
+            (key.get_ref().to_string(), node)
+        })
+        .collect();
+    entries.sort_by_key(|(_, node)| node.line);
+    entries
+}
+
+fn toml_node(value: &toml::Spanned<toml::de::DeValue<'_>>, text: &str) -> Node {
+    use toml::de::DeValue;
+    let line = Some(line_of(text, value.span().start));
+    let value = match value.get_ref() {
+        DeValue::String(text) => Value::Text(text.to_string()),
+        DeValue::Integer(integer) => i64::from_str_radix(integer.as_str(), integer.radix())
+            .map_or(Value::Other("an integer over 64 bits"), Value::Integer),
+        DeValue::Boolean(value) => Value::Boolean(*value),
+        DeValue::Array(items) => Value::List(items.iter().map(|item| toml_node(item, text)).collect()),
+        DeValue::Table(table) => Value::Table(toml_entries(table, text)),
+        DeValue::Float(_) => Value::Other("a fraction"),
+        DeValue::Datetime(_) => Value::Other("a date"),
+    };
+    Node { line, value }
+}
+
+fn line_of(text: &str, offset: usize) -> u32 {
+    let newlines = text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count();
+    u32::try_from(newlines).unwrap_or(u32::MAX - 1) + 1
+}

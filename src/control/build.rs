@@ -1,0 +1,104 @@
+//! From desired state and live objects to what workers and readers get.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use dreamwire_datapath::snapshot::{Network, Port, Snapshot, Tunnel};
+use dreamwire_policy::SourceGuard;
+
+use super::core::Control;
+use super::inventory::{Inventory, NetworkEntry, PortEntry, UnderlayEntry};
+use super::totals::Counted;
+use crate::config;
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+impl Control {
+    /// The snapshot of the current document and generation. Every object of the document is live by now.
+    pub(super) fn build_snapshot(&self) -> Snapshot {
+        let mut snapshot = Snapshot { generation: self.generation, ..Snapshot::default() };
+        for network in &self.document.network {
+            let live = &self.networks[&network.name];
+            if let Some((underlay, vni)) = live.wire {
+                snapshot.by_vni.insert((underlay, vni), live.id);
+            }
+            put(&mut snapshot.networks, live.id.0, self.build_network(network));
+        }
+        for port in &self.document.port {
+            let live = &self.ports[&port.name];
+            let network = self.networks[&port.network].id;
+            let built = Port {
+                name: port.name.as_str().into(),
+                network,
+                mac: port.mac,
+                guard: source_guard(port),
+                queue_pairs: port.queues,
+                counters: Arc::clone(&live.counters),
+            };
+            put(&mut snapshot.ports, live.id.0, built);
+            let segment = snapshot.networks[usize::from(network.0)].as_mut().expect("every network was put above");
+            segment.ports.push(live.id);
+            if let Some(mac) = port.mac {
+                segment.static_macs.insert(mac, live.id);
+            }
+        }
+        snapshot
+    }
+
+    fn build_network(&self, network: &config::Network) -> Network {
+        let live = &self.networks[&network.name];
+        let remotes: Vec<IpAddr> = network.remotes.clone();
+        Network {
+            name: network.name.as_str().into(),
+            mtu: network.mtu,
+            ports: Vec::new(),
+            static_macs: Default::default(),
+            learning: network.learning,
+            age_ns: u64::from(network.age_seconds) * SECOND_NS,
+            tunnel: live.wire.map(|(underlay, vni)| Tunnel { vni, underlay, remotes }),
+            counters: Arc::clone(&live.counters),
+        }
+    }
+
+    /// The inventory of the current document.
+    pub(super) fn build_inventory(&self, retiring: Vec<Counted>) -> Inventory {
+        let ports = self.document.port.iter().map(|port| {
+            let live = &self.ports[&port.name];
+            let (counters, session) = (Arc::clone(&live.counters), Arc::clone(&live.session));
+            PortEntry { port: port.clone(), id: live.id, counters, session }
+        });
+        let networks = self.document.network.iter().map(|network| {
+            let live = &self.networks[&network.name];
+            NetworkEntry { network: network.clone(), id: live.id, counters: Arc::clone(&live.counters) }
+        });
+        let underlays = self.document.underlay.iter().map(|underlay| {
+            let live = &self.underlays[&underlay.name];
+            UnderlayEntry { underlay: underlay.clone(), id: live.id, counters: Arc::clone(&live.counters) }
+        });
+        Inventory {
+            generation: self.generation,
+            document: Arc::clone(&self.document),
+            started: self.started,
+            worker: Arc::clone(&self.worker),
+            ports: ports.collect(),
+            networks: networks.collect(),
+            underlays: underlays.collect(),
+            retiring,
+            retired: self.retired,
+        }
+    }
+}
+
+/// A port with addresses is held to them; one without may claim anything.
+fn source_guard(port: &config::Port) -> Option<SourceGuard> {
+    let mac = port.mac.filter(|_| !port.addresses.is_empty())?;
+    Some(SourceGuard::new(mac.0, port.addresses.iter().copied()))
+}
+
+fn put<T>(table: &mut Vec<Option<T>>, index: u16, value: T) {
+    let index = usize::from(index);
+    if table.len() <= index {
+        table.resize_with(index + 1, || None);
+    }
+    table[index] = Some(value);
+}

@@ -1,0 +1,85 @@
+//! What is known of a port's session with its hypervisor, for `show port`, statistics and the log.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use dreamwire_vhost::owner::SessionEvent;
+
+/// Warnings kept per port; the oldest go first. A front-end can cause them at will.
+const WARNINGS_MAX: usize = 8;
+
+/// Shared by the endpoint's thread, which writes it, and the API, which reads it.
+#[derive(Debug)]
+pub struct Session {
+    port: String,
+    state: Mutex<SessionState>,
+}
+
+/// The state as of now.
+#[derive(Debug, Clone, Default)]
+pub struct SessionState {
+    /// Whether a front-end is connected.
+    pub connected: bool,
+    /// Since when it is connected, or is not.
+    pub since: Option<SystemTime>,
+    /// Connections so far.
+    pub connections: u64,
+    /// Virtio feature bits that the front-end has accepted.
+    pub features: Option<u64>,
+    /// Why the last session ended.
+    pub last_end: Option<String>,
+    /// The last few things that work, but hardly as meant.
+    pub warnings: Vec<String>,
+}
+
+impl Session {
+    /// Of the port `name`, not connected.
+    pub fn new(name: &str) -> Self {
+        Self { port: name.to_owned(), state: Mutex::default() }
+    }
+
+    /// A copy of the state.
+    pub fn state(&self) -> SessionState {
+        self.lock().clone()
+    }
+
+    /// Takes an event from the endpoint; logs it. The endpoint limits their rate.
+    pub fn event(&self, event: SessionEvent) {
+        let port = &*self.port;
+        let mut state = self.lock();
+        match event {
+            SessionEvent::Connected => {
+                tracing::info!(port, "front-end connected");
+                state.connected = true;
+                state.since = Some(SystemTime::now());
+                state.connections += 1;
+                state.features = None;
+                state.warnings.clear();
+            }
+            SessionEvent::Negotiated { features } => {
+                tracing::info!(port, features = format_args!("{features:#x}"), "features negotiated");
+                state.features = Some(features);
+            }
+            SessionEvent::Disconnected { reason } => {
+                tracing::info!(port, reason, "front-end disconnected");
+                state.connected = false;
+                state.since = Some(SystemTime::now());
+                state.features = None;
+                state.last_end = Some(reason);
+            }
+            SessionEvent::Warning(warning) => {
+                tracing::warn!(port, "{warning}");
+                state.warnings.retain(|earlier| *earlier != warning);
+                if state.warnings.len() == WARNINGS_MAX {
+                    state.warnings.remove(0);
+                }
+                state.warnings.push(warning);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, SessionState> {
+        // Plain data: whatever a panicking holder left is a state that can be shown.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,72 @@
+//! The sum over everything that was ever served, so that `received + copied = sent + dropped` holds across changes.
+
+use std::ops::AddAssign;
+use std::sync::Arc;
+
+use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
+use serde::Serialize;
+
+/// Frames by their fate, as `dreamwire_datapath::counters` defines it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Totals {
+    /// Taken from guests and tunnels, and outer packets that turned out to be none.
+    pub received: u64,
+    /// Additional frames made by flooding.
+    pub copied: u64,
+    /// Put into guests' rings and tunnels.
+    pub sent: u64,
+    /// Ended for a reason.
+    pub dropped: u64,
+}
+
+impl Totals {
+    /// `received + copied - sent - dropped`: zero when nothing is under way; frames in flight otherwise.
+    pub fn difference(self) -> i64 {
+        let gained = self.received.wrapping_add(self.copied);
+        let ended = self.sent.wrapping_add(self.dropped);
+        gained.wrapping_sub(ended) as i64
+    }
+}
+
+impl AddAssign for Totals {
+    fn add_assign(&mut self, other: Self) {
+        self.received += other.received;
+        self.copied += other.copied;
+        self.sent += other.sent;
+        self.dropped += other.dropped;
+    }
+}
+
+/// Counters of one object, whatever its kind.
+#[derive(Debug, Clone)]
+pub enum Counted {
+    /// A port's.
+    Port(Arc<PortCounters>),
+    /// A network's.
+    Network(Arc<NetworkCounters>),
+    /// An underlay's.
+    Underlay(Arc<UnderlayCounters>),
+}
+
+impl Counted {
+    /// What the object contributes.
+    pub fn totals(&self) -> Totals {
+        // What ends is read before what begins: a frame counted between the two reads makes the difference
+        // positive (in flight), never negative.
+        match self {
+            Self::Port(counters) => {
+                let (dropped, sent) = (counters.drops.total(), counters.tx().0);
+                Totals { dropped, sent, received: counters.rx().0, copied: 0 }
+            }
+            Self::Network(counters) => {
+                let (dropped, sent) = (counters.drops.total(), counters.tunnel_tx.frames.get());
+                let copied = counters.flood_copies.get();
+                Totals { dropped, sent, copied, received: counters.tunnel_rx.frames.get() }
+            }
+            Self::Underlay(counters) => {
+                let dropped = counters.drops.total();
+                Totals { dropped, received: counters.rx_unclaimed.get(), ..Totals::default() }
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! A port's endpoint: where the daemon's control side meets the vhost crate. Everything that knows about
+//! `dreamwire_vhost::keeper` is in this file.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dreamwire_datapath::snapshot::PortId;
+use dreamwire_datapath::worker::WorkerHandle;
+use dreamwire_vhost::keeper::{Endpoint, EndpointConfig, SocketMode};
+use dreamwire_vhost::owner::{RingOwner, SessionEvent};
+use dreamwire_vhost::ring::Ring;
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
+use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::config::Mode;
+use crate::control::session::Session;
+
+/// What an endpoint is started with. Another value means another endpoint: the front-end has to reconnect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointSpec {
+    /// The port's name.
+    pub name: String,
+    /// The vhost-user socket.
+    pub socket: PathBuf,
+    /// Who listens.
+    pub mode: Mode,
+    /// Queue pairs.
+    pub queue_pairs: u16,
+    /// The network's MTU, bytes.
+    pub mtu: u16,
+}
+
+/// A started endpoint. Dropping it without [`PortEndpoint::stop`] stops it as well, without an order of things.
+#[derive(Debug)]
+pub struct PortEndpoint {
+    endpoint: Endpoint,
+}
+
+impl PortEndpoint {
+    /// Listens, or begins to connect. The error is a sentence that names the socket and what to do.
+    pub fn start(
+        spec: &EndpointSpec,
+        port: PortId,
+        worker: &Arc<WorkerHandle>,
+        session: &Arc<Session>,
+        run_dir: &Path,
+    ) -> Result<Self, String> {
+        let config = EndpointConfig {
+            name: spec.name.clone(),
+            socket: spec.socket.clone(),
+            mode: match spec.mode {
+                Mode::Server => SocketMode::Server,
+                Mode::Client => SocketMode::Client,
+            },
+            queue_pairs: spec.queue_pairs,
+            mtu: spec.mtu,
+            features: FEATURES_OFFERED,
+            private_dir: run_dir.join("private"),
+        };
+        let owner = PortOwner { port, worker: Arc::clone(worker), session: Arc::clone(session) };
+        let endpoint = Endpoint::start(config, Arc::new(owner)).map_err(|error| error.to_string())?;
+        Ok(Self { endpoint })
+    }
+
+    /// Ends the session and unlinks the socket; returns when every ring was taken back from the worker.
+    pub fn stop(self) {
+        self.endpoint.stop();
+    }
+}
+
+/// What a card offers: VIRTIO 1.2 §5.1.3 and §6. QEMU adds what it serves itself (MAC, STATUS, CTRL_VQ). IN_ORDER holds by
+/// construction, and lets front-ends resume a ring from its used index after a restart of ours.
+const FEATURES_OFFERED: u64 = (1 << VIRTIO_NET_F_MTU)
+    | (1 << VIRTIO_NET_F_MRG_RXBUF)
+    | (1 << VIRTIO_NET_F_MQ)
+    | (1 << VIRTIO_F_ANY_LAYOUT)
+    | (1 << VIRTIO_RING_F_INDIRECT_DESC)
+    | (1 << VIRTIO_RING_F_EVENT_IDX)
+    | (1 << VIRTIO_F_VERSION_1)
+    | (1 << VIRTIO_F_IN_ORDER);
+
+/// Passes a session's rings to the worker that serves the port, and what happens to it to whoever watches.
+#[derive(Debug)]
+struct PortOwner {
+    port: PortId,
+    worker: Arc<WorkerHandle>,
+    session: Arc<Session>,
+}
+
+impl RingOwner for PortOwner {
+    fn attach(&self, queue: u16, ring: Ring) {
+        self.worker.attach(self.port, queue, ring);
+    }
+
+    fn detach(&self, queue: u16) -> Option<Ring> {
+        self.worker.detach(self.port, queue)
+    }
+
+    fn event(&self, event: SessionEvent) {
+        self.session.event(event);
+    }
+}

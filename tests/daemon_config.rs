@@ -1,0 +1,244 @@
+//! The configuration: every mistake is reported at once, with its line and what to do.
+#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+
+use std::path::Path;
+
+use dreamwire::config::diff::between;
+use dreamwire::config::{Accepted, Context, Mistake, from_json, from_json_text, from_toml};
+
+const GOOD: &str = r#"
+[daemon]
+run_dir = "/run/dreamwire"
+workers = [1]
+polling = "interrupt"
+
+[[underlay]]
+name = "fabric"
+address = "192.0.2.1"
+mtu = 1600
+
+[[network]]
+name = "blue"
+vni = 100
+underlay = "fabric"
+remotes = ["192.0.2.2"]
+
+[[port]]
+name = "vm1"
+network = "blue"
+mac = "52:54:00:00:00:01"
+"#;
+
+fn accept(text: &str) -> Accepted {
+    from_toml(text, Context::default()).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"))
+}
+
+fn mistakes(text: &str) -> Vec<Mistake> {
+    from_toml(text, Context::default()).expect_err("a mistake should have been found")
+}
+
+/// Each line of the text that ends in a comment `#! words` must get a mistake there with those words, and no line else.
+fn expect_marked(text: &str) {
+    let found = mistakes(text);
+    let mut unexplained = found.clone();
+    for (index, line) in text.lines().enumerate() {
+        for words in line.split("#!").skip(1).map(str::trim) {
+            let number = u32::try_from(index + 1).unwrap();
+            let place = unexplained
+                .iter()
+                .position(|mistake| mistake.line == Some(number) && mistake.to_string().contains(words))
+                .unwrap_or_else(|| panic!("line {number} has no mistake with {words:?} in {found:#?}"));
+            unexplained.remove(place);
+        }
+    }
+    assert!(unexplained.is_empty(), "not expected: {unexplained:#?}\nin {text}");
+}
+
+#[test]
+fn a_good_document_is_accepted_and_survives_json() {
+    let accepted = accept(GOOD);
+    assert_eq!(accepted.warnings, []);
+    let port = accepted.document.find_port("vm1").unwrap();
+    assert_eq!(port.socket, Path::new("/run/dreamwire/vm1.sock"));
+    assert_eq!((port.queues, accepted.document.network[0].age_seconds), (1, 300));
+    let again = from_json(&accepted.document.to_json(), Context::default()).unwrap();
+    assert_eq!(again.document, accepted.document);
+}
+
+#[test]
+fn every_mistake_of_a_value_is_reported_at_its_line() {
+    expect_marked(
+        r#"
+colour = 1                       #! unknown key "colour"; allowed here: daemon, underlay, network, port
+[daemon]
+run_dir = "run"                  #! not an absolute path
+workers = [1, 2]                 #! not implemented yet: 2 workers
+polling = "sometimes"            #! unknown value "sometimes"; allowed: "poll", "adaptive", "interrupt"
+[[underlay]]                     #! underlay[0].address: missing: add address = "192.0.2.1" #! underlay[0].name: missing
+driver = "af_xdp"                #! "af_xdp" is not implemented yet; allowed: "socket"
+device = "much-too-long-a-name"  #! not a network device's name
+mtu = 67                         #! 67 is out of range: 68 to 65535
+[[underlay]]
+name = "six"
+address = "2001:db8::1/64"       #! not an IP address
+port = 0                         #! out of range: 1 to 65535
+[[network]]
+name = "blue green"              #! not a name: 1 to 64
+vni = 16777216                   #! 16777216 is out of range: 0 to 16777215 (RFC 7348
+underlay = "fabrik"              #! no underlay is called "fabrik" (there are: six)
+encapsulation = "geneve"         #! "geneve" is not implemented yet
+learning = "yes"                 #! expected true or false, found a string
+age_seconds = 0                  #! out of range
+[[network]]
+name = "local"
+remotes = ["224.0.0.1"]          #! 224.0.0.1 is no host's address
+[[network]]
+name = "half"
+vni = 7                          #! a network with a vni needs an underlay
+mtu = 1500.5                     #! expected an integer, found a fraction
+[[port]]
+name = "vm1"
+network = "bleu"                 #! no network is called "bleu"
+mac = "01:00:5e:00:00:01"        #! is a multicast address
+queues = 17                      #! 17 is out of range: 1 to 16 (queue pairs)
+mode = "listen"                  #! allowed: "server", "client"
+colour = "red"                   #! port.vm1.colour: unknown key "colour"; allowed here: name, network, socket, mode, mac, addresses, queues
+[[port]]
+name = "vm2"
+network = "local"
+mac = "52:54:00:12:34"           #! is not a MAC address
+"#,
+    );
+}
+
+#[test]
+fn policy_is_refused_rather_than_ignored() {
+    expect_marked(
+        r#"
+[[network]]
+name = "default"
+[[port]]
+name = "vm1"
+addresses = ["10.0.0.1"]   #! the source guard needs the card's address too
+groups = ["web"]           #! not implemented yet: policy is not enforced
+[[group]]                  #! not implemented yet: policy would not be enforced
+name = "web"
+[[rule]]                   #! not implemented yet: policy would not be enforced
+group = "web"
+"#,
+    );
+}
+
+#[test]
+fn objects_that_clash_are_reported_with_the_line_of_the_first() {
+    expect_marked(
+        r#"
+[[underlay]]
+name = "fabric"
+address = "192.0.2.1"
+mtu = 1600
+[[underlay]]
+name = "fabric"                  #! the name "fabric" is taken (line 3)
+address = "192.0.2.1"            #! 192.0.2.1 port 4789 is another underlay's (line 4)
+[[network]]
+name = "blue"
+vni = 100
+underlay = "fabric"
+remotes = ["192.0.2.1", "2001:db8::2", "192.0.2.3", "192.0.2.3"] #! this host's own #! another address family #! listed twice
+[[network]]
+name = "blue"                    #! the name "blue" is taken (line 10)
+[[network]]
+name = "red"
+vni = 100                        #! vni 100 on underlay "fabric" is another network's (line 11)
+underlay = "fabric"
+[[port]]
+name = "vm1"
+network = "blue"
+mac = "52:54:00:00:00:01"
+socket = "/tmp/x.sock"
+[[port]]
+name = "vm1"                     #! the name "vm1" is taken (line 21)
+network = "blue"
+mac = "52:54:00:00:00:01"        #! another port's in network "blue" (line 23)
+socket = "/tmp//x.sock"          #! another port's socket (line 24)
+[[port]]                         #! /run/dreamwire/api.sock is the daemon's own
+name = "api"
+network = "red"
+mac = "52:54:00:00:00:01"
+"#,
+    );
+}
+
+#[test]
+fn paths_and_lists_have_limits() {
+    let long = "x".repeat(108);
+    let found = mistakes(&format!("[[network]]\nname='default'\n[[port]]\nname='a'\nsocket='/{long}'\n"));
+    assert!(found[0].to_string().starts_with("line 5: port.a.socket: 109 bytes long"), "{found:#?}");
+    let ports: String = (0..=1024).map(|n| format!("[[port]]\nname='p{n}'\n")).collect();
+    let found = mistakes(&format!("[[network]]\nname='default'\n{ports}"));
+    assert_eq!(found[0].to_string(), "line 2051: port: 1025 objects; one daemon serves 1024 at most");
+    let remotes: Vec<_> = (0..257).map(|n| format!("'10.0.{}.{}'", n / 250, n % 250 + 1)).collect();
+    let network = format!("[[network]]\nname='n'\nvni=1\nunderlay='u'\nremotes=[{}]\n", remotes.join(","));
+    let found = mistakes(&format!("[[underlay]]\nname='u'\naddress='192.0.2.1'\nmtu=1600\n{network}"));
+    assert_eq!(found[0].to_string(), "line 9: network.n.remotes: 257 remotes; one network has 256 at most");
+}
+
+#[test]
+fn a_wire_too_narrow_for_its_tunnel_is_a_warning() {
+    for (address, lower, raise) in [("192.0.2.1", 1450, 1550), ("2001:db8::1", 1430, 1570)] {
+        let text = format!("[[underlay]]\nname='u'\naddress='{address}'\n[[network]]\nname='n'\nvni=1\nunderlay='u'\n");
+        let warnings = accept(&text).warnings;
+        assert_eq!(warnings.len(), 1);
+        let said = warnings[0].to_string();
+        assert!(said.starts_with("line 4: network.n.mtu: mtu 1500"), "{said}");
+        assert!(said.contains(&format!("lower it to {lower} or raise the underlay's to {raise}")), "{said}");
+    }
+}
+
+#[test]
+fn syntax_errors_have_their_lines() {
+    let found = mistakes("[[port]]\nname = \n[[network]\nname = 'a'\nname = 'b'\n");
+    let lines: Vec<_> = found.iter().map(|mistake| mistake.line).collect();
+    assert!(lines.contains(&Some(2)) && lines.contains(&Some(3)), "{found:#?}");
+    let found = from_json_text("{\n\"port\": [,]\n}", Context::default()).unwrap_err();
+    assert_eq!(found[0].line, Some(2), "{found:#?}");
+    let found = from_json_text("[]", Context::default()).unwrap_err();
+    assert_eq!(found[0].message, "expected an object, found a list");
+}
+
+#[test]
+fn a_running_daemon_keeps_what_is_fixed_at_start() {
+    let running = accept(GOOD).document.daemon;
+    let context = Context { run_dir: None, running: Some(&running) };
+    let text = "[daemon]\nrun_dir='/elsewhere'\nworkers=[0]\npolling='poll'\n";
+    let found = from_toml(text, context).unwrap_err();
+    let lines: Vec<_> = found.iter().map(|mistake| mistake.line).collect();
+    assert_eq!(lines, [Some(2), Some(3), Some(4)], "{found:#?}");
+    assert!(found.iter().all(|mistake| mistake.message.contains("restart the daemon to change it")), "{found:#?}");
+    assert_eq!(from_toml("", context).unwrap().document.daemon, running);
+}
+
+#[test]
+fn differences_name_the_object_and_the_key() {
+    let old = accept(GOOD).document;
+    let new = accept(&GOOD.replace("192.0.2.2", "192.0.2.3").replace("vm1", "vm2").replace("vni = 100", "vni = 7"));
+    let said: Vec<_> = between(&old, &new.document).iter().map(ToString::to_string).collect();
+    assert_eq!(
+        said,
+        [
+            "~ network blue remotes: [\"192.0.2.2\"] → [\"192.0.2.3\"]",
+            "~ network blue vni: 100 → 7",
+            "- port vm1",
+            "+ port vm2"
+        ]
+    );
+    assert_eq!(between(&old, &old), []);
+}
+
+#[test]
+fn the_example_is_accepted_without_a_warning() {
+    let example = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/dreamwire.example.toml"));
+    let accepted = accept(&example.unwrap());
+    assert_eq!(accepted.warnings, []);
+    assert_eq!((accepted.document.network.len(), accepted.document.port.len()), (2, 3));
+}
