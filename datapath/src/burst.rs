@@ -6,6 +6,7 @@ use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
 
 use crate::drop_reason::DropReason;
+use crate::offload::Offload;
 use crate::snapshot::{NetworkId, PortId};
 
 /// Where a frame goes. Set to its final value by the switch stage at the latest.
@@ -39,6 +40,8 @@ pub struct Burst {
     pub(crate) networks: [NetworkId; BURST],
     pub(crate) origins: [Origin; BURST],
     pub(crate) flow_hashes: [u32; BURST],
+    /// What the sender left undone.
+    pub(crate) offloads: [Offload; BURST],
     pub(crate) next_hops: [NextHop; BURST],
     /// For frames from an underlay: the datagram that the frame is in.
     pub(crate) datagrams: [u8; BURST],
@@ -52,6 +55,7 @@ impl Default for Burst {
             networks: [NetworkId(0); BURST],
             origins: [Origin::Port(PortId(0)); BURST],
             flow_hashes: [0; BURST],
+            offloads: [Offload::NONE; BURST],
             next_hops: [NextHop::Undecided; BURST],
             datagrams: [0; BURST],
             length: 0,

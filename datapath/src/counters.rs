@@ -2,7 +2,7 @@
 //!
 //! Frames are conserved. Over everything that a worker serves:
 //! `received + copied = sent + dropped`, where *received* counts frames taken from guests and tunnels (and outer
-//! packets that turned out to be none), *copied* the additional frames that flooding made, *sent* the frames put
+//! packets that turned out to be none), *copied* the additional frames that flooding and cutting made, *sent* the frames put
 //! into guests' rings and tunnels, and *dropped* the sum over all [`DropReason`]s.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -122,6 +122,8 @@ pub struct NetworkCounters {
     pub tunnel_tx: Traffic,
     /// Additional frames made by flooding: destinations less one.
     pub flood_copies: Counter,
+    /// Additional frames made by cutting large ones for receivers that cannot: pieces less one.
+    pub cut_copies: Counter,
     /// Addresses that could not be learned: table or quota full.
     pub learn_refused: Counter,
     /// Drops of frames that came out of the tunnel, or that the underlay did not take.

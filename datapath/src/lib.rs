@@ -1,11 +1,14 @@
 //! Frames, tables, stages, tunnels, underlays and the worker loop.
 
 pub mod burst;
+mod checksum;
 mod claim;
 pub mod counters;
 pub mod drop_reason;
 pub mod fdb;
 pub mod mac;
+mod offload;
+mod pieces;
 pub mod snapshot;
 mod stage;
 pub mod underlay;

@@ -11,7 +11,7 @@ use serde::Serialize;
 pub struct Totals {
     /// Taken from guests and tunnels, and outer packets that turned out to be none.
     pub received: u64,
-    /// Additional frames made by flooding.
+    /// Additional frames made by flooding, and by cutting large ones.
     pub copied: u64,
     /// Put into guests' rings and tunnels.
     pub sent: u64,
@@ -60,7 +60,7 @@ impl Counted {
             }
             Self::Network(counters) => {
                 let (dropped, sent) = (counters.drops.total(), counters.tunnel_tx.frames.get());
-                let copied = counters.flood_copies.get();
+                let copied = counters.flood_copies.get() + counters.cut_copies.get();
                 Totals { dropped, sent, copied, received: counters.tunnel_rx.frames.get() }
             }
             Self::Underlay(counters) => {

@@ -6,6 +6,7 @@ use super::parse::ETHERNET_BYTES;
 use crate::burst::{Burst, NextHop, Origin};
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
+use crate::offload::Offload;
 use crate::snapshot::{Snapshot, UnderlayId};
 use crate::underlay::SocketRx;
 use crate::vxlan;
@@ -51,6 +52,7 @@ pub(crate) fn decap(
         frame.fault = None;
         burst.networks[index] = network_id;
         burst.origins[index] = Origin::Vtep(vtep);
+        burst.offloads[index] = Offload::NONE;
         burst.datagrams[index] = slot as u8;
         burst.next_hops[index] = if !known {
             NextHop::Drop(DropReason::UnknownVtep)

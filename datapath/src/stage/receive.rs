@@ -5,6 +5,7 @@ use dreamwire_vhost::ring::{Ring, RingFault};
 use super::parse::ETHERNET_BYTES;
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
+use crate::offload::Offload;
 use crate::snapshot::{Network, Port, PortId};
 
 /// Bytes of two VLAN tags, which a frame may have beyond the network's MTU, as on any Ethernet that carries QinQ.
@@ -36,13 +37,18 @@ pub(crate) fn receive(
             NextHop::Drop(DropReason::SenderDisabled)
         } else if frame.frame_bytes < ETHERNET_BYTES as u32 {
             NextHop::Drop(DropReason::TooShort)
-        } else if frame.frame_bytes > frame_bytes_max {
-            NextHop::Drop(DropReason::TooLong)
-        } else if frame.net.flags != 0 || frame.net.gso_type != 0 {
-            // No offload is offered, so none may be asked for (VIRTIO 1.2 §5.1.6.2.1).
-            NextHop::Drop(DropReason::BadOffload)
         } else {
-            NextHop::Undecided
+            match Offload::read(frame, ring.features()) {
+                Err(_) => NextHop::Drop(DropReason::BadOffload),
+                // Of a large frame it is the pieces that have to fit.
+                Ok(offload) if offload.largest_piece_bytes(frame.frame_bytes) > frame_bytes_max => {
+                    NextHop::Drop(DropReason::TooLong)
+                }
+                Ok(offload) => {
+                    burst.offloads[index] = offload;
+                    NextHop::Undecided
+                }
+            }
         };
     }
     port.counters.rings[usize::from(queue)].traffic.add(burst.length as u64, bytes);

@@ -1,6 +1,6 @@
 //! The transmit stage: every frame of a burst is written once to each place it goes, or counted as dropped.
 
-use dreamwire_vhost::frame::{NetHeader, RawFrame};
+use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::Ring;
 
@@ -8,7 +8,7 @@ use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
 use crate::snapshot::{Network, Snapshot};
 use crate::underlay::SocketRx;
-use crate::worker::outlets::Outlets;
+use crate::worker::outlets::{Outgoing, Outlets};
 
 /// Who keeps the bytes behind a burst's header copies.
 #[derive(Clone, Copy)]
@@ -36,34 +36,29 @@ impl<'a> Tails<'a> {
 #[inline]
 pub(crate) fn transmit(burst: &Burst, tails: Tails<'_>, snapshot: &Snapshot, outlets: &mut Outlets) {
     for index in 0..burst.length {
-        let frame = &burst.frames[index];
-        let network_id = burst.networks[index];
-        let hash = burst.flow_hashes[index];
-        let origin = burst.origins[index];
-        let payload = || tails.payload(frame, burst.datagrams[index]);
-        match burst.next_hops[index] {
-            NextHop::Port(port) => {
-                outlets.send_to_port(
-                    snapshot,
-                    network_id,
-                    port,
-                    hash,
-                    NetHeader::default(),
-                    frame.headers(),
-                    payload(),
-                );
+        let frame = || {
+            let frame = &burst.frames[index];
+            Outgoing {
+                network: burst.networks[index],
+                flow_hash: burst.flow_hashes[index],
+                offload: burst.offloads[index],
+                header: frame.headers(),
+                payload: tails.payload(frame, burst.datagrams[index]),
             }
-            NextHop::Vtep(vtep) => outlets.send_to_vtep(snapshot, network_id, vtep, hash, frame.headers(), payload()),
+        };
+        match burst.next_hops[index] {
+            NextHop::Port(port) => outlets.send_to_port(snapshot, port, frame()),
+            NextHop::Vtep(vtep) => outlets.send_to_vtep(snapshot, vtep, frame()),
             NextHop::Flood => {
-                let Some(network) = snapshot.network(network_id) else { continue };
-                let (header, payload) = (frame.headers(), payload());
+                let (frame, origin) = (frame(), burst.origins[index]);
+                let Some(network) = snapshot.network(frame.network) else { continue };
                 let mut copies = 0;
                 for &port in network.ports.iter().filter(|&&port| origin != Origin::Port(port)) {
-                    outlets.send_to_port(snapshot, network_id, port, hash, NetHeader::default(), header, payload);
+                    outlets.send_to_port(snapshot, port, frame);
                     copies += 1;
                 }
                 for &vtep in flood_list(network, origin) {
-                    outlets.send_to_vtep(snapshot, network_id, vtep, hash, header, payload);
+                    outlets.send_to_vtep(snapshot, vtep, frame);
                     copies += 1;
                 }
                 match copies {

@@ -9,6 +9,8 @@ use dreamwire_vhost::ring::{Ring, SendError};
 
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
+use crate::offload::Offload;
+use crate::pieces::Pieces;
 use crate::snapshot::{NetworkId, PORTS_MAX, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
 use crate::underlay::SocketTx;
 
@@ -24,6 +26,8 @@ struct Sinks {
 #[derive(Debug)]
 struct Sink {
     ring: Ring,
+    /// What its guest can do: negotiated virtio feature bits.
+    features: u64,
     /// Something was sent since the last flush.
     touched: bool,
 }
@@ -32,6 +36,21 @@ struct Sink {
 struct Uplink {
     tx: SocketTx,
     counters: Arc<UnderlayCounters>,
+}
+
+/// A frame on its way out.
+#[derive(Clone, Copy)]
+pub(crate) struct Outgoing<'a> {
+    /// The network that it is in.
+    pub(crate) network: NetworkId,
+    /// Chooses queue and outer source port.
+    pub(crate) flow_hash: u32,
+    /// What its sender left undone.
+    pub(crate) offload: Offload,
+    /// The private copy of its first bytes.
+    pub(crate) header: &'a [u8],
+    /// The rest.
+    pub(crate) payload: Payload<'a>,
 }
 
 /// See the module's text.
@@ -43,6 +62,7 @@ pub(crate) struct Outlets {
     touched: Vec<(PortId, u16)>,
     /// By underlay.
     uplinks: Vec<Option<Uplink>>,
+    pieces: Pieces,
 }
 
 impl Default for Outlets {
@@ -51,6 +71,7 @@ impl Default for Outlets {
             sinks: (0..PORTS_MAX).map(|_| Sinks::default()).collect(),
             touched: Vec::with_capacity(PORTS_MAX),
             uplinks: (0..UNDERLAYS_MAX).map(|_| None).collect(),
+            pieces: Pieces::default(),
         }
     }
 }
@@ -63,7 +84,7 @@ impl Outlets {
         if sinks.rings.len() <= pair {
             sinks.rings.resize_with(pair + 1, || None);
         }
-        sinks.rings[pair] = Some(Sink { ring, touched: false });
+        sinks.rings[pair] = Some(Sink { features: ring.features(), ring, touched: false });
         sinks.list_enabled();
         // A place for each ring, so that sending never allocates.
         let rings: usize = self.sinks.iter().map(|sinks| sinks.rings.len()).sum();
@@ -99,27 +120,15 @@ impl Outlets {
         self.uplinks[usize::from(id.0)] = None;
     }
 
-    /// Sends one frame to a port, or counts at that port why not.
+    /// Sends one frame to a port, or counts at that port why not. What the receiver cannot do itself is done first.
     #[inline]
-    #[expect(clippy::too_many_arguments, reason = "a frame is its network, hash, net header, header copy and payload")]
-    pub(crate) fn send_to_port(
-        &mut self,
-        snapshot: &Snapshot,
-        network: NetworkId,
-        id: PortId,
-        flow_hash: u32,
-        net: NetHeader,
-        header: &[u8],
-        payload: Payload<'_>,
-    ) {
+    pub(crate) fn send_to_port(&mut self, snapshot: &Snapshot, id: PortId, frame: Outgoing<'_>) {
+        let Some(network) = snapshot.network(frame.network) else { return };
         let Some(port) = snapshot.port(id) else {
-            if let Some(network) = snapshot.network(network) {
-                network.counters.drops.add(DropReason::Removed, 1);
-            }
+            network.counters.drops.add(DropReason::Removed, 1);
             return;
         };
-        let sinks = &mut self.sinks[usize::from(id.0)];
-        let Some((pair, sink)) = sinks.choose(flow_hash) else {
+        let Some((pair, sink)) = self.sinks[usize::from(id.0)].choose(frame.flow_hash) else {
             port.counters.drops.add(DropReason::PortDown, 1);
             return;
         };
@@ -128,31 +137,34 @@ impl Outlets {
             port.counters.drops.add(DropReason::PortDown, 1);
             return;
         };
-        let bytes = header.len() as u64 + u64::from(payload.bytes());
-        match sink.ring.send(net, header, payload) {
+        let ring = &mut sink.ring;
+        let mut sent = 0;
+        let mut send = |net: NetHeader, header: &[u8], payload: Payload<'_>| match ring.send(net, header, payload) {
             Ok(()) => {
-                counters.traffic.add(1, bytes);
-                if !sink.touched {
-                    sink.touched = true;
-                    self.touched.push((id, pair));
-                }
+                counters.traffic.add(1, header.len() as u64 + u64::from(payload.bytes()));
+                sent += 1;
             }
             Err(error) => port.counters.drops.add(refusal(error), 1),
+        };
+        if frame.offload.is_none() {
+            send(NetHeader::default(), frame.header, frame.payload);
+        } else if frame.offload.suits(sink.features) {
+            send(frame.offload.to_net_header(), frame.header, frame.payload);
+        } else {
+            let finished = |header: &[u8], payload: Payload<'_>| send(NetHeader::default(), header, payload);
+            let count = self.pieces.cut(frame.offload, frame.header, frame.payload, finished);
+            network.counters.cut_copies.add(count - 1);
+        }
+        if sent > 0 && !sink.touched {
+            sink.touched = true;
+            self.touched.push((id, pair));
         }
     }
 
-    /// Sends one frame to another host, or counts at the network why not.
+    /// Sends one frame to another host, or counts at the network why not. A tunnel carries finished frames only.
     #[inline]
-    pub(crate) fn send_to_vtep(
-        &mut self,
-        snapshot: &Snapshot,
-        id: NetworkId,
-        vtep: IpAddr,
-        flow_hash: u32,
-        header: &[u8],
-        payload: Payload<'_>,
-    ) {
-        let Some(network) = snapshot.network(id) else { return };
+    pub(crate) fn send_to_vtep(&mut self, snapshot: &Snapshot, vtep: IpAddr, frame: Outgoing<'_>) {
+        let Some(network) = snapshot.network(frame.network) else { return };
         let tunnel = network.tunnel.as_ref();
         let uplink =
             tunnel.and_then(|tunnel| Some((tunnel.vni, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
@@ -160,11 +172,19 @@ impl Outlets {
             network.counters.drops.add(DropReason::Removed, 1);
             return;
         };
-        if uplink.tx.is_full() {
-            uplink.flush(snapshot);
-        }
-        if let Err(reason) = uplink.tx.stage(id, vni, vtep, flow_hash, header, payload) {
-            network.counters.drops.add(reason, 1);
+        let mut send = |header: &[u8], payload: Payload<'_>| {
+            if uplink.tx.is_full() {
+                uplink.flush(snapshot);
+            }
+            if let Err(reason) = uplink.tx.stage(frame.network, vni, vtep, frame.flow_hash, header, payload) {
+                network.counters.drops.add(reason, 1);
+            }
+        };
+        if frame.offload.is_none() {
+            send(frame.header, frame.payload);
+        } else {
+            let count = self.pieces.cut(frame.offload, frame.header, frame.payload, send);
+            network.counters.cut_copies.add(count - 1);
         }
     }
 

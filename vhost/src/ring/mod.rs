@@ -280,6 +280,12 @@ impl Ring {
         self.enabled
     }
 
+    /// The negotiated virtio feature bits.
+    #[inline]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
     /// How the guest broke the ring, if it did.
     pub fn fault(&self) -> Option<RingFault> {
         self.fault
