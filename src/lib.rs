@@ -3,6 +3,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "STYLE: unwrap in tests"))]
 
 pub mod api;
+pub mod card;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -9,9 +9,6 @@ use dreamwire_datapath::worker::WorkerHandle;
 use dreamwire_vhost::keeper::{Endpoint, EndpointConfig, SocketMode};
 use dreamwire_vhost::owner::{RingOwner, SessionEvent};
 use dreamwire_vhost::ring::Ring;
-use virtio_bindings::bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
-use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
-use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use crate::config::Mode;
 use crate::control::session::Session;
@@ -29,6 +26,8 @@ pub struct EndpointSpec {
     pub queue_pairs: u16,
     /// The network's MTU, bytes.
     pub mtu: u16,
+    /// Virtio feature bits that the card offers.
+    pub features: u64,
 }
 
 /// A started endpoint. Dropping it without [`PortEndpoint::stop`] stops it as well, without an order of things.
@@ -55,7 +54,7 @@ impl PortEndpoint {
             },
             queue_pairs: spec.queue_pairs,
             mtu: spec.mtu,
-            features: FEATURES_OFFERED,
+            features: spec.features,
             private_dir: run_dir.join("private"),
         };
         let owner = PortOwner { port, worker: Arc::clone(worker), session: Arc::clone(session) };
@@ -68,17 +67,6 @@ impl PortEndpoint {
         self.endpoint.stop();
     }
 }
-
-/// What a card offers: VIRTIO 1.2 §5.1.3 and §6. QEMU adds what it serves itself (MAC, STATUS, CTRL_VQ). IN_ORDER holds by
-/// construction, and lets front-ends resume a ring from its used index after a restart of ours.
-const FEATURES_OFFERED: u64 = (1 << VIRTIO_NET_F_MTU)
-    | (1 << VIRTIO_NET_F_MRG_RXBUF)
-    | (1 << VIRTIO_NET_F_MQ)
-    | (1 << VIRTIO_F_ANY_LAYOUT)
-    | (1 << VIRTIO_RING_F_INDIRECT_DESC)
-    | (1 << VIRTIO_RING_F_EVENT_IDX)
-    | (1 << VIRTIO_F_VERSION_1)
-    | (1 << VIRTIO_F_IN_ORDER);
 
 /// Passes a session's rings to the worker that serves the port, and what happens to it to whoever watches.
 #[derive(Debug)]

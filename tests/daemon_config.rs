@@ -102,11 +102,12 @@ network = "bleu"                 #! no network is called "bleu"
 mac = "01:00:5e:00:00:01"        #! is a multicast address
 queues = 17                      #! 17 is out of range: 1 to 16 (queue pairs)
 mode = "listen"                  #! allowed: "server", "client"
-colour = "red"                   #! port.vm1.colour: unknown key "colour"; allowed here: name, network, socket, mode, mac, addresses, queues
+colour = "red"                   #! port.vm1.colour: unknown key "colour"; allowed here: name, network, socket, mode, mac, addresses, queues, features
 [[port]]
 name = "vm2"
 network = "local"
 mac = "52:54:00:12:34"           #! is not a MAC address
+features = { tso = true, lro = false } #! port.vm2.features.lro: unknown switch "lro"; allowed here: csum, tso
 "#,
     );
 }

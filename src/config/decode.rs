@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use crate::card::SWITCHES;
 use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::snapshot::{NETWORKS_MAX, PORTS_MAX, UNDERLAYS_MAX};
 use dreamwire_datapath::vni::Vni;
@@ -219,6 +220,7 @@ fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
             .integer("queues", 1..=QUEUES_MAX, "queue pairs")
             .and_then(|queues| u16::try_from(queues).ok())
             .unwrap_or(1),
+        switched_off: fields.switches_off("features", &SWITCHES.map(|(switch, _)| switch)),
         name,
     };
     if !port.addresses.is_empty() && !fields.has("mac") {

@@ -135,6 +135,9 @@ pub struct Port {
     pub addresses: Vec<IpAddr>,
     /// Queue pairs.
     pub queues: u16,
+    /// Switches of [`crate::card::SWITCHES`] that are off, in that order.
+    #[serde(rename = "features", skip_serializing_if = "Vec::is_empty", serialize_with = "switches_off")]
+    pub switched_off: Vec<&'static str>,
 }
 
 /// Who listens on a port's socket.
@@ -180,6 +183,10 @@ impl Document {
 
 fn polling<S: Serializer>(value: &Polling, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(polling_word(*value))
+}
+
+fn switches_off<S: Serializer>(off: &[&'static str], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(off.iter().map(|name| (name, false)))
 }
 
 fn vni<S: Serializer>(value: &Option<Vni>, serializer: S) -> Result<S::Ok, S::Error> {

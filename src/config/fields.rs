@@ -132,6 +132,37 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A table of switches, as in `{ tso = false }`: those of `names` that are `false`, in the order of `names`.
+    pub(super) fn switches_off(&mut self, key: &'static str, names: &[&'static str]) -> Vec<&'static str> {
+        let Some(node) = self.take(key) else { return Vec::new() };
+        let allowed = names.join(", ");
+        let Value::Table(entries) = &node.value else {
+            self.expected(
+                key,
+                &format!("a table of switches ({allowed}), as in {{ {} = false }}", names[0]),
+                &node.value,
+            );
+            return Vec::new();
+        };
+        let mut off = Vec::new();
+        for (switch, node) in entries {
+            let known = names.iter().find(|name| *name == switch);
+            let message = match (known, &node.value) {
+                (Some(name), Value::Boolean(false)) => {
+                    off.push(*name);
+                    continue;
+                }
+                (Some(_), Value::Boolean(true)) => continue,
+                (Some(_), other) => format!("expected true or false, found {}", other.kind()),
+                (None, _) => format!("unknown switch {switch:?}; allowed here: {allowed}"),
+            };
+            let path = format!("{}.{key}.{switch}", self.path);
+            self.findings.mistakes.push(Mistake { path, line: node.line, message });
+        }
+        off.sort_by_key(|switch| names.iter().position(|name| name == switch));
+        off
+    }
+
     /// A list of strings, each read by `parse`.
     pub(super) fn texts<T>(&mut self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Option<Vec<T>> {
         let Value::List(items) = &self.take(key)?.value else {

@@ -10,6 +10,7 @@ use dreamwire_datapath::underlay::SocketUnderlay;
 use super::core::{Control, LiveNetwork, LivePort, LiveUnderlay, Slot};
 use super::session::Session;
 use super::totals::Counted;
+use crate::card;
 use crate::config::{Document, Mistake, Port, Underlay};
 use crate::port::{EndpointSpec, PortEndpoint};
 
@@ -298,6 +299,7 @@ fn endpoint_spec(port: &Port, document: &Document) -> EndpointSpec {
         mode: port.mode,
         queue_pairs: port.queues,
         mtu: network.mtu,
+        features: card::offered(&port.switched_off),
     }
 }
 

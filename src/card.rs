@@ -1,0 +1,75 @@
+//! What a port's card offers to its guest, and the switches that take parts of it away.
+
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GSO, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+};
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+const TSO: u64 = bits(&[
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_ECN,
+]);
+const UFO: u64 = bits(&[VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_GUEST_UFO]);
+const USO: u64 = bits(&[VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6]);
+/// VIRTIO 1.2 §5.1.3.1: without the checksum nothing can be cut.
+const CSUM: u64 = bits(&[VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GSO]) | TSO | UFO | USO;
+
+/// Switches of `port.features`, in the order of messages, and the virtio feature bits that each one takes away when
+/// `false`: VIRTIO 1.2 §5.1.3 and §6.
+pub const SWITCHES: [(&str, u64); 10] = [
+    ("csum", CSUM),
+    ("tso", TSO),
+    ("ufo", UFO),
+    ("uso", USO),
+    ("mrg_rxbuf", bits(&[VIRTIO_NET_F_MRG_RXBUF])),
+    ("mtu", bits(&[VIRTIO_NET_F_MTU])),
+    ("indirect", bits(&[VIRTIO_RING_F_INDIRECT_DESC])),
+    ("event_idx", bits(&[VIRTIO_RING_F_EVENT_IDX])),
+    // Holds by construction, and lets front-ends resume a ring from its used index after a restart of ours.
+    ("in_order", bits(&[VIRTIO_F_IN_ORDER])),
+    ("ring_reset", bits(&[VIRTIO_F_RING_RESET])),
+];
+
+/// What has no switch: without these there is no card, or they cost nothing.
+const ALWAYS: u64 = bits(&[VIRTIO_F_VERSION_1, VIRTIO_F_ANY_LAYOUT, VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_NET_F_MQ]);
+
+/// The virtio feature bits of a card with these switches turned off. QEMU adds what it serves itself (MAC, STATUS, CTRL_VQ).
+pub fn offered(off: &[&'static str]) -> u64 {
+    let all = SWITCHES.iter().fold(ALWAYS, |all, (_, bits)| all | bits);
+    SWITCHES.iter().filter(|(name, _)| off.contains(name)).fold(all, |left, (_, bits)| left & !bits)
+}
+
+const fn bits(positions: &[u32]) -> u64 {
+    let mut bits = 0;
+    let mut index = 0;
+    while index < positions.len() {
+        bits |= 1 << positions[index];
+        index += 1;
+    }
+    bits
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_switch_takes_its_bits_and_what_depends_on_them() {
+        let all = offered(&[]);
+        assert_eq!(all & TSO, TSO);
+        assert_eq!(offered(&["tso"]), all & !TSO);
+        assert_eq!(offered(&["csum"]) & (CSUM | TSO | UFO | USO), 0);
+        let without_anything: Vec<_> = SWITCHES.iter().map(|(name, _)| *name).collect();
+        assert_eq!(offered(&without_anything), ALWAYS);
+    }
+}
