@@ -13,7 +13,9 @@ use dreamwire_bench::report::{Series, Table};
 use dreamwire_bench::topology::TopologyError;
 use dreamwire_bench::traffic::testpmd::{TestpmdError, TestpmdOptions};
 use dreamwire_bench::traffic::throughput::Throughput;
-use dreamwire_bench::traffic::{DeviceUnderTest, Dreamwire, Endpoint, Failure, Plan, Round, Testpmd, cost, cpu, frame};
+use dreamwire_bench::traffic::{
+    DeviceUnderTest, Dreamwire, Endpoint, Failure, Plan, Round, Testpmd, cost, cpu, frame, latency,
+};
 
 /// Frames per side of `cost`: about a second.
 const COST_FRAMES: u64 = 32 << 20;
@@ -29,6 +31,8 @@ struct Cli {
 enum Command {
     /// Send as fast as one port takes frames; count and check what comes out of another
     Throughput(ThroughputArguments),
+    /// Send one frame at a time into a device that sleeps; how long until it comes out
+    Latency(LatencyArguments),
     /// What the generator and the sink themselves cost, against a device that does nothing
     Cost(CostArguments),
 }
@@ -50,7 +54,7 @@ struct CostArguments {
 }
 
 #[derive(Debug, Args)]
-struct ThroughputArguments {
+struct DeviceArguments {
     /// Socket of the port that frames go into
     #[arg(long, required_unless_present = "peer")]
     from: Option<PathBuf>,
@@ -69,6 +73,27 @@ struct ThroughputArguments {
     /// CPU of the generator and sink
     #[arg(long)]
     cpu: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+struct LatencyArguments {
+    #[command(flatten)]
+    device: DeviceArguments,
+    /// Frame length in the ring, without FCS: 61 to 1518
+    #[arg(long, default_value_t = 64, value_parser = frame_size)]
+    size: usize,
+    /// Frames
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    samples: u32,
+    /// Microseconds of silence before each frame, and up to as many again
+    #[arg(long, default_value_t = 200)]
+    gap_us: u32,
+}
+
+#[derive(Debug, Args)]
+struct ThroughputArguments {
+    #[command(flatten)]
+    device: DeviceArguments,
     /// Frame length in the ring, without FCS: 60 to 1518
     #[arg(long, default_value_t = 64, value_parser = frame_size)]
     size: usize,
@@ -167,6 +192,7 @@ enum Error {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Throughput(arguments) => throughput(&arguments),
+        Command::Latency(arguments) => latency(&arguments),
         Command::Cost(arguments) => cost(&arguments),
     };
     match done {
@@ -178,7 +204,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn throughput(arguments: &ThroughputArguments) -> Result<(), Error> {
+/// Starts the peer if there is one, pins this thread, and connects both front-ends.
+fn connect(arguments: &DeviceArguments, options: Options) -> Result<(Option<RunningPeer>, FrontEnd, FrontEnd), Error> {
     let peer = arguments.peer.map(|peer| start_peer(peer, arguments)).transpose()?;
     let device = match (&peer, &arguments.from, &arguments.to) {
         (Some(peer), ..) => peer.device().clone(),
@@ -191,10 +218,29 @@ fn throughput(arguments: &ThroughputArguments) -> Result<(), Error> {
     if let Some(cpu) = arguments.cpu {
         cpu::pin(cpu).map_err(|source| Error::Pin { cpu, source })?;
     }
-
     let connect = if device.is_client { FrontEnd::listen } else { FrontEnd::connect };
-    let mut from = connect(&device.from, options(arguments))?;
-    let mut to = connect(&device.to, options(arguments))?;
+    let from = connect(&device.from, options.clone())?;
+    let to = connect(&device.to, options)?;
+    Ok((peer, from, to))
+}
+
+fn latency(arguments: &LatencyArguments) -> Result<(), Error> {
+    let (_peer, mut from, mut to) = connect(&arguments.device, Options::default())?;
+    let plan = Plan { size: arguments.size, flows: 1, ..Plan::default() };
+    let gap = Duration::from_micros(u64::from(arguments.gap_us));
+    let latencies = latency::measure(&mut from, &mut to, &plan, arguments.samples as usize, gap)?;
+    let mut table = Table::new(["share of frames", "at most us"]);
+    for (name, share) in [("50 %", 0.5), ("90 %", 0.9), ("99 %", 0.99), ("99.9 %", 0.999), ("all", 1.0)] {
+        table.row([name.into(), format!("{:.1}", latencies.quantile(share) as f64 / 1e3)]);
+    }
+    write!(io::stdout().lock(), "{table}")?;
+    from.stop()?;
+    to.stop()?;
+    Ok(())
+}
+
+fn throughput(arguments: &ThroughputArguments) -> Result<(), Error> {
+    let (_peer, mut from, mut to) = connect(&arguments.device, options(arguments))?;
     let plan = plan(arguments);
     let set = Throughput::flow_set(&plan, arguments.ring);
     let mut throughput = Throughput::new(&mut from, &mut to, plan, &set)?;
@@ -234,7 +280,7 @@ impl RunningPeer {
     }
 }
 
-fn start_peer(peer: Peer, arguments: &ThroughputArguments) -> Result<RunningPeer, Error> {
+fn start_peer(peer: Peer, arguments: &DeviceArguments) -> Result<RunningPeer, Error> {
     if peer == Peer::Dreamwire {
         return Ok(RunningPeer::Dreamwire(Dreamwire::start(arguments.peer_cpu)?));
     }

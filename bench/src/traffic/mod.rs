@@ -8,6 +8,7 @@ pub mod cost;
 pub mod cpu;
 pub mod dreamwire;
 pub mod frame;
+pub mod latency;
 pub mod sink;
 pub mod testpmd;
 pub mod throughput;

@@ -43,6 +43,20 @@ pub struct Plan {
     pub to: Endpoint,
 }
 
+impl Default for Plan {
+    /// One flow of 64-byte frames between the first two stations, in rounds of 2 s.
+    fn default() -> Self {
+        Self {
+            size: 64,
+            flows: 1,
+            duration: Duration::from_secs(2),
+            sample: 64,
+            from: Endpoint { mac: [0x52, 0x54, 0, 0, 0, 1], address: [10, 0, 0, 1].into() },
+            to: Endpoint { mac: [0x52, 0x54, 0, 0, 0, 2], address: [10, 0, 0, 2].into() },
+        }
+    }
+}
+
 /// What a round came to.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Round {
