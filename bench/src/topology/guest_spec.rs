@@ -7,6 +7,10 @@ use std::path::{Path, PathBuf};
 use super::child::command;
 use super::{AGENT_PORT_NAME, Accelerator, TopologyError};
 
+const QEMU: &str = "qemu-system-x86_64";
+/// Memory that a back-end can map; QEMU seals it against shrinking.
+const SHARED_MEMORY: &str = "memory-backend-memfd,share=on";
+
 /// What a card's other side is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wire {
@@ -158,8 +162,10 @@ pub struct GuestSpec {
     pub name: String,
     /// Processors.
     pub cpus: u16,
-    /// Memory in MiB, shared with the back-end.
+    /// Memory in MiB.
     pub memory_mib: u32,
+    /// QEMU's object for that memory, without id and size; the default shares it with the back-end.
+    pub memory_backend: String,
     /// Cards; the first is eth0.
     pub nics: Vec<Nic>,
     /// The namespace that QEMU runs in; needed for tap devices.
@@ -168,6 +174,8 @@ pub struct GuestSpec {
     pub qemu_args: Vec<String>,
     /// Further words of the kernel command line.
     pub kernel_args: String,
+    /// Flags as `dreamwire qemu-args` prints them: a shell reads them, and memory and cards come from them alone.
+    pub pasted: Option<String>,
 }
 
 impl GuestSpec {
@@ -178,11 +186,28 @@ impl GuestSpec {
             name: name.to_owned(),
             cpus: 1,
             memory_mib: 256,
+            memory_backend: SHARED_MEMORY.to_owned(),
             nics: Vec::new(),
             netns: None,
             qemu_args: Vec::new(),
             kernel_args: String::new(),
+            pasted: None,
         }
+    }
+
+    /// On memory of that kind, such as `memory-backend-ram`.
+    #[must_use]
+    pub fn memory_backend(mut self, object: &str) -> Self {
+        self.memory_backend = object.to_owned();
+        self
+    }
+
+    /// With memory and cards from flags that are pasted into a shell. The cards of this specification then only say
+    /// which addresses the guest gives to eth0 and so on.
+    #[must_use]
+    pub fn pasted(mut self, flags: &str) -> Self {
+        self.pasted = Some(flags.trim().to_owned());
+        self
     }
 
     /// With another card.
@@ -226,13 +251,20 @@ impl GuestSpec {
     /// The whole command line; sockets and logs are in `directory`.
     pub(super) fn command_line(&self, image: &GuestImage, accelerator: Accelerator, directory: &Path) -> Vec<OsString> {
         let at = |name: &str| directory.join(name).display().to_string();
-        let memory = format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory_mib);
-        let mut words = command(["qemu-system-x86_64"]);
+        let mut words = match &self.pasted {
+            // MEM is the variable that the flags leave to their user.
+            Some(flags) => command(["sh", "-c", &format!("MEM={}M; exec {QEMU} {flags} \"$@\"", self.memory_mib), "sh"]),
+            None => command([QEMU]),
+        };
         words.extend(command(accelerator.qemu_args()));
         words.extend(command(["-nodefaults", "-no-user-config", "-display", "none"]));
         words.extend(command(["-name", &self.name, "-smp", &self.cpus.to_string()]));
-        words.extend(command(["-m", &format!("{}M", self.memory_mib), "-object", &memory]));
-        words.extend(command(["-machine", "q35,memory-backend=memory"]));
+        if self.pasted.is_none() {
+            let (kind, options) = self.memory_backend.split_once(',').unwrap_or((&self.memory_backend, ""));
+            let memory = format!("{kind},id=memory,size={}M,{options}", self.memory_mib);
+            words.extend(command(["-m", &format!("{}M", self.memory_mib), "-object", memory.trim_end_matches(',')]));
+            words.extend(command(["-machine", "q35,memory-backend=memory"]));
+        }
         words.extend(command(["-kernel", &image.kernel().display().to_string()]));
         words.extend(command(["-initrd", &image.initramfs().display().to_string()]));
         words.extend(command(["-append", &self.kernel_command_line()]));
@@ -244,8 +276,8 @@ impl GuestSpec {
         let agent = format!("socket,id=agent,path={},server=on,wait=off", at("agent"));
         let port = format!("virtserialport,chardev=agent,name={AGENT_PORT_NAME}");
         words.extend(command(["-chardev", &agent, "-device", &port]));
-        for (index, nic) in self.nics.iter().enumerate() {
-            words.extend(nic.qemu_args(index));
+        if self.pasted.is_none() {
+            words.extend(self.nics.iter().enumerate().flat_map(|(index, nic)| nic.qemu_args(index)));
         }
         words.extend(command(&self.qemu_args));
         words
