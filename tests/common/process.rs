@@ -1,0 +1,95 @@
+//! A daemon's process from outside, and front-ends that are no guest.
+
+use std::fs;
+use std::io::Read as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use dreamwire_bench::topology::{Daemon, wait_until};
+
+use super::LIMIT;
+
+/// What a process holds that it might leak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Held {
+    pub(crate) descriptors: usize,
+    pub(crate) guest_mappings: usize,
+    pub(crate) threads: usize,
+}
+
+impl Held {
+    pub(crate) fn by(daemon: &Daemon) -> Self {
+        let entries = |name: &str| fs::read_dir(format!("/proc/{}/{name}", daemon.pid())).unwrap().count();
+        let maps = fs::read_to_string(format!("/proc/{}/maps", daemon.pid())).unwrap();
+        let guest_mappings = maps.lines().filter(|line| line.contains("memfd:")).count();
+        Self { descriptors: entries("fd"), guest_mappings, threads: entries("task") }
+    }
+}
+
+/// Waits until a daemon holds no more than before. (The API's threads come and go: fewer are no fault.)
+#[track_caller]
+pub(crate) fn assert_nothing_leaked(daemon: &Daemon, before: Held) {
+    let mut now = before;
+    let waited = wait_until(LIMIT, "the daemon to let go", || {
+        now = Held::by(daemon);
+        now.descriptors == before.descriptors
+            && now.guest_mappings == before.guest_mappings
+            && now.threads <= before.threads
+    });
+    assert!(waited.is_ok(), "before {before:?}, now {now:?}");
+}
+
+/// Processor time of a daemon, user and system.
+pub(crate) fn processor_time(daemon: &Daemon) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
+    // proc_pid_stat(5): utime and stime are fields 14 and 15; the name, field 2, is in parentheses.
+    let fields: Vec<u64> =
+        stat.rsplit(')').next().unwrap().split_whitespace().map(|word| word.parse().unwrap_or(0)).collect();
+    let ticks = fields[11] + fields[12];
+    // USER_HZ is 100 on every Linux this runs on.
+    Duration::from_millis(ticks * 10)
+}
+
+/// QEMU with a card and no guest: it negotiates as far as a machine that has not started. Killed when dropped.
+pub(crate) struct IdleQemu {
+    child: Child,
+}
+
+impl IdleQemu {
+    /// Connects to a port with so many queue pairs.
+    pub(crate) fn connect(socket: &Path, queues: u16) -> Self {
+        let chardev = format!("socket,id=wire,path={}", socket.display());
+        let netdev = format!("vhost-user,id=net,chardev=wire,queues={queues}");
+        let arguments = ["-nodefaults", "-no-user-config", "-display", "none", "-S", "-machine", "none"];
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"])
+            .args(arguments)
+            .args(["-chardev", &chardev, "-netdev", &netdev])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self { child }
+    }
+
+    /// Waits for its end and gives its last words.
+    pub(crate) fn words(mut self) -> String {
+        let deadline = Instant::now() + LIMIT;
+        while self.child.try_wait().unwrap().is_none() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let _ = self.child.kill();
+        let mut words = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut words).unwrap();
+        words
+    }
+}
+
+impl Drop for IdleQemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
