@@ -3,6 +3,7 @@
 
 pub(crate) mod counters;
 pub(crate) mod process;
+pub(crate) mod vxlan_peers;
 
 use std::path::Path;
 use std::time::Duration;
@@ -131,10 +132,17 @@ pub(crate) fn assert_same_frames(got: &[Frame], sent: &[Vec<u8>]) {
 #[track_caller]
 pub(crate) fn assert_same_digests(got: &[FrameDigest], sent: &[Vec<u8>]) {
     let wanted: Vec<_> = sent.iter().map(|frame| FrameDigest::of(frame)).collect();
-    if got != wanted {
-        let lengths = |list: &[FrameDigest]| list.iter().map(|digest| digest.bytes).collect::<Vec<_>>();
-        let differs = got.iter().zip(&wanted).position(|(got, wanted)| got != wanted);
-        let (got, wanted) = (lengths(got), lengths(&wanted));
-        panic!("{} of {} frames, first difference at {differs:?}; got {got:?}, sent {wanted:?}", got.len(), wanted.len());
-    }
+    let differs = got.iter().zip(&wanted).position(|(got, wanted)| got != wanted);
+    let at = differs.unwrap_or(got.len().min(wanted.len()));
+    let around = |list: &[FrameDigest]| {
+        list.iter().skip(at.saturating_sub(2)).take(8).map(|digest| digest.bytes).collect::<Vec<_>>()
+    };
+    assert!(
+        got == wanted,
+        "{} of {} frames came; from number {at} on they differ: lengths {:?} came, {:?} were sent",
+        got.len(),
+        wanted.len(),
+        around(got),
+        around(&wanted)
+    );
 }
