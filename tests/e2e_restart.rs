@@ -1,0 +1,98 @@
+//! What is attached comes back: guests that reboot, QEMU that is killed, a daemon that ends or dies under its guests.
+#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+
+mod common;
+
+use std::net::SocketAddr;
+
+use common::counters::{assert_conserved, drops, number, wait_connected};
+use common::process::{Held, assert_nothing_leaked};
+use common::*;
+use dreamwire_bench::topology::{
+    BOOT_LIMIT, Daemon, ECHO_PORT, Guest, Needs, Netns, ProbeReport, TopologyError, available, wait_until,
+};
+
+#[test]
+fn a_guest_that_comes_back_finds_its_network() {
+    if !available(Needs::Guests) {
+        return;
+    }
+    let host = Netns::new("host").unwrap();
+    let daemon = start_daemon("host", &host, &local_config(&[1, 2]));
+    let [one, mut two] = boot([guest(&daemon, 1), guest(&daemon, 2)]);
+    assert_ping(&one, "10.0.0.2");
+    let held = Held::by(&daemon);
+    let probe = || one.probe(echo_of(2), PROBE_INTERVAL).unwrap();
+
+    let running = probe();
+    two.reboot().unwrap();
+    traffic_is_back(&one, &two);
+    report("reset by QEMU", &running.stop().unwrap());
+    assert_nothing_leaked(&daemon, held);
+
+    let running = probe();
+    two.reboot_from_inside().unwrap();
+    traffic_is_back(&one, &two);
+    report("reboot by the guest", &running.stop().unwrap());
+    assert_nothing_leaked(&daemon, held);
+    assert_eq!(number(&daemon, "ports", "vm2", "/session/connections"), 1, "QEMU was connected all the time");
+
+    let running = probe();
+    two.kill().unwrap();
+    wait_connected(&daemon, "vm2", false);
+    // What is sent to nobody is counted there.
+    let down = |daemon: &Daemon| drops(daemon).get("ports/vm2/port_down").copied().unwrap_or(0);
+    let before = down(&daemon);
+    wait_until(LIMIT, "drops at the port that is down", || down(&daemon) > before).unwrap();
+    let [two] = boot([guest(&daemon, 2)]);
+    traffic_is_back(&one, &two);
+    report("QEMU killed and started again", &running.stop().unwrap());
+    assert_nothing_leaked(&daemon, held);
+    assert_conserved(&daemon);
+}
+
+#[test]
+fn guests_reconnect_to_a_daemon_that_was_restarted() {
+    if !available(Needs::Guests) {
+        return;
+    }
+    let host = Netns::new("host").unwrap();
+    let mut daemon = start_daemon("host", &host, &local_config(&[1, 2]));
+    let guests = boot([guest(&daemon, 1), guest(&daemon, 2)]);
+    assert_ping(&guests[0], "10.0.0.2");
+    let held = Held::by(&daemon);
+
+    let ways: [(&str, fn(&mut Daemon) -> Result<(), TopologyError>); 2] =
+        [("SIGTERM", Daemon::terminate), ("SIGKILL", Daemon::kill)];
+    for (way, end) in ways {
+        let [one, two] = &guests;
+        let running = one.probe(echo_of(2), PROBE_INTERVAL).unwrap();
+        end(&mut daemon).unwrap();
+        daemon.start_again().unwrap();
+        for port in ["vm1", "vm2"] {
+            wait_connected(&daemon, port, true);
+        }
+        traffic_is_back(one, two);
+        report(&format!("daemon ended by {way} and started again"), &running.stop().unwrap());
+        // The new process holds what the first one held.
+        assert_nothing_leaked(&daemon, held);
+        assert_conserved(&daemon);
+    }
+}
+
+fn echo_of(number: u8) -> SocketAddr {
+    SocketAddr::new([10, 0, 0, number].into(), ECHO_PORT)
+}
+
+fn traffic_is_back(one: &Guest, two: &Guest) {
+    two.wait_link("eth0", BOOT_LIMIT).unwrap();
+    wait_until(BOOT_LIMIT, "traffic", || one.ping("10.0.0.2", 1).unwrap()).unwrap();
+    assert_ping(one, "10.0.0.2");
+    assert_ping(two, "10.0.0.1");
+}
+
+fn report(what: &str, probe: &ProbeReport) {
+    eprintln!("{what}: longest gap {:.0} ms; {} of {} probes answered", probe.longest_gap_ms, probe.received, probe.sent);
+    assert!(probe.received > 0, "{probe:?}");
+    assert_eq!((probe.duplicates, probe.reordered), (0, 0), "{probe:?}");
+}
