@@ -5,7 +5,7 @@ mod common;
 
 use std::path::PathBuf;
 
-use common::counters::{assert_conserved, wait_connected};
+use common::counters::{assert_conserved, assert_quiet_log, wait_connected};
 use common::*;
 use dreamwire_bench::topology::{GuestSpec, Needs, Netns, Wire, available};
 
@@ -45,6 +45,7 @@ fn printed_flags_attach_a_guest_in_both_modes() {
     assert_ping(&two, "10.0.0.1");
     assert_ping(&one, "10.0.0.2");
     assert_conserved(&daemon);
+    assert_quiet_log(&daemon);
 }
 
 #[test]
@@ -58,9 +59,10 @@ fn libvirt_xml_is_well_formed_and_names_the_port() {
     let xml = |port: &str| daemon.cli(&["qemu-args", port, "--libvirt"]).unwrap();
 
     let one = xml("vm1");
-    assert_eq!(elements(&one), [
-        "memoryBacking", "source", "access", "interface", "mac", "source", "reconnect", "model", "driver", "rom"
-    ]);
+    assert_eq!(
+        elements(&one),
+        ["memoryBacking", "source", "access", "interface", "mac", "source", "reconnect", "model", "driver", "rom"]
+    );
     let socket = format!("path='{}' mode='client'", daemon.path("vm1.sock").display());
     assert!(one.contains(&socket) && one.contains("<source type='memfd'/>"), "{one}");
 

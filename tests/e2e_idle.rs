@@ -5,7 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::counters::{assert_conserved, number};
+use common::counters::{assert_conserved, assert_quiet_log, number};
 use common::process::processor_time;
 use common::*;
 use dreamwire_bench::topology::{Needs, Netns, available};
@@ -44,8 +44,10 @@ fn a_daemon_with_two_idle_guests_uses_under_one_percent_of_a_core() {
     let share = used.as_secs_f64() / window.as_secs_f64();
     eprintln!("two idle guests: {used:.0?} of {window:.1?}, {:.2} % of a core", share * 100.0);
     assert!(share < IDLE_SHARE_MAX, "{used:?} of {window:?}");
+    assert!(used_before > Duration::ZERO, "starting took some: it is counted at all");
     assert!(sleeps() > slept_before, "the worker slept and woke");
 
     assert_ping(&one, "10.0.0.2");
     assert_conserved(&daemon);
+    assert_quiet_log(&daemon);
 }

@@ -6,7 +6,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use common::counters::{Drops, assert_conserved, drops, number, wait_drops};
+use common::counters::{Drops, assert_conserved, assert_quiet_log, drops, number, wait_drops};
 use common::vxlan_peers::{Hosts, IPV4, IPV6, Underlay, VNI, vxlan};
 use common::*;
 use dreamwire_bench::topology::{Daemon, FrameFilter, FramePattern, Guest, KernelVxlan, Needs, VXLAN_PORT, available};
@@ -65,6 +65,7 @@ fn interoperates(underlay: Underlay) {
     scene.strangers_and_rubbish_are_counted_and_go_nowhere();
     scene.nothing_goes_from_tunnel_to_tunnel();
     assert_conserved(&daemon);
+    assert_quiet_log(&daemon);
 }
 
 impl Scene<'_> {

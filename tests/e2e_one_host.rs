@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::counters::{assert_conserved, drops, number, wait_drops};
+use common::counters::{assert_conserved, assert_quiet_log, drops, number, wait_drops};
 use common::*;
 use dreamwire_bench::topology::{Daemon, FrameFilter, FramePattern, Guest, Needs, Netns, available};
 
@@ -31,6 +31,7 @@ fn guests_on_one_host_share_a_wire() {
     assert_conserved(&daemon);
     a_guarded_port_sends_in_its_own_name_only(&daemon, &one, &two);
     assert_conserved(&daemon);
+    assert_quiet_log(&daemon);
 }
 
 #[test]
@@ -62,8 +63,7 @@ fn several_queue_pairs_all_carry_traffic() {
     for cpu in ["0", "1"] {
         one.exec(&["taskset", "-c", cpu, "ping", "-q", "-c", "3", "-i", "0.1", "10.0.0.2"]).unwrap();
     }
-    let flows: Vec<_> =
-        (0..64).map(|flow| udp_frame([(mac(1), 1), (mac(2), 2)], 2000 + flow, b"spread")).collect();
+    let flows: Vec<_> = (0..64).map(|flow| udp_frame([(mac(1), 1), (mac(2), 2)], 2000 + flow, b"spread")).collect();
     let capture = two.capture("eth0").unwrap();
     one.send_frames("eth0", &flows).unwrap();
     let filter = FrameFilter::any().source(mac(1)).bytes_at(42, b"spread");
@@ -84,6 +84,7 @@ fn several_queue_pairs_all_carry_traffic() {
     assert_ping(&one, "10.0.0.2");
     wait_drops(&daemon, &before, &[]);
     assert_conserved(&daemon);
+    assert_quiet_log(&daemon);
 }
 
 fn card_is_an_ordinary_one(guest: &Guest) {
@@ -111,7 +112,8 @@ fn every_length_arrives_byte_for_byte(daemon: &Daemon, from: &Guest, source: u8,
     // The receiver may be slower than the sender; what is looked for here is bytes, not speed.
     pattern.gap_us = 200;
     let ports = [format!("vm{source}"), format!("vm{destination}")];
-    let counted = || [number(daemon, "ports", &ports[0], "/rx/frames"), number(daemon, "ports", &ports[1], "/tx/frames")];
+    let counted =
+        || [number(daemon, "ports", &ports[0], "/rx/frames"), number(daemon, "ports", &ports[1], "/tx/frames")];
     let before = counted();
     let capture = to.capture("eth0").unwrap();
     from.send_pattern("eth0", &pattern).unwrap();

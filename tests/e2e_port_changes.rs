@@ -5,7 +5,7 @@ mod common;
 
 use std::net::SocketAddr;
 
-use common::counters::{assert_conserved, drops, number, wait_connected, wait_drops};
+use common::counters::{assert_conserved, assert_quiet_log, drops, number, wait_connected, wait_drops};
 use common::process::{Held, assert_nothing_leaked};
 use common::*;
 use dreamwire_bench::front_end::{FrontEnd, Options};
@@ -44,6 +44,7 @@ fn changes_to_other_ports_cost_no_probe() {
     }
     assert_nothing_leaked(&daemon, held);
     assert_conserved(&daemon);
+    assert_quiet_log(&daemon);
 }
 
 /// With a front-end that sends to all in the meantime; every other time the port goes while it is still attached.
@@ -70,12 +71,12 @@ fn ports_come_and_go_by_file(daemon: &Daemon) {
     let more = format!("{plain}{}[[network]]\nname = \"red\"\n{}{}", port(3, ""), in_other(4), in_other(5));
     let said = daemon.apply(&more).unwrap();
     assert!(said.contains("+ network red") && said.contains("+ port vm5"), "{said}");
-    let mut front_ends = [3, 4, 5].map(|number| {
-        FrontEnd::connect(&daemon.path(&format!("vm{number}.sock")), Options::default()).unwrap()
-    });
+    let mut front_ends = [3, 4, 5]
+        .map(|number| FrontEnd::connect(&daemon.path(&format!("vm{number}.sock")), Options::default()).unwrap());
     let before = number(daemon, "ports", "vm5", "/tx/frames");
     front_ends[1].send_burst(&[&text_frame([0xff; 6], mac(4), "in the other network")]).unwrap();
-    wait_until(LIMIT, "a frame in the other network", || number(daemon, "ports", "vm5", "/tx/frames") > before).unwrap();
+    wait_until(LIMIT, "a frame in the other network", || number(daemon, "ports", "vm5", "/tx/frames") > before)
+        .unwrap();
     let said = daemon.apply(&plain).unwrap();
     assert!(said.contains("- network red") && said.contains("- port vm3"), "{said}");
 }

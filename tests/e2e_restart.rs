@@ -4,8 +4,9 @@
 mod common;
 
 use std::net::SocketAddr;
+use std::time::Instant;
 
-use common::counters::{assert_conserved, drops, number, wait_connected};
+use common::counters::{assert_conserved, assert_quiet_log, drops, number, wait_connected};
 use common::process::{Held, assert_nothing_leaked};
 use common::*;
 use dreamwire_bench::topology::{
@@ -24,20 +25,20 @@ fn a_guest_that_comes_back_finds_its_network() {
     let held = Held::by(&daemon);
     let probe = || one.probe(echo_of(2), PROBE_INTERVAL).unwrap();
 
-    let running = probe();
+    let (start, running) = (Instant::now(), probe());
     two.reboot().unwrap();
     traffic_is_back(&one, &two);
-    report("reset by QEMU", &running.stop().unwrap());
+    report("reset by QEMU", start, &running.stop().unwrap());
     assert_nothing_leaked(&daemon, held);
 
-    let running = probe();
+    let (start, running) = (Instant::now(), probe());
     two.reboot_from_inside().unwrap();
     traffic_is_back(&one, &two);
-    report("reboot by the guest", &running.stop().unwrap());
+    report("reboot by the guest", start, &running.stop().unwrap());
     assert_nothing_leaked(&daemon, held);
     assert_eq!(number(&daemon, "ports", "vm2", "/session/connections"), 1, "QEMU was connected all the time");
 
-    let running = probe();
+    let (start, running) = (Instant::now(), probe());
     two.kill().unwrap();
     wait_connected(&daemon, "vm2", false);
     // What is sent to nobody is counted there.
@@ -46,9 +47,10 @@ fn a_guest_that_comes_back_finds_its_network() {
     wait_until(LIMIT, "drops at the port that is down", || down(&daemon) > before).unwrap();
     let [two] = boot([guest(&daemon, 2)]);
     traffic_is_back(&one, &two);
-    report("QEMU killed and started again", &running.stop().unwrap());
+    report("QEMU killed and started again", start, &running.stop().unwrap());
     assert_nothing_leaked(&daemon, held);
     assert_conserved(&daemon);
+    assert_quiet_log(&daemon);
 }
 
 #[test]
@@ -66,18 +68,19 @@ fn guests_reconnect_to_a_daemon_that_was_restarted() {
         [("SIGTERM", Daemon::terminate), ("SIGKILL", Daemon::kill)];
     for (way, end) in ways {
         let [one, two] = &guests;
-        let running = one.probe(echo_of(2), PROBE_INTERVAL).unwrap();
+        let (start, running) = (Instant::now(), one.probe(echo_of(2), PROBE_INTERVAL).unwrap());
         end(&mut daemon).unwrap();
         daemon.start_again().unwrap();
         for port in ["vm1", "vm2"] {
             wait_connected(&daemon, port, true);
         }
         traffic_is_back(one, two);
-        report(&format!("daemon ended by {way} and started again"), &running.stop().unwrap());
+        report(&format!("daemon ended by {way} and started again"), start, &running.stop().unwrap());
         // The new process holds what the first one held.
         assert_nothing_leaked(&daemon, held);
         assert_conserved(&daemon);
     }
+    assert_quiet_log(&daemon);
 }
 
 fn echo_of(number: u8) -> SocketAddr {
@@ -91,8 +94,12 @@ fn traffic_is_back(one: &Guest, two: &Guest) {
     assert_ping(two, "10.0.0.1");
 }
 
-fn report(what: &str, probe: &ProbeReport) {
-    eprintln!("{what}: longest gap {:.0} ms; {} of {} probes answered", probe.longest_gap_ms, probe.received, probe.sent);
+fn report(what: &str, start: Instant, probe: &ProbeReport) {
+    let (gap_ms, seconds) = (probe.longest_gap_ms, start.elapsed().as_secs_f64());
+    eprintln!(
+        "{what}: longest gap {gap_ms:.0} ms in {seconds:.1} s; {} of {} probes answered",
+        probe.received, probe.sent
+    );
     assert!(probe.received > 0, "{probe:?}");
     assert_eq!((probe.duplicates, probe.reordered), (0, 0), "{probe:?}");
 }

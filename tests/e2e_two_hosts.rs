@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::counters::{assert_conserved, drops, number, wait_drops};
+use common::counters::{assert_conserved, assert_quiet_log, drops, number, wait_drops};
 use common::*;
 use dreamwire_bench::topology::{
     Daemon, FrameFilter, FramePattern, Guest, Needs, Netns, VethEnd, available, wait_until,
@@ -24,7 +24,8 @@ fn guests_on_two_hosts_share_a_wire_over_ipv4_and_ipv6() {
     let config = |vteps: [&str; 2], index: usize| {
         tunnel_config(vteps[index], &[vteps[1 - index]], 1600) + &port(u8::try_from(index + 1).unwrap(), "")
     };
-    let daemons = [0, 1].map(|index| start_daemon(&format!("host {}", index + 1), &hosts[index], &config(VTEPS_V4, index)));
+    let daemons =
+        [0, 1].map(|index| start_daemon(&format!("host {}", index + 1), &hosts[index], &config(VTEPS_V4, index)));
     let guests = boot([guest(&daemons[0], 1), guest(&daemons[1], 2)]);
     guests_reach_each_other(&daemons, &guests, VTEPS_V4);
 
@@ -34,6 +35,7 @@ fn guests_on_two_hosts_share_a_wire_over_ipv4_and_ipv6() {
         daemon.apply(&config(VTEPS_V6, index)).unwrap();
     }
     guests_reach_each_other(&daemons, &guests, VTEPS_V6);
+    daemons.iter().for_each(assert_quiet_log);
 }
 
 fn guests_reach_each_other(daemons: &[Daemon; 2], guests: &[Guest; 2], vteps: [&str; 2]) {
@@ -74,8 +76,10 @@ fn guests_reach_each_other(daemons: &[Daemon; 2], guests: &[Guest; 2], vteps: [&
 }
 
 fn a_file_arrives_whole(one: &Guest, two: &Guest) {
-    two.sh("mkdir -p /tmp/www && dd if=/dev/urandom of=/tmp/www/file bs=1M count=4 2>&1; httpd -p 80 -h /tmp/www || true")
-        .unwrap();
+    two.sh(
+        "mkdir -p /tmp/www && dd if=/dev/urandom of=/tmp/www/file bs=1M count=4 2>&1; httpd -p 80 -h /tmp/www || true",
+    )
+    .unwrap();
     one.exec(&["curl", "-sS", "--fail", "-o", "/tmp/file", "http://10.0.0.2/file"]).unwrap();
     let hash = |guest: &Guest, path: &str| guest.sh(&format!("sha256sum <{path}")).unwrap();
     assert_eq!(hash(one, "/tmp/file"), hash(two, "/tmp/www/file"));

@@ -74,3 +74,11 @@ pub(crate) fn wait_connected(daemon: &Daemon, port: &str, connected: bool) {
     })
     .unwrap();
 }
+
+/// Where all is well, nothing is logged that asks for attention.
+#[track_caller]
+pub(crate) fn assert_quiet_log(daemon: &Daemon) {
+    let log = daemon.log();
+    let loud: Vec<_> = log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect();
+    assert!(loud.is_empty(), "{loud:#?}");
+}

@@ -79,6 +79,10 @@ impl IdleQemu {
         Self { child }
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits for its end and gives its last words.
     pub(crate) fn words(mut self) -> String {
         let deadline = Instant::now() + LIMIT;

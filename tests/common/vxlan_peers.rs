@@ -54,7 +54,12 @@ impl Hosts {
     }
 
     /// The kernel's device on each peer; the first has `addresses`.
-    pub(crate) fn devices<'a>(&'a self, underlay: Underlay, mtu: u32, addresses: &'a [&'a str]) -> [KernelVxlan<'a>; 2] {
+    pub(crate) fn devices<'a>(
+        &'a self,
+        underlay: Underlay,
+        mtu: u32,
+        addresses: &'a [&'a str],
+    ) -> [KernelVxlan<'a>; 2] {
         [0, 1].map(|index| {
             let mut spec = KernelVxlanSpec::new(VNI, ip(underlay.peers[index]), Some(ip(underlay.daemon)));
             spec.mtu = mtu;

@@ -253,7 +253,9 @@ impl GuestSpec {
         let at = |name: &str| directory.join(name).display().to_string();
         let mut words = match &self.pasted {
             // MEM is the variable that the flags leave to their user.
-            Some(flags) => command(["sh", "-c", &format!("MEM={}M; exec {QEMU} {flags} \"$@\"", self.memory_mib), "sh"]),
+            Some(flags) => {
+                command(["sh", "-c", &format!("MEM={}M; exec {QEMU} {flags} \"$@\"", self.memory_mib), "sh"])
+            }
             None => command([QEMU]),
         };
         words.extend(command(accelerator.qemu_args()));
