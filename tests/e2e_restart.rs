@@ -10,7 +10,7 @@ use common::counters::{assert_conserved, assert_quiet_log, drops, number, wait_c
 use common::process::{Held, assert_nothing_leaked};
 use common::*;
 use dreamwire_bench::topology::{
-    BOOT_LIMIT, Daemon, ECHO_PORT, Guest, Needs, Netns, ProbeReport, TopologyError, available, wait_until,
+    BOOT_LIMIT, Daemon, ECHO_PORT, Guest, Needs, Netns, ProbeReport, available, wait_until,
 };
 
 #[test]
@@ -64,18 +64,19 @@ fn guests_reconnect_to_a_daemon_that_was_restarted() {
     assert_ping(&guests[0], "10.0.0.2");
     let held = Held::by(&daemon);
 
-    let ways: [(&str, fn(&mut Daemon) -> Result<(), TopologyError>); 2] =
-        [("SIGTERM", Daemon::terminate), ("SIGKILL", Daemon::kill)];
-    for (way, end) in ways {
+    for signal in ["SIGTERM", "SIGKILL"] {
         let [one, two] = &guests;
         let (start, running) = (Instant::now(), one.probe(echo_of(2), PROBE_INTERVAL).unwrap());
-        end(&mut daemon).unwrap();
+        match signal {
+            "SIGTERM" => daemon.terminate().unwrap(),
+            _ => daemon.kill().unwrap(),
+        }
         daemon.start_again().unwrap();
         for port in ["vm1", "vm2"] {
             wait_connected(&daemon, port, true);
         }
         traffic_is_back(one, two);
-        report(&format!("daemon ended by {way} and started again"), start, &running.stop().unwrap());
+        report(&format!("daemon ended by {signal} and started again"), start, &running.stop().unwrap());
         // The new process holds what the first one held.
         assert_nothing_leaked(&daemon, held);
         assert_conserved(&daemon);

@@ -1,12 +1,12 @@
 //! A daemon's process from outside, and front-ends that are no guest.
 
 use std::fs;
-use std::io::Read as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dreamwire_bench::topology::{Daemon, wait_until};
+use tempfile::NamedTempFile;
 
 use super::LIMIT;
 
@@ -59,6 +59,7 @@ pub(crate) fn processor_time(daemon: &Daemon) -> Duration {
 /// QEMU with a card and no guest: it negotiates as far as a machine that has not started. Killed when dropped.
 pub(crate) struct IdleQemu {
     child: Child,
+    said: NamedTempFile,
 }
 
 impl IdleQemu {
@@ -66,6 +67,7 @@ impl IdleQemu {
     pub(crate) fn connect(socket: &Path, queues: u16) -> Self {
         let chardev = format!("socket,id=wire,path={}", socket.display());
         let netdev = format!("vhost-user,id=net,chardev=wire,queues={queues}");
+        let said = NamedTempFile::new().unwrap();
         let arguments = ["-nodefaults", "-no-user-config", "-display", "none", "-S", "-machine", "none"];
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"])
@@ -73,26 +75,22 @@ impl IdleQemu {
             .args(["-chardev", &chardev, "-netdev", &netdev])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
+            .stderr(said.reopen().unwrap())
             .spawn()
             .unwrap();
-        Self { child }
+        Self { child, said }
     }
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Waits for its end and gives its last words.
-    pub(crate) fn words(mut self) -> String {
-        let deadline = Instant::now() + LIMIT;
-        while self.child.try_wait().unwrap().is_none() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let _ = self.child.kill();
-        let mut words = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut words).unwrap();
-        words
+    /// Waits until QEMU has said that.
+    #[track_caller]
+    pub(crate) fn wait_says(&self, words: &str) {
+        let said = || fs::read_to_string(self.said.path()).unwrap();
+        let waited = wait_until(LIMIT, words, || said().contains(words));
+        assert!(waited.is_ok(), "{words:?} is not in QEMU's words: {:.1000}", said());
     }
 }
 
