@@ -1,8 +1,9 @@
 //! What is known of a port's session with its hypervisor, for `show port`, statistics and the log.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
+use dreamwire_vhost::limiter::Limiter;
 use dreamwire_vhost::owner::SessionEvent;
 
 /// Warnings kept per port; the oldest go first. A front-end can cause them at will.
@@ -13,6 +14,8 @@ const WARNINGS_MAX: usize = 8;
 pub struct Session {
     port: String,
     state: Mutex<SessionState>,
+    /// Of the log's lines about coming and going. Warnings have the endpoint's.
+    lines: Mutex<Limiter>,
 }
 
 /// The state as of now.
@@ -35,7 +38,7 @@ pub struct SessionState {
 impl Session {
     /// Of the port `name`, not connected.
     pub fn new(name: &str) -> Self {
-        Self { port: name.to_owned(), state: Mutex::default() }
+        Self { port: name.to_owned(), state: Mutex::default(), lines: Mutex::new(Limiter::new(Instant::now())) }
     }
 
     /// A copy of the state.
@@ -43,13 +46,21 @@ impl Session {
         self.lock().clone()
     }
 
-    /// Takes an event from the endpoint; logs it. The endpoint limits their rate.
+    /// Takes an event from the endpoint; logs it, unless the front-end comes and goes without end.
     pub fn event(&self, event: SessionEvent) {
         let port = &*self.port;
+        let line = match event {
+            SessionEvent::Warning(_) => None,
+            _ => self.lines.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now()),
+        };
+        // Lines before this one that were not written; no field where there were none.
+        let left_out = line.filter(|count| *count > 0);
         let mut state = self.lock();
         match event {
             SessionEvent::Connected => {
-                tracing::info!(port, "front-end connected");
+                if line.is_some() {
+                    tracing::info!(port, left_out, "front-end connected");
+                }
                 state.connected = true;
                 state.since = Some(SystemTime::now());
                 state.connections += 1;
@@ -57,11 +68,15 @@ impl Session {
                 state.warnings.clear();
             }
             SessionEvent::Negotiated { features } => {
-                tracing::info!(port, features = format_args!("{features:#x}"), "features negotiated");
+                if line.is_some() {
+                    tracing::info!(port, left_out, features = format_args!("{features:#x}"), "features negotiated");
+                }
                 state.features = Some(features);
             }
             SessionEvent::Disconnected { reason } => {
-                tracing::info!(port, reason, "front-end disconnected");
+                if line.is_some() {
+                    tracing::info!(port, left_out, reason, "front-end disconnected");
+                }
                 state.connected = false;
                 state.since = Some(SystemTime::now());
                 state.features = None;

@@ -7,6 +7,7 @@
 pub mod eventfd;
 pub mod frame;
 pub mod keeper;
+pub mod limiter;
 pub mod memory;
 pub mod owner;
 pub mod ring;

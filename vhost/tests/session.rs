@@ -164,6 +164,25 @@ fn memory_that_never_comes_is_explained() {
     eventually("a warning", || port.owner.warned_of("share=on"));
 }
 
+/// QEMU with `queues=` above the port's.
+#[test]
+fn a_front_end_that_asks_and_leaves_is_told_the_ports_queues_and_served_when_it_comes_to_stay() {
+    let port = Port::start(SocketMode::Server, 2);
+    let mut front_end = FrontEnd::connect(&port.socket);
+    let offered = front_end.ask(GET_PROTOCOL_FEATURES, &[], &[]);
+    front_end.tell(SET_PROTOCOL_FEATURES, &offered.to_ne_bytes(), &[]);
+    assert_eq!(front_end.ask(GET_QUEUE_NUM, &[], &[]), 2);
+    front_end.tell(SET_OWNER, &[], &[]);
+    drop(front_end);
+    let reason = port.owner.await_disconnect(1);
+    assert!(reason.contains("queues= must be the port's: 2"), "{reason}");
+    let mut front_end = FrontEnd::connect(&port.socket);
+    front_end.negotiate();
+    drop(front_end);
+    let reason = port.owner.await_disconnect(2);
+    assert!(!reason.contains("queues="), "{reason}");
+}
+
 #[test]
 fn the_rust_vmm_front_end_gets_along() {
     use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};

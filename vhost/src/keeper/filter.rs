@@ -65,15 +65,28 @@ pub(super) struct Filter {
     record: SessionRecord,
     warned_unsealed: bool,
     warned_not_shared: bool,
+    /// Features or a ring's state were agreed once: the front-end means to use the port.
+    started: bool,
 }
 
 impl Filter {
     pub(super) fn new(offer: Offer) -> Self {
-        Self { offer, record: SessionRecord::new(offer.ring_count()), warned_unsealed: false, warned_not_shared: false }
+        let record = SessionRecord::new(offer.ring_count());
+        Self { offer, record, warned_unsealed: false, warned_not_shared: false, started: false }
     }
 
     pub(super) fn record(&self) -> &SessionRecord {
         &self.record
+    }
+
+    /// Whether the front-end came further than to ask what there is.
+    pub(super) fn started(&self) -> bool {
+        self.started
+    }
+
+    /// Whether it did ask, as a vhost-user front-end does.
+    pub(super) fn was_asked(&self) -> bool {
+        self.record.protocol_features != 0
     }
 
     /// Judges one message.
@@ -232,6 +245,7 @@ impl Filter {
             return Ok(Actions::new());
         }
         self.record.features = Some(features);
+        self.started = true;
         // The session takes SET_VRING_ENABLE only with the bit set, so between us it always is.
         let private = (features | VHOST_USER_F_PROTOCOL_FEATURES).to_ne_bytes().to_vec();
         let mut actions = vec![forward(req::SET_FEATURES, private, vec![])];
@@ -399,6 +413,7 @@ impl Filter {
         }
         let enabled = number == 1;
         self.record.rings[usize::from(index)].enabled = enabled;
+        self.started = true;
         Ok(if self.record.features.is_some() { vec![enable(index, enabled)] } else { Actions::new() })
     }
 

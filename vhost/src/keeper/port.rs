@@ -57,6 +57,11 @@ enum Ending {
     Refused(String),
     #[error("the session ended by itself")]
     SessionGone,
+    #[error(
+        "the front-end asked what there is and left; if QEMU says \"you are asking more queues than supported\", its \
+         queues= must be the port's: {queue_pairs}"
+    )]
+    LeftAtOnce { queue_pairs: u16 },
 }
 
 impl From<LinkError> for Ending {
@@ -82,14 +87,25 @@ impl Port {
                 };
             });
             self.reports.event(SessionEvent::Connected);
+            let mut filter = Filter::new(self.offer);
             // The session is torn down inside: all rings are detached before anybody hears of the end.
-            let Err(ending) = self.serve(stream);
-            let reason = ending.to_string();
+            let Err(ending) = self.serve(stream, &mut filter);
+            let left_at_once = filter.was_asked() && !filter.started();
+            let reason = match ending {
+                Ending::FrontEnd(ConnectionError::Closed) if left_at_once => {
+                    Ending::LeftAtOnce { queue_pairs: self.offer.queue_pairs }.to_string()
+                }
+                ending => ending.to_string(),
+            };
             self.update(|state| {
                 let (connections, last_reason) = (state.connections, Some(reason.clone()));
                 *state = EndpointState { connections, last_reason, ..Default::default() };
             });
             self.reports.event(SessionEvent::Disconnected { reason });
+            // QEMU is back at once, and would be some thousand times a second.
+            if left_at_once && wait(&self.wake, &[], Some(Instant::now() + RETRY_MIN)).is_err() {
+                return;
+            }
         }
     }
 
@@ -126,7 +142,7 @@ impl Port {
     }
 
     /// Serves one front-end to its end, which is always an error of some kind.
-    fn serve(&mut self, stream: UnixStream) -> Result<std::convert::Infallible, Ending> {
+    fn serve(&mut self, stream: UnixStream, filter: &mut Filter) -> Result<std::convert::Infallible, Ending> {
         let peer_pid = peer_pid(&stream);
         let mut front_end = Connection::new(stream).map_err(ConnectionError::from)?;
         let session = Session::new(
@@ -137,7 +153,6 @@ impl Port {
         );
         let wake = Arc::clone(&self.wake);
         let mut link = EngineLink::open(&self.private_dir, &self.name, session, &wake)?;
-        let mut filter = Filter::new(self.offer);
         let mut memory_due: Option<Instant> = None;
         loop {
             let deadline = [front_end.deadline(), memory_due].into_iter().flatten().min();
@@ -167,7 +182,7 @@ impl Port {
                 && let Some(message) = front_end.receive(false)?
             {
                 for action in filter.judge(message) {
-                    self.perform(action, &mut filter, &front_end, &mut link)?;
+                    self.perform(action, filter, &front_end, &mut link)?;
                 }
                 self.update(|state| describe(filter.record(), state));
             }
