@@ -17,14 +17,13 @@ fn guests_on_one_host_share_a_wire() {
     let host = Netns::new("host").unwrap();
     let daemon = start_daemon("host", &host, &local_config(&[1, 2]));
     let [one, two] = boot([guest(&daemon, 1), guest(&daemon, 2)]);
-    let before = drops(&daemon);
-
     card_is_an_ordinary_one(&one);
+    a_file_arrives_whole(&one, &two);
+    let before = drops(&daemon);
     for (from, to) in [(&one, 2), (&two, 1)] {
         assert_ping(from, &format!("10.0.0.{to}"));
         assert_ping(from, &format!("fd00::{to}"));
     }
-    a_file_arrives_whole(&one, &two);
     every_length_arrives_byte_for_byte(&daemon, &one, 1, &two, 2);
     every_length_arrives_byte_for_byte(&daemon, &two, 2, &one, 1);
     wait_drops(&daemon, &before, &[]);
@@ -47,16 +46,15 @@ fn several_queue_pairs_all_carry_traffic() {
         spec.nics[0].queues = 2;
         spec
     }));
-    let before = drops(&daemon);
-
     card_is_an_ordinary_one(&one);
+    a_file_arrives_whole(&one, &two);
+    let before = drops(&daemon);
     for guest in [&one, &two] {
         let channels = guest.exec(&["ethtool", "-l", "eth0"]).unwrap();
         assert_eq!(channels.lines().filter(|line| *line == "Combined:\t2").count(), 2, "{channels}");
     }
     assert_ping(&one, "10.0.0.2");
     assert_ping(&two, "fd00::1");
-    a_file_arrives_whole(&one, &two);
 
     // The driver has a transmitq for each processor; the switch spreads flows over the receiveqs.
     let ring = |port: &str, queue: u16| number(&daemon, "ports", port, &format!("/rings/{queue}/frames"));
@@ -94,6 +92,7 @@ fn card_is_an_ordinary_one(guest: &Guest) {
     assert_eq!(guest.exec(&["cat", "/sys/class/net/eth0/carrier"]).unwrap(), "1\n");
 }
 
+/// TCP finds its speed by loss: what a full ring drops here is no fault, so drops are compared only after it.
 fn a_file_arrives_whole(one: &Guest, two: &Guest) {
     two.sh(&format!(
         "mkdir -p /tmp/www && dd if=/dev/urandom of=/tmp/www/file bs=1M count={FILE_MEGABYTES} 2>&1 \
@@ -108,18 +107,18 @@ fn a_file_arrives_whole(one: &Guest, two: &Guest) {
 fn every_length_arrives_byte_for_byte(daemon: &Daemon, from: &Guest, source: u8, to: &Guest, destination: u8) {
     let header = frame(mac(destination), mac(source), &ETHER_TYPE.to_be_bytes());
     let lengths: Vec<usize> = (60..=1514).collect();
-    let mut pattern = FramePattern::new(&header, &lengths);
-    // The receiver may be slower than the sender; what is looked for here is bytes, not speed.
-    pattern.gap_us = 200;
     let ports = [format!("vm{source}"), format!("vm{destination}")];
     let counted =
         || [number(daemon, "ports", &ports[0], "/rx/frames"), number(daemon, "ports", &ports[1], "/tx/frames")];
     let before = counted();
     let capture = to.capture("eth0").unwrap();
-    from.send_pattern("eth0", &pattern).unwrap();
     let filter = FrameFilter::any().source(mac(source)).ether_type(ETHER_TYPE);
-    let got = capture.digests(&filter, lengths.len(), LIMIT).unwrap();
-    assert_same_digests(&got, &pattern.frames().collect::<Vec<_>>());
+    for lengths in lengths.chunks(CHUNK_FRAMES) {
+        let pattern = FramePattern::new(&header, lengths);
+        from.send_pattern("eth0", &pattern).unwrap();
+        let got = capture.digests(&filter, lengths.len(), LIMIT).unwrap();
+        assert_same_digests(&got, &pattern.frames().collect::<Vec<_>>());
+    }
     for (before, after) in before.into_iter().zip(counted()) {
         assert!(after - before >= lengths.len() as u64, "{before} to {after}");
     }

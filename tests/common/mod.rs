@@ -16,6 +16,8 @@ use dreamwire_bench::topology::{
 pub(crate) const LIMIT: Duration = Duration::from_secs(10);
 /// Experimental ethertype (IEEE 802): nobody else sends it.
 pub(crate) const ETHER_TYPE: u16 = 0x88b5;
+/// Frames sent before they are waited for: few against a ring of 256, so that a guest that is slow just now loses none.
+pub(crate) const CHUNK_FRAMES: usize = 64;
 /// Time between two probes of a stream.
 pub(crate) const PROBE_INTERVAL: Duration = Duration::from_millis(10);
 
