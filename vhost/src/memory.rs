@@ -1,6 +1,6 @@
 //! Guest memory as a worker sees it: a table of mapped regions, and runs of bytes in it.
 //!
-//! The guest writes to this memory at any time. So no Rust reference to it ever exists: a [`Segment`] is an address and
+//! The guest writes to this memory at any time. So no Rust reference to it ever exists: a `Segment` is an address and
 //! a length that were checked against the region table once, and bytes move by raw copies into or out of private
 //! memory. What was copied is what is judged; it is never read a second time.
 //!

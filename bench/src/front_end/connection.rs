@@ -1,7 +1,7 @@
 //! The socket to the back-end: vhost-user messages out, replies in.
 //!
 //! Raw messages rather than the vhost crate's `Frontend`: this side must also send QEMU's order, descriptors left
-//! out on purpose, and messages that no front-end should send. Limits: replies of [`REPLY_BYTES_MAX`]; descriptors
+//! out on purpose, and messages that no front-end should send. Limits: replies of `REPLY_BYTES_MAX`; descriptors
 //! that a back-end sends are dropped by the kernel (no message that we send is answered with one).
 
 use std::io::{self, IoSlice, Read};

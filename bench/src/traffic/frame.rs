@@ -9,7 +9,7 @@ use std::net::Ipv4Addr;
 pub const FRAME_BYTES_MIN: usize = 60;
 /// Largest frame: an MTU of 1500 and a VLAN tag's worth more, as generators offer "1518".
 pub const FRAME_BYTES_MAX: usize = 1518;
-/// Flows at most: UDP source ports from [`SOURCE_PORT`] up.
+/// Flows at most: UDP source ports from `SOURCE_PORT` up.
 pub const FLOWS_MAX: usize = 32768;
 
 const ETHERNET_BYTES: usize = 14;

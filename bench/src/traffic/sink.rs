@@ -2,7 +2,7 @@
 //!
 //! Every frame's length and first [`CHECKED_BYTES`] bytes are compared with what its sequence number says; one in
 //! `sample` is compared to its last byte. Sequence numbers repeat with the set, so a gap says how many frames are missing
-//! modulo the set; [`Sink::finish`] weighs the gaps against what was sent. A frame that comes too late looks like a
+//! modulo the set; `Sink::finish` weighs the gaps against what was sent. A frame that comes too late looks like a
 //! whole round lost, which no count of frames sent bears out: that is how reordering shows.
 
 use super::frame::{FRAME_BYTES_MIN, FlowSet, MAGIC, SEQUENCE_AT};
