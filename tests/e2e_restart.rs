@@ -90,9 +90,9 @@ fn echo_of(number: u8) -> SocketAddr {
 
 fn traffic_is_back(one: &Guest, two: &Guest) {
     two.wait_link("eth0", BOOT_LIMIT).unwrap();
-    wait_until(BOOT_LIMIT, "traffic", || one.ping("10.0.0.2", 1).unwrap()).unwrap();
-    assert_ping(one, "10.0.0.2");
-    assert_ping(two, "10.0.0.1");
+    // The probe runs on: a guest that was just booted may lose some of what waited for it.
+    wait_until(BOOT_LIMIT, "traffic", || one.ping("10.0.0.2", 3).unwrap()).unwrap();
+    wait_until(BOOT_LIMIT, "traffic back", || two.ping("10.0.0.1", 3).unwrap()).unwrap();
 }
 
 fn report(what: &str, start: Instant, probe: &ProbeReport) {
