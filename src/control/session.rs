@@ -3,6 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
+use dreamwire_datapath::mac::Mac;
 use dreamwire_vhost::limiter::Limiter;
 use dreamwire_vhost::owner::SessionEvent;
 
@@ -29,6 +30,8 @@ pub struct SessionState {
     pub connections: u64,
     /// Virtio feature bits that the front-end has accepted.
     pub features: Option<u64>,
+    /// Writes to the VM's memory are logged: it is being migrated away.
+    pub migrating: bool,
     /// Why the last session ended.
     pub last_end: Option<String>,
     /// The last few things that work, but hardly as meant.
@@ -73,11 +76,21 @@ impl Session {
                 }
                 state.features = Some(features);
             }
+            SessionEvent::DirtyLog { on } => {
+                // A front-end can switch it as often as it likes: `show port` has it, the log need not.
+                tracing::debug!(port, on, "writes to the VM's memory are logged for a migration");
+                state.migrating = on;
+            }
+            // The port's owner has told the network.
+            SessionEvent::Announce { mac } => {
+                tracing::debug!(port, mac = %Mac(mac), "the VM's place was announced");
+            }
             SessionEvent::Disconnected { reason } => {
                 if line.is_some() {
                     tracing::info!(port, left_out, reason, "front-end disconnected");
                 }
                 state.connected = false;
+                state.migrating = false;
                 state.since = Some(SystemTime::now());
                 state.features = None;
                 state.last_end = Some(reason);

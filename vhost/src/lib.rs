@@ -4,6 +4,7 @@
 //! session to a [`session`] in the order of the specification. The session turns it into [`ring::Ring`]s and
 //! hands them to a [`owner::RingOwner`] (the datapath), which alone touches them while they are attached.
 
+pub mod dirty_log;
 pub mod eventfd;
 pub mod frame;
 pub mod keeper;

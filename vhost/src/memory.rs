@@ -4,7 +4,7 @@
 //! a length that were checked against the region table once, and bytes move by raw copies into or out of private
 //! memory. What was copied is what is judged; it is never read a second time.
 //!
-//! One of two files with unsafe code in this crate (the other is `ring/split.rs`).
+//! One of three files with unsafe code in this crate (the others are `ring/split.rs` and `dirty_log.rs`).
 
 use std::marker::PhantomData;
 use std::ptr;
@@ -59,6 +59,15 @@ impl Memory {
             .find(|region| address >= region.start && address < region.end)
             .filter(|region| end <= region.end)
             .map(|region| (region.host + (address - region.start) as usize) as *mut u8)
+    }
+
+    /// The guest-physical address of a segment's first byte; `None` if it does not lie in this memory. Segments never
+    /// cross a region, so that the whole of it is there.
+    pub(crate) fn guest_address(&self, segment: Segment) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let at = segment.host.checked_sub(region.host)? as u64;
+            (at < region.end - region.start).then(|| region.start + at)
+        })
     }
 
     /// The segments that make up `bytes` bytes at `address`, in order, given to `take` one by one. More than one where
@@ -271,6 +280,8 @@ mod tests {
         let mut bytes = [0; 9];
         Payload::segments(&segments).copy_out(&mut bytes);
         assert_eq!(&bytes, b"leftright");
+        assert_eq!(segments.iter().map(|&s| memory.guest_address(s)).collect::<Vec<_>>(), [Some(0xffc), Some(0x1000)]);
+        assert_eq!(memory.guest_address(Segment::EMPTY), None);
     }
 
     #[test]

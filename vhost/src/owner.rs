@@ -31,6 +31,16 @@ pub enum SessionEvent {
         /// Why, as a sentence that names what to do where something can be done.
         reason: String,
     },
+    /// Writes to guest memory are logged from now on, or no longer: the VM is being migrated away.
+    DirtyLog {
+        /// Whether they are.
+        on: bool,
+    },
+    /// SEND_RARP: the VM runs here now, and its driver does not say so itself. A frame in its name must tell the network.
+    Announce {
+        /// The VM's address.
+        mac: [u8; 6],
+    },
     /// Something that works, but hardly as meant (unsealed memory, memory that is not shared).
     Warning(String),
 }

@@ -8,9 +8,9 @@
 //! a half-changed ring, and an answer to the front-end (of GET_VRING_BASE, of a new memory table) means that no
 //! worker is inside any more. Old mappings live as long as a ring holds them.
 //!
-//! Engine and keeper run at different times on one session: the engine's thread while connected, the keeper's
-//! `Session::close` after that thread has ended. The mutex is for the compiler; it is never held across a call to
-//! the owner. A panic in the owner is caught, reported, and ends the session's service, never the thread: the engine
+//! Engine and keeper run at different times on one session: the engine's thread while it has a message to judge, the
+//! keeper when it has none (`Session::set_logging`), and after that thread has ended (`Session::close`). The mutex is for
+//! the compiler; it is never held across a call to the owner. A panic in the owner is caught, reported, and ends the session's service, never the thread: the engine
 //! would poison its own lock and hang the front-end.
 //!
 //! Limits: two rings per queue pair, `RING_SIZE_MAX` entries per ring.
@@ -29,6 +29,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestM
 use vmm_sys_util::epoll::EventSet;
 
 use self::ring_state::RingState;
+use crate::dirty_log::DirtyLog;
 use crate::keeper::{RING_SIZE_MAX, Reports, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::memory::Memory;
 use crate::owner::RingOwner;
@@ -47,9 +48,23 @@ pub(crate) struct Session {
     state: Mutex<State>,
 }
 
+/// What a session's rings do about the dirty log, which is the keeper's.
+#[derive(Debug, Default)]
+pub(crate) enum Logging {
+    /// Nothing.
+    #[default]
+    Off,
+    /// They stand still until it is there: a front-end that starts a device in the middle of a migration starts its
+    /// rings first and sends the log afterwards (QEMU, `vhost_dev_start`). What they wrote meanwhile would be lost.
+    Awaited,
+    /// They note every write.
+    On(Arc<DirtyLog>),
+}
+
 /// What is known between two messages.
 struct State {
     memory: Option<Arc<Memory>>,
+    logging: Logging,
     /// Acked virtio bits.
     features: u64,
     rings: Vec<RingState>,
@@ -61,7 +76,7 @@ impl Session {
     /// A session with `ring_count` rings that offers virtio bits `offered` to its front-end.
     pub(crate) fn new(ring_count: usize, offered: u64, owner: Arc<dyn RingOwner>, reports: Arc<Reports>) -> Arc<Self> {
         let rings = std::iter::repeat_with(RingState::default).take(ring_count).collect();
-        let state = Mutex::new(State { memory: None, features: 0, rings, broken: false });
+        let state = Mutex::new(State { memory: None, logging: Logging::Off, features: 0, rings, broken: false });
         Arc::new(Self { offered: offered | VHOST_USER_F_PROTOCOL_FEATURES, owner, reports, state })
     }
 
@@ -71,7 +86,18 @@ impl Session {
         self.queues().for_each(|queue| self.take_back(queue));
         let mut state = self.state();
         state.memory = None;
+        state.logging = Logging::Off;
         state.rings.iter_mut().for_each(|ring| *ring = RingState::default());
+    }
+
+    /// Changes whether the rings log, and where to. When this returns no ring writes unlogged, or to another log.
+    pub(crate) fn set_logging(&self, logging: Logging) {
+        self.alter_all(|state| state.logging = logging);
+    }
+
+    /// Changes where, and whether, ring `queue` logs its writes to the used ring while it logs at all.
+    pub(crate) fn set_used_log(&self, queue: u16, address: Option<u64>) {
+        self.alter(queue, |ring| ring.used_log = address);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -114,8 +140,13 @@ impl Session {
     fn attach_if_complete(&self, queue: u16) {
         let setup = {
             let state = &*self.state();
+            let log = match &state.logging {
+                Logging::Off => None,
+                Logging::Awaited => return,
+                Logging::On(log) => Some(log),
+            };
             match &state.memory {
-                Some(memory) if !state.broken => state.rings[usize::from(queue)].setup(memory, state.features),
+                Some(memory) if !state.broken => state.rings[usize::from(queue)].setup(memory, state.features, log),
                 _ => return,
             }
         };
@@ -179,6 +210,7 @@ impl VhostUserBackend for Session {
     fn reset_device(&self) {
         self.alter_all(|state| {
             state.features = 0;
+            state.logging = Logging::Off;
             state.rings.iter_mut().for_each(RingState::reset);
         });
     }

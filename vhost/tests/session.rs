@@ -187,7 +187,7 @@ fn a_front_end_that_asks_and_leaves_is_told_the_ports_queues_and_served_when_it_
 fn the_rust_vmm_front_end_gets_along() {
     use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
     use vhost::vhost_user::{Frontend, VhostUserFrontend};
-    use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+    use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
     use vmm_sys_util::eventfd::EventFd as VmmEventFd;
 
     let port = Port::start(SocketMode::Server, 2);
@@ -195,7 +195,8 @@ fn the_rust_vmm_front_end_gets_along() {
     front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     front_end.set_owner().unwrap();
     let offered = front_end.get_features().unwrap();
-    front_end.set_features(offered).unwrap();
+    // LOG_ALL is acked while a migration lasts.
+    front_end.set_features(offered & !LOG_ALL).unwrap();
     let protocol = front_end.get_protocol_features().unwrap();
     assert!(protocol.contains(VhostUserProtocolFeatures::STATUS | VhostUserProtocolFeatures::MTU));
     front_end.set_protocol_features(protocol).unwrap();
@@ -231,6 +232,11 @@ fn the_rust_vmm_front_end_gets_along() {
     assert_eq!(port.owner.holds(), [0, 1, 2, 3]);
     assert_eq!(front_end.get_vring_base(2).unwrap(), 0);
     assert_eq!(port.owner.holds(), [0, 1, 3]);
+    let log = memfd(4096);
+    let log_region = VhostUserDirtyLogRegion { mmap_size: 4096, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
+    front_end.set_log_base(0, Some(log_region)).unwrap();
+    front_end.set_features(offered).unwrap();
+    eventually("the log is on", || port.endpoint.state().logging);
     front_end.remove_mem_region(&region).unwrap();
     // Last, for this front-end takes it for the number of rings, where QEMU takes it for pairs.
     assert_eq!(front_end.get_queue_num().unwrap(), 2);

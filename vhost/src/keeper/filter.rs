@@ -7,7 +7,9 @@
 //!
 //! - SET_VRING_ENABLE waits until SET_FEATURES has passed: QEMU sends it before a driver exists. The front-end has its
 //!   answer at once; the session gets the ring states right after the features.
-//! - GET_QUEUE_NUM, STATUS, NET_SET_MTU, SEND_RARP, RESET_OWNER and the dirty log's messages end here.
+//! - GET_QUEUE_NUM, STATUS, NET_SET_MTU, SEND_RARP and RESET_OWNER end here.
+//! - The dirty log ends here too: SET_LOG_BASE, SET_LOG_FD, feature LOG_ALL and the log's part of SET_VRING_ADDR. What they
+//!   come to is told to the session past the protocol engine.
 //! - The rest is checked, remembered in the [`SessionRecord`] and forwarded; the session's verdict is waited for.
 //!
 //! A message that cannot be served is *refused*: with a non-zero answer where the front-end asked for one (the session
@@ -21,10 +23,12 @@ use std::sync::Arc;
 use super::message::{
     self, Message, RingAddresses, RingNumber, encode_region, encode_regions, encode_ring_number, request as req,
 };
-use super::offer::{Offer, VHOST_USER_F_PROTOCOL_FEATURES, protocol};
+use super::offer::{Offer, PRIVATE_FEATURES, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, protocol};
 use super::record::{MEMORY_SLOTS_MAX, MappedRegion, RingSignal, SessionRecord};
 use super::vet::{self, Shrink};
+use crate::dirty_log::DirtyLog;
 use crate::owner::SessionEvent;
+use crate::session::Logging;
 
 /// VIRTIO 1.2 §2.7: queue sizes are powers of two up to 32768.
 pub(crate) const RING_SIZE_MAX: u16 = 32768;
@@ -34,6 +38,10 @@ pub(crate) const RING_SIZE_MAX: u16 = 32768;
 pub(super) enum Action {
     /// Send this to the session and wait for its verdict; if it refuses, the connection ends.
     Forward { request: u32, payload: Vec<u8>, descriptors: Vec<Arc<OwnedFd>> },
+    /// Tell the session whether and where its rings log.
+    SetLogging(Logging),
+    /// Tell the session where a ring logs its used ring.
+    SetUsedLog { index: u16, address: Option<u64> },
     /// Send GET_VRING_BASE to the session, its answer to the front-end, and tell [`Filter::ring_stopped`].
     StopRing { index: u16 },
     /// Send this to the front-end.
@@ -153,13 +161,15 @@ impl Filter {
         match request {
             req::GET_FEATURES => {
                 no_payload(&payload)?;
-                reply(request, self.offer.features | VHOST_USER_F_PROTOCOL_FEATURES)
+                reply(request, self.offer.features | PRIVATE_FEATURES)
             }
             req::SET_FEATURES => self.set_features(number(&payload)?),
             // The session was claimed by the keeper when it was made; RESET_OWNER is deprecated ("no longer used").
             req::SET_OWNER | req::RESET_OWNER => no_payload(&payload).map(|()| Actions::new()),
             req::SET_MEM_TABLE => self.set_mem_table(&payload, descriptors),
-            req::SET_LOG_BASE | req::SET_LOG_FD => Err(Fault::Declined("the dirty log was not offered".into())),
+            req::SET_LOG_BASE => self.set_log_base(payload, descriptors),
+            // A descriptor to signal logged writes by; front-ends that migrate look at the log when they need it.
+            req::SET_LOG_FD => no_payload(&payload).map(|()| Actions::new()),
             req::SET_VRING_NUM => self.set_ring_size(ring_number(&payload)?),
             req::SET_VRING_ADDR => self.set_ring_addresses(&payload),
             req::SET_VRING_BASE => self.set_ring_base(ring_number(&payload)?),
@@ -179,15 +189,15 @@ impl Filter {
             req::GET_QUEUE_NUM => no_payload(&payload).and_then(|()| reply(request, u64::from(self.offer.queue_pairs))),
             req::SET_VRING_ENABLE => self.set_ring_enable(ring_number(&payload)?),
             req::SEND_RARP => {
-                // A MAC address in a u64. The switch learns the VM's new place from its first frame as well.
-                let address = number(&payload)?;
-                tracing::debug!(address = format_args!("{address:#014x}"), "SEND_RARP accepted, not sent");
-                Ok(Actions::new())
+                // A u64 whose first six bytes in memory are the address.
+                let [mac @ .., _, _] = number(&payload)?.to_ne_bytes();
+                Ok(vec![Action::Report(SessionEvent::Announce { mac })])
             }
             req::NET_SET_MTU => self.set_mtu(number(&payload)?),
             req::RESET_DEVICE => {
                 no_payload(&payload)?;
                 self.record.reset_device();
+                // The session forgets the log by itself.
                 Ok(vec![forward(request, payload, vec![])])
             }
             req::GET_MAX_MEM_SLOTS => no_payload(&payload).and_then(|()| reply(request, MEMORY_SLOTS_MAX as u64)),
@@ -208,6 +218,7 @@ impl Filter {
     fn check_negotiated(&self, request: u32) -> Result<(), Fault> {
         let needed = match request {
             req::GET_QUEUE_NUM => protocol::MQ,
+            req::SET_LOG_BASE => protocol::LOG_SHMFD,
             req::SEND_RARP => protocol::RARP,
             req::NET_SET_MTU => protocol::MTU,
             req::RESET_DEVICE => protocol::RESET_DEVICE,
@@ -231,7 +242,7 @@ impl Filter {
     }
 
     fn set_features(&mut self, acked: u64) -> Result<Actions, Fault> {
-        let unknown = acked & !(self.offer.features | VHOST_USER_F_PROTOCOL_FEATURES);
+        let unknown = acked & !(self.offer.features | PRIVATE_FEATURES);
         if unknown != 0 {
             return Err(Fault::Refused(format!("feature bits {unknown:#x} were not offered")));
         }
@@ -239,19 +250,75 @@ impl Filter {
         if acked & VHOST_USER_F_PROTOCOL_FEATURES == 0 {
             self.record.rings.iter_mut().for_each(|ring| ring.enabled = true);
         }
-        let features = acked & !VHOST_USER_F_PROTOCOL_FEATURES;
+        let features = acked & !PRIVATE_FEATURES;
+        let mut actions = self.set_log_all(acked & VHOST_F_LOG_ALL != 0);
         // QEMU repeats the same features for each queue pair, when the first pairs run already.
         if self.record.features == Some(features) && acked & VHOST_USER_F_PROTOCOL_FEATURES != 0 {
-            return Ok(Actions::new());
+            return Ok(actions);
         }
         self.record.features = Some(features);
         self.started = true;
         // The session takes SET_VRING_ENABLE only with the bit set, so between us it always is.
         let private = (features | VHOST_USER_F_PROTOCOL_FEATURES).to_ne_bytes().to_vec();
-        let mut actions = vec![forward(req::SET_FEATURES, private, vec![])];
+        actions.push(forward(req::SET_FEATURES, private, vec![]));
         let states = self.record.rings.iter().enumerate();
         actions.extend(states.filter(|(_, ring)| ring.enabled).map(|(index, _)| enable(index as u16, true)));
         actions.push(Action::Report(SessionEvent::Negotiated { features }));
+        Ok(actions)
+    }
+
+    /// LOG_ALL comes when a migration begins, after SET_LOG_BASE, and goes when it has ended one way or the other. With
+    /// it goes the log: nothing is mapped or paid for once there is no migration.
+    fn set_log_all(&mut self, on: bool) -> Actions {
+        if std::mem::replace(&mut self.record.log_all, on) == on {
+            return Actions::new();
+        }
+        let log = if on { None } else { self.record.log.take() };
+        let mut actions = vec![Action::SetLogging(self.logging()), Action::Report(SessionEvent::DirtyLog { on })];
+        if let Some(outside) = log.map(|log| log.pages_outside()).filter(|&outside| outside > 0) {
+            let text = format!("the dirty log had no room for {outside} writes of pages; the migrated VM lacks them");
+            actions.push(Action::Report(SessionEvent::Warning(text)));
+        }
+        actions
+    }
+
+    /// What the session's rings are to do.
+    fn logging(&self) -> Logging {
+        match &self.record.log {
+            _ if !self.record.log_all => Logging::Off,
+            Some(log) => Logging::On(Arc::clone(log)),
+            None if self.record.protocol_features & protocol::LOG_SHMFD != 0 => Logging::Awaited,
+            // A front-end that has no way to bring a log does not mean it.
+            None => Logging::Off,
+        }
+    }
+
+    /// Also during a migration, when memory has grown: the old log is let go of before the answer, for the front-end then
+    /// reads it for the last time.
+    fn set_log_base(&mut self, payload: Vec<u8>, mut files: Vec<OwnedFd>) -> Result<Actions, Fault> {
+        let range = message::decode_log_range(&payload).ok_or_else(|| wrong_length(&payload))?;
+        let file = files.pop().ok_or_else(|| Fault::Refused("it came without a descriptor".into()))?;
+        let shrink = vet::log_file(&range, &file).map_err(Fault::Refused)?;
+        let log = DirtyLog::map(&file, range.offset, range.bytes)
+            .map_err(|error| Fault::Refused(format!("the dirty log cannot be mapped: {error}")))?;
+        let mut actions = Actions::new();
+        if shrink == Shrink::Possible {
+            actions.push(Action::Report(unsealed("dirty log")));
+        }
+        // vetted: guest_address + bytes does not overflow
+        let memory_end =
+            self.record.memory.iter().map(|mapped| mapped.region.guest_address + mapped.region.bytes).max();
+        if let Some(end) = memory_end.filter(|&end| end > log.covered_bytes()) {
+            let covered = log.covered_bytes();
+            let text = format!("the dirty log covers {covered:#x} bytes of guest memory, which ends at {end:#x}");
+            actions.push(Action::Report(SessionEvent::Warning(text)));
+        }
+        self.record.log = Some(Arc::new(log));
+        if self.record.log_all {
+            actions.push(Action::SetLogging(self.logging()));
+        }
+        // QEMU takes any answer, rust-vmm's front-end wants its own words back.
+        actions.push(Action::Reply { request: req::SET_LOG_BASE, payload });
         Ok(actions)
     }
 
@@ -325,7 +392,7 @@ impl Filter {
     fn warn_of(&mut self, shrink: Shrink) -> Option<Action> {
         let due = shrink == Shrink::Possible && !self.warned_unsealed;
         self.warned_unsealed |= due;
-        due.then(|| Action::Report(unsealed()))
+        due.then(|| Action::Report(unsealed("memory")))
     }
 
     fn set_ring_size(&mut self, RingNumber { index, number }: RingNumber) -> Result<Actions, Fault> {
@@ -345,8 +412,7 @@ impl Filter {
         let addresses = message::decode_ring_addresses(payload).ok_or_else(|| wrong_length(payload))?;
         let index = self.ring_index(addresses.index)?;
         let RingAddresses { descriptors, available, used, flags, .. } = addresses;
-        // Bit 0 is VHOST_VRING_F_LOG; without the dirty log it has no meaning.
-        if flags & !1 != 0 {
+        if flags & !RingAddresses::FLAG_LOG != 0 {
             return Err(Fault::Refused(format!("ring {index}: flags {flags:#x} are not known")));
         }
         // Without any memory to translate them, the ring just stays incomplete: sent away for it, QEMU would come back
@@ -369,8 +435,14 @@ impl Filter {
                 return Err(Fault::Refused(text));
             }
         }
-        self.record.rings[usize::from(index)].addresses = Some(addresses);
-        Ok(vec![forward(req::SET_VRING_ADDR, payload.to_vec(), vec![])])
+        let used_log = addresses.used_log();
+        let before = self.record.rings[usize::from(index)].addresses.replace(addresses);
+        let mut actions = Actions::new();
+        if before.and_then(|before| before.used_log()) != used_log {
+            actions.push(Action::SetUsedLog { index, address: used_log });
+        }
+        actions.push(forward(req::SET_VRING_ADDR, addresses.encode_unlogged(), vec![]));
+        Ok(actions)
     }
 
     fn set_ring_base(&mut self, RingNumber { index, number }: RingNumber) -> Result<Actions, Fault> {
@@ -442,6 +514,7 @@ fn has_own_reply(request: u32) -> bool {
             | req::GET_PROTOCOL_FEATURES
             | req::GET_QUEUE_NUM
             | req::GET_VRING_BASE
+            | req::SET_LOG_BASE
             | req::GET_MAX_MEM_SLOTS
             | req::GET_STATUS
     )
@@ -467,12 +540,11 @@ fn vet_region(region: &message::Region, file: &OwnedFd, others: &[MappedRegion])
     vet::region_file(region, file).map_err(Fault::Refused)
 }
 
-fn unsealed() -> SessionEvent {
-    SessionEvent::Warning(
-        "the VM's memory can be truncated by its front-end while we use it (no F_SEAL_SHRINK); use \
+fn unsealed(what: &str) -> SessionEvent {
+    SessionEvent::Warning(format!(
+        "the VM's {what} can be truncated by its front-end while we use it (no F_SEAL_SHRINK); use \
          memory-backend-memfd with seal=on (its default)"
-            .into(),
-    )
+    ))
 }
 
 fn forward(request: u32, payload: Vec<u8>, descriptors: Vec<Arc<OwnedFd>>) -> Action {

@@ -163,6 +163,13 @@ pub(super) struct RingAddresses {
     pub(super) log: u64,
 }
 
+/// "Log description": where in its file the dirty log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct LogRange {
+    pub(super) bytes: u64,
+    pub(super) offset: u64,
+}
+
 /// "Memory region description".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Region {
@@ -170,6 +177,24 @@ pub(super) struct Region {
     pub(super) bytes: u64,
     pub(super) front_end_address: u64,
     pub(super) file_offset: u64,
+}
+
+impl RingAddresses {
+    /// Bit 0 of the flags, VHOST_VRING_F_LOG: writes to the used ring are logged at `log`.
+    pub(super) const FLAG_LOG: u32 = 1;
+
+    /// Where writes to the used ring are to be logged, if they are.
+    pub(super) fn used_log(&self) -> Option<u64> {
+        (self.flags & Self::FLAG_LOG != 0).then_some(self.log)
+    }
+
+    /// The same without the log.
+    pub(super) fn encode_unlogged(&self) -> Vec<u8> {
+        let mut payload = encode_ring_number(self.index, 0);
+        let words = [self.descriptors, self.used, self.available, 0];
+        words.iter().for_each(|word| payload.extend_from_slice(&word.to_ne_bytes()));
+        payload
+    }
 }
 
 impl Region {
@@ -226,6 +251,10 @@ pub(super) fn decode_ring_addresses(payload: &[u8]) -> Option<RingAddresses> {
         available: word64(payload, 24),
         log: word64(payload, 32),
     })
+}
+
+pub(super) fn decode_log_range(payload: &[u8]) -> Option<LogRange> {
+    (payload.len() == 16).then(|| LogRange { bytes: word64(payload, 0), offset: word64(payload, 8) })
 }
 
 /// "Multiple memory regions description": count, padding, regions. A count that the length does not bear out, or
@@ -295,6 +324,7 @@ mod tests {
             assert_eq!(decode_u64(&vec![0; length]), None);
             assert_eq!(decode_ring_number(&vec![0; length]), None);
             assert_eq!(decode_ring_addresses(&vec![0; length]), None);
+            assert_eq!(decode_log_range(&vec![0; length + 1]), None);
         }
     }
 }

@@ -10,6 +10,8 @@
 //! The thread sleeps in poll(2) only, always with the endpoint's wake event among what it waits for. Only a worker
 //! that does not let go of a ring can hold it (and thereby [`Endpoint::stop`]) up.
 //!
+//! The dirty log of a migration is the keeper's as well: it maps it and tells the session, past the engine.
+//!
 //! Limits: 16 queue pairs, 64 memory regions, 32 descriptors and 4096 bytes per message, 10 s per message.
 
 mod connection;
@@ -30,7 +32,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use self::offer::{Offer, protocol};
+use self::offer::{Offer, PRIVATE_FEATURES, protocol};
 use self::port::{Port, Source};
 use self::socket::{Listening, private_directory};
 use crate::eventfd::EventFd;
@@ -169,6 +171,8 @@ pub struct EndpointState {
     pub status: u8,
     /// The MTU that the guest was told, if any.
     pub mtu: Option<u16>,
+    /// Writes to guest memory are being logged: the VM is being migrated away.
+    pub logging: bool,
     /// Queue pairs that the guest has enabled.
     pub pairs_enabled: u16,
     /// Mapped memory regions.
@@ -204,7 +208,7 @@ impl Endpoint {
         let state = Arc::new(Mutex::new(EndpointState::default()));
         let port = Port {
             offer: Offer {
-                features: config.features & !VHOST_USER_F_PROTOCOL_FEATURES,
+                features: config.features & !PRIVATE_FEATURES,
                 protocol_features: protocol::ALL,
                 queue_pairs: config.queue_pairs,
                 mtu: config.mtu,

@@ -201,6 +201,8 @@ impl Port {
             Action::Forward { request, payload, descriptors } => {
                 link.command(request, &payload, &descriptors, &self.wake)?;
             }
+            Action::SetLogging(logging) => link.set_logging(logging),
+            Action::SetUsedLog { index, address } => link.set_used_log(index, address),
             Action::StopRing { index } => {
                 let request = req::GET_VRING_BASE;
                 let answer = link.ask(request, &encode_ring_number(index.into(), 0), &[], &self.wake)?;
@@ -248,6 +250,7 @@ fn describe(record: &SessionRecord, state: &mut EndpointState) {
     state.protocol_features = record.protocol_features;
     state.status = record.status;
     state.mtu = record.mtu;
+    state.logging = record.log_all && record.log.is_some();
     state.pairs_enabled = record.pairs_enabled();
     state.memory_regions = record.memory.len();
     state.memory_bytes = record.memory.iter().map(|mapped| mapped.region.bytes).sum();

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::message::{Region, RingAddresses};
+use crate::dirty_log::DirtyLog;
 
 /// Regions that one front-end may have mapped; the answer to GET_MAX_MEM_SLOTS. Each costs the daemon two
 /// descriptors, so a front-end must not be free to take them all; QEMU needs a handful plus one per hot-plugged DIMM.
@@ -53,7 +54,7 @@ pub(super) struct RingRecord {
 /// The whole session.
 #[derive(Debug, Default)]
 pub(super) struct SessionRecord {
-    /// Acked virtio feature bits without VHOST_USER_F_PROTOCOL_FEATURES; `None` before SET_FEATURES and after a reset.
+    /// Acked virtio feature bits without PRIVATE_FEATURES; `None` before SET_FEATURES and after a reset.
     pub(super) features: Option<u64>,
     pub(super) protocol_features: u64,
     /// Sorted by guest address, disjoint.
@@ -63,6 +64,10 @@ pub(super) struct SessionRecord {
     pub(super) status: u8,
     /// NET_SET_MTU.
     pub(super) mtu: Option<u16>,
+    /// Whether VHOST_F_LOG_ALL is acked.
+    pub(super) log_all: bool,
+    /// SET_LOG_BASE. It comes before LOG_ALL when a migration begins, and goes when LOG_ALL goes.
+    pub(super) log: Option<Arc<DirtyLog>>,
 }
 
 impl SessionRecord {
@@ -75,6 +80,8 @@ impl SessionRecord {
     pub(super) fn reset_device(&mut self) {
         self.features = None;
         self.status = 0;
+        self.log_all = false;
+        self.log = None;
         for ring in &mut self.rings {
             let call = std::mem::take(&mut ring.call);
             let error = std::mem::take(&mut ring.error);

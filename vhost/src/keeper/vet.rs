@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
-use super::message::Region;
+use super::message::{LogRange, Region};
 use crate::eventfd::EventFd;
 
 /// mmap(2): the offset must be a multiple of the page size; 4096 is the smallest of all targets.
@@ -58,39 +58,47 @@ pub(super) fn disjoint(one: &Region, other: &Region) -> Result<(), String> {
 
 /// Checks that the file really holds a vetted region and that we may write to it.
 pub(super) fn region_file(region: &Region, file: &OwnedFd) -> Result<Shrink, String> {
-    let unreadable = |error| format!("the file of the memory region at {:#x}: {error}", region.guest_address);
+    range_in_file(&format!("memory region at {:#x}", region.guest_address), region.file_offset, region.bytes, file)
+}
+
+/// Checks the dirty log's numbers and that its file really holds it (CVE-2020-10722: the sum wrapped around).
+pub(super) fn log_file(log: &LogRange, file: &OwnedFd) -> Result<Shrink, String> {
+    let LogRange { bytes, offset } = *log;
+    if bytes == 0 {
+        return Err("the dirty log has size 0".into());
+    }
+    if offset.checked_add(bytes).is_none() {
+        return Err(format!("the dirty log at file offset {offset:#x} wraps around with its {bytes:#x} bytes"));
+    }
+    if !offset.is_multiple_of(PAGE_BYTES) {
+        return Err(format!("the dirty log starts at file offset {offset:#x}, inside a page"));
+    }
+    range_in_file("dirty log", offset, bytes, file)
+}
+
+/// Checks that `bytes` bytes from `offset`, vetted, can be mapped and written to. `what` is for people.
+fn range_in_file(what: &str, offset: u64, bytes: u64, file: &OwnedFd) -> Result<Shrink, String> {
+    let unreadable = |error| format!("the file of the {what}: {error}");
     let status = fstat(file).map_err(unreadable)?;
     if SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
-        return Err(format!(
-            "the memory region at {:#x} comes with a descriptor that is not a memfd or file",
-            region.guest_address
-        ));
+        return Err(format!("the {what} comes with a descriptor that is not a memfd or file"));
     }
-    let end = region.file_offset + region.bytes;
+    let end = offset + bytes;
     let file_bytes = u64::try_from(status.st_size).unwrap_or(0);
     if end > file_bytes {
-        return Err(format!(
-            "the memory region at {:#x} ends at {end:#x} of its file, which has {file_bytes:#x} bytes",
-            region.guest_address
-        ));
+        return Err(format!("the {what} ends at {end:#x} of its file, which has {file_bytes:#x} bytes"));
     }
     let mode = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL).map_err(unreadable)?);
     if mode & OFlag::O_ACCMODE != OFlag::O_RDWR {
-        return Err(format!(
-            "the file of the memory region at {:#x} is not open for reading and writing",
-            region.guest_address
-        ));
+        return Err(format!("the file of the {what} is not open for reading and writing"));
     }
     // munmap(2) of huge pages refuses a length that is no multiple of theirs: the mapping would leak.
     let file_system = fstatfs(file).map_err(unreadable)?;
     let huge_page_bytes = u64::try_from(file_system.block_size()).unwrap_or(0).max(1);
-    if file_system.filesystem_type() == HUGETLBFS_MAGIC
-        && !(region.file_offset | region.bytes).is_multiple_of(huge_page_bytes)
-    {
+    if file_system.filesystem_type() == HUGETLBFS_MAGIC && !(offset | bytes).is_multiple_of(huge_page_bytes) {
         return Err(format!(
-            "the memory region at {:#x} ({:#x} bytes at file offset {:#x}) does not cover whole huge pages of \
-             {huge_page_bytes:#x} bytes",
-            region.guest_address, region.bytes, region.file_offset
+            "the {what} ({bytes:#x} bytes at file offset {offset:#x}) does not cover whole huge pages of \
+             {huge_page_bytes:#x} bytes"
         ));
     }
     // Files that know no seals answer EINVAL: they can be truncated.
@@ -149,6 +157,24 @@ mod tests {
             assert!(region_file(&past, &file).unwrap_err().contains("which has 0x4000 bytes"), "{past:?}");
         }
         assert_eq!(region_file(&at(0, 0x4000, 0, 0), &memfd(0x4000, SealFlag::empty())), Ok(Shrink::Possible));
+    }
+
+    /// CVE-2020-10722, DPDK f83e0199c8 and bdd96d8ac7.
+    #[test]
+    fn a_log_that_its_file_does_not_hold_is_refused() {
+        let file = memfd(0x4000, SealFlag::F_SEAL_SHRINK);
+        let refused = |bytes, offset| log_file(&LogRange { bytes, offset }, &file).unwrap_err();
+        assert!(refused(0, 0).contains("size 0"));
+        for (bytes, offset) in [(u64::MAX, 0x1000), (0x1000, u64::MAX - 0xfff), (0x1001, u64::MAX - 0xfff)] {
+            assert!(refused(bytes, offset).contains("wraps around"), "{bytes:#x} at {offset:#x}");
+        }
+        for (bytes, offset) in [(u64::MAX, 0), (0x4001, 0), (0x4000, 0x1000), (1, 0x4000), (1 << 63, 1 << 62)] {
+            assert!(refused(bytes, offset).contains("which has 0x4000 bytes"), "{bytes:#x} at {offset:#x}");
+        }
+        assert!(refused(0x1000, 0x800).contains("inside a page"));
+        assert_eq!(log_file(&LogRange { bytes: 0x3000, offset: 0x1000 }, &file), Ok(Shrink::Sealed));
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        assert!(log_file(&LogRange { bytes: 8, offset: 0 }, &pipe).unwrap_err().contains("not a memfd or file"));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use crate::dirty_log::RingLog;
 use crate::eventfd::EventFd;
 use crate::frame::{NetHeader, RawFrame};
 use crate::memory::{Memory, Payload};
@@ -84,6 +85,8 @@ pub struct RingSetup {
     pub call: Option<EventFd>,
     /// Signalled when the ring is found corrupt.
     pub error: Option<EventFd>,
+    /// Every write to guest memory is noted there, while the guest is being migrated.
+    pub log: Option<RingLog>,
 }
 
 /// Why a ring cannot be served at all.
@@ -315,19 +318,22 @@ impl Ring {
     pub fn into_setup(self) -> RingSetup {
         let Self { split, kick, call, error, enabled, features, .. } = self;
         let (descriptors, available, used) = split.addresses();
+        let (size, next_avail, next_used) = (split.size(), split.next_avail(), split.next_used());
+        let (memory, log) = split.into_memory_and_log();
         RingSetup {
-            size: split.size(),
+            memory,
+            size,
             descriptors,
             available,
             used,
-            next_avail: split.next_avail(),
-            next_used: split.next_used(),
+            next_avail,
+            next_used,
             features,
             enabled,
             kick,
             call,
             error,
-            memory: split.into_memory(),
+            log,
         }
     }
 

@@ -1,6 +1,6 @@
 //! The split virtqueue (VIRTIO 1.2 §2.7), device side, over cached host pointers.
 //!
-//! One of two files with unsafe code in this crate (the other is `memory.rs`). What makes each access sound: the three
+//! One of three files with unsafe code in this crate (see `memory.rs`). What makes each access sound: the three
 //! parts of the ring were checked at set-up to lie whole and aligned in one mapped region, [`Memory`] keeps the
 //! regions mapped for as long as the ring lives, indices are masked by the ring's size, and no Rust reference to guest
 //! memory is made other than to an atomic. JUSTIFICATION: checked access through virtio-queue and vm-memory costs 180 ns
@@ -17,6 +17,7 @@ use super::{
     BURST, BURST_DESCRIPTORS_MAX, BURST_SEGMENTS_MAX, CHAIN_DESCRIPTORS_MAX, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX,
     MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault, RingSetup, SendError,
 };
+use crate::dirty_log::RingLog;
 use crate::frame::{FrameFault, HEADER_COPY_BYTES, NetHeader, RawFrame, Tail};
 use crate::memory::{Memory, Payload, PayloadCursor, Segment};
 
@@ -78,6 +79,7 @@ pub(super) struct SplitRing {
     /// Pieces of guest memory of the burst (from the guest) or of the frame being written (to the guest).
     segments: Box<[Segment]>,
     segments_used: usize,
+    log: Option<RingLog>,
 }
 
 impl SplitRing {
@@ -117,6 +119,7 @@ impl SplitRing {
             heads: [0; BURST],
             segments: vec![Segment::EMPTY; BURST_SEGMENTS_MAX].into_boxed_slice(),
             segments_used: 0,
+            log: setup.log.clone(),
         })
     }
 
@@ -136,8 +139,8 @@ impl SplitRing {
         &self.memory
     }
 
-    pub(super) fn into_memory(self) -> Arc<Memory> {
-        self.memory
+    pub(super) fn into_memory_and_log(self) -> (Arc<Memory>, Option<RingLog>) {
+        (self.memory, self.log)
     }
 
     pub(super) fn addresses(&self) -> (u64, u64, u64) {
@@ -243,6 +246,9 @@ impl SplitRing {
                 left -= before - into.bytes();
             }
         }
+        if let Some(log) = &self.log {
+            log.written(&self.memory, &self.segments[..self.segments_used], need);
+        }
         for &(head, bytes) in &chains[..count] {
             self.stage_used(head, bytes);
         }
@@ -258,9 +264,15 @@ impl SplitRing {
             return false;
         }
         self.published_used = new;
+        if self.log.is_some() {
+            self.log_used_entries(old, new);
+        }
         // Release: pairs with the driver's read barrier after it reads the used index; the entries and buffers
         // written before are visible with it (§2.7.8).
         self.used_u16(2).store(new, Ordering::Release);
+        if let Some(log) = &self.log {
+            log.used(2, 2);
+        }
         // The store of the used index must be visible before the driver's wish is read, or both sides wait for the
         // other (§2.7.7.1, §2.7.10); pairs with the driver's barrier after it writes `used_event` or `flags`.
         fence(Ordering::SeqCst);
@@ -275,9 +287,13 @@ impl SplitRing {
 
     pub(super) fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
-            self.used_u16(4 + 8 * usize::from(self.size)).store(self.next_avail, Ordering::Relaxed);
+            let avail_event = 4 + 8 * usize::from(self.size);
+            self.used_u16(avail_event).store(self.next_avail, Ordering::Relaxed);
+            if let Some(log) = &self.log {
+                log.used(avail_event as u64, 2);
+            }
         } else {
-            self.used_u16(0).store(0, Ordering::Relaxed);
+            self.write_flags(0);
         }
         // The wish must be visible before the index is read again; pairs with the driver's barrier between its store
         // of the available index and its reading of `avail_event` or `flags` (§2.7.10.1).
@@ -288,7 +304,27 @@ impl SplitRing {
     pub(super) fn disable_kicks(&mut self) {
         // With EVENT_IDX a stale `avail_event` asks for one kick in 65536 at most: nothing to write.
         if !self.event_idx {
-            self.used_u16(0).store(NO_NOTIFY, Ordering::Relaxed);
+            self.write_flags(NO_NOTIFY);
+        }
+    }
+
+    fn write_flags(&self, flags: u16) {
+        self.used_u16(0).store(flags, Ordering::Relaxed);
+        if let Some(log) = &self.log {
+            log.used(0, 2);
+        }
+    }
+
+    /// Logs the used entries with indices from `old` to `new`, before the guest can see them.
+    #[cold]
+    fn log_used_entries(&self, old: u16, new: u16) {
+        let Some(log) = &self.log else { return };
+        let first = old & (self.size - 1);
+        // At most two runs: up to the end of the ring, and from its start.
+        let count = new.wrapping_sub(old);
+        let before_end = count.min(self.size - first);
+        for (slot, count) in [(first, before_end), (0, count - before_end)] {
+            log.used(4 + 8 * u64::from(slot), 8 * u64::from(count));
         }
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use crate::dirty_log::{DirtyLog, RingLog};
 use crate::eventfd::EventFd;
 use crate::memory::Memory;
 use crate::ring::RingSetup;
@@ -26,6 +27,8 @@ pub(super) struct RingState {
     /// Read from the used ring by the engine after it has set the addresses; until then they cannot be served.
     pub(super) next_used: Option<u16>,
     pub(super) enabled: bool,
+    /// VHOST_VRING_F_LOG's address.
+    pub(super) used_log: Option<u64>,
     /// Between SET_VRING_KICK and GET_VRING_BASE ("Ring states").
     started: bool,
     /// The engine is in the middle of GET_VRING_BASE: the kick descriptor it takes away next is no call to poll.
@@ -72,7 +75,12 @@ impl RingState {
     }
 
     /// The set-up of a complete ring, with handles of its own of all descriptors.
-    pub(super) fn setup(&self, memory: &Arc<Memory>, features: u64) -> io::Result<Option<RingSetup>> {
+    pub(super) fn setup(
+        &self,
+        memory: &Arc<Memory>,
+        features: u64,
+        log: Option<&Arc<DirtyLog>>,
+    ) -> io::Result<Option<RingSetup>> {
         let (true, Some(size), Some(parts), Some(next_used)) = (self.started, self.size, self.parts, self.next_used)
         else {
             return Ok(None);
@@ -91,6 +99,7 @@ impl RingState {
             kick: handle(&self.kick)?,
             call: handle(&self.call)?,
             error: handle(&self.error)?,
+            log: log.map(|log| RingLog { log: Arc::clone(log), used_address: self.used_log }),
         }))
     }
 

@@ -116,6 +116,7 @@ impl GuestRing {
             kick: Some(EventFd::new().expect("an eventfd")),
             call: Some(EventFd::new().expect("an eventfd")),
             error: None,
+            log: None,
         }
     }
 

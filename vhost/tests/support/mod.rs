@@ -21,6 +21,8 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 pub(crate) const VERSION_1: u64 = 1 << 32;
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// VHOST_F_LOG_ALL
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const MEMORY_BYTES: u64 = 1 << 20;
 /// Where the front-end claims to have mapped its memory.
 pub(crate) const USER_ADDRESS: u64 = 0x7f00_0000_0000;
@@ -33,6 +35,7 @@ pub(crate) const GET_FEATURES: u32 = 1;
 pub(crate) const SET_FEATURES: u32 = 2;
 pub(crate) const SET_OWNER: u32 = 3;
 pub(crate) const SET_MEM_TABLE: u32 = 5;
+pub(crate) const SET_LOG_BASE: u32 = 6;
 pub(crate) const SET_VRING_NUM: u32 = 8;
 pub(crate) const SET_VRING_ADDR: u32 = 9;
 pub(crate) const SET_VRING_BASE: u32 = 10;
@@ -44,7 +47,10 @@ pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
 pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
 pub(crate) const GET_QUEUE_NUM: u32 = 17;
 pub(crate) const SET_VRING_ENABLE: u32 = 18;
+pub(crate) const SEND_RARP: u32 = 19;
 pub(crate) const RESET_DEVICE: u32 = 34;
+pub(crate) const ADD_MEM_REG: u32 = 37;
+pub(crate) const REM_MEM_REG: u32 = 38;
 
 /// Waits for `condition`, and fails with `what` if it does not come true.
 #[track_caller]
@@ -125,6 +131,12 @@ impl Owner {
         let mut setup = log.rings.remove(&queue).unwrap().into_setup();
         serve(&mut setup);
         log.rings.insert(queue, Ring::new(setup).unwrap());
+    }
+
+    /// Lets an attached ring work.
+    #[track_caller]
+    pub(crate) fn with_ring<T>(&self, queue: u16, work: impl FnOnce(&mut Ring) -> T) -> T {
+        work(self.log.lock().unwrap().rings.get_mut(&queue).unwrap())
     }
 
     pub(crate) fn panic_from_now_on(&self) {
@@ -292,7 +304,7 @@ impl FrontEnd {
     pub(crate) fn negotiate(&mut self) {
         self.tell(GET_FEATURES, &[], &[]);
         let offered = self.answer_to(GET_FEATURES);
-        assert_eq!(offered, VERSION_1 | 1 | PROTOCOL_FEATURES);
+        assert_eq!(offered, VERSION_1 | 1 | PROTOCOL_FEATURES | LOG_ALL);
         self.tell(GET_PROTOCOL_FEATURES, &[], &[]);
         let protocol = self.answer_to(GET_PROTOCOL_FEATURES);
         self.tell(SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes(), &[]);
