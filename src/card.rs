@@ -4,10 +4,10 @@ use virtio_bindings::bindings::virtio_config::{
     VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GSO, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
-    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
-    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GSO, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
 };
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -26,7 +26,7 @@ const CSUM: u64 = bits(&[VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_
 
 /// Switches of `port.features`, in the order of messages, and the virtio feature bits that each one takes away when
 /// `false`: VIRTIO 1.2 §5.1.3 and §6.
-pub const SWITCHES: [(&str, u64); 10] = [
+pub const SWITCHES: [(&str, u64); 11] = [
     ("csum", CSUM),
     ("tso", TSO),
     ("ufo", UFO),
@@ -37,6 +37,8 @@ pub const SWITCHES: [(&str, u64); 10] = [
     ("event_idx", bits(&[VIRTIO_RING_F_EVENT_IDX])),
     // Holds by construction, and lets front-ends resume a ring from its used index after a restart of ours.
     ("in_order", bits(&[VIRTIO_F_IN_ORDER])),
+    // QEMU asks the driver to announce itself after a migration.
+    ("announce", bits(&[VIRTIO_NET_F_GUEST_ANNOUNCE])),
     ("ring_reset", bits(&[VIRTIO_F_RING_RESET])),
 ];
 

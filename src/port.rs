@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use dreamwire_datapath::mac::Mac;
+use dreamwire_datapath::rarp;
 use dreamwire_datapath::snapshot::PortId;
 use dreamwire_datapath::worker::WorkerHandle;
 use dreamwire_vhost::keeper::{Endpoint, EndpointConfig, SocketMode};
@@ -86,6 +88,9 @@ impl RingOwner for PortOwner {
     }
 
     fn event(&self, event: SessionEvent) {
+        if let SessionEvent::Announce { mac } = event {
+            self.worker.originate(self.port, &rarp::announcement(Mac(mac)));
+        }
         self.session.event(event);
     }
 }

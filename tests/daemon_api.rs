@@ -392,7 +392,9 @@ fn the_statistics_socket_tells_and_changes_nothing() {
     let stats: Value = serde_json::from_str(&body).unwrap();
     assert_eq!((status, &stats["conservation"]["balanced"]), (200, &json!(true)), "{stats}");
     assert_eq!(stats["ports"][0]["name"], "vm1");
-    assert!(daemon.ok(&["stats"]).ends_with("received 0 + copied 0 = sent 0 + dropped 0 (difference 0)\n"));
+    assert!(
+        daemon.ok(&["stats"]).ends_with("received 0 + originated 0 + copied 0 = sent 0 + dropped 0 (difference 0)\n")
+    );
 }
 
 #[test]

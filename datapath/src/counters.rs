@@ -1,8 +1,9 @@
 //! Counters with one writer (the worker that owns the object) and any number of readers.
 //!
 //! Frames are conserved. Over everything that a worker serves:
-//! `received + copied = sent + dropped`, where *received* counts frames taken from guests and tunnels (and outer
-//! packets that turned out to be none), *copied* the additional frames that flooding and cutting made, *sent* the frames put
+//! `received + originated + copied = sent + dropped`, where *received* counts frames taken from guests and tunnels (and
+//! outer packets that turned out to be none), *originated* those made here in a port's name, *copied* the additional
+//! frames that flooding and cutting made, *sent* the frames put
 //! into guests' rings and tunnels, and *dropped* the sum over all [`DropReason`]s.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -88,12 +89,18 @@ pub struct PortCounters {
     pub rings: Box<[CachePadded<RingCounters>]>,
     /// Drops at this port.
     pub drops: CachePadded<Drops>,
+    /// Frames made here in the guest's name: announcements of its new place.
+    pub originated: Counter,
 }
 
 impl PortCounters {
     /// All zero, for `queue_pairs` pairs.
     pub fn new(queue_pairs: u16) -> Self {
-        Self { rings: (0..2 * queue_pairs).map(|_| CachePadded::default()).collect(), drops: CachePadded::default() }
+        Self {
+            rings: (0..2 * queue_pairs).map(|_| CachePadded::default()).collect(),
+            drops: CachePadded::default(),
+            originated: Counter::default(),
+        }
     }
 
     /// Frames and bytes received from the guest.

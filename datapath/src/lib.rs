@@ -9,6 +9,7 @@ pub mod fdb;
 pub mod mac;
 mod offload;
 mod pieces;
+pub mod rarp;
 pub mod snapshot;
 mod stage;
 pub mod underlay;

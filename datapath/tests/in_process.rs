@@ -6,7 +6,9 @@ use common::*;
 use dreamwire_datapath::drop_reason::DropReason;
 use dreamwire_datapath::fdb::{LEARNED_PER_PORT_MAX, Location};
 use dreamwire_datapath::mac::Mac;
+use dreamwire_datapath::rarp;
 use dreamwire_datapath::snapshot::{NetworkId, PortId};
+use dreamwire_policy::SourceGuard;
 use dreamwire_vhost::ring::RingFault;
 
 /// Ports that know each other: unicast from the first frame on.
@@ -479,4 +481,54 @@ fn queues_that_a_new_snapshot_has_no_room_for_are_not_served() {
     assert_eq!(by_queue[1].len(), 0);
     let port = lan.snapshot.port(PortId(1)).unwrap();
     assert_eq!(by_queue[0].len() as u64 + port.counters.drops.total(), 64);
+}
+
+#[test]
+fn an_announcement_moves_its_station_to_another_port_and_is_conserved() {
+    let mut lan = Lan::new(3, 1);
+    // The station is at port 0, then it is announced at port 1.
+    lan.send(0, &frame(Mac::BROADCAST, mac(9), 60, 1));
+    lan.received(1);
+    lan.received(2);
+    lan.worker.originate(PortId(1), &rarp::announcement(mac(9)));
+    let announced = rarp::announcement(mac(9)).to_vec();
+    assert_eq!(lan.received(0), [&announced[..]]);
+    assert_eq!(lan.received(2), [&announced[..]]);
+    assert!(lan.received(1).is_empty());
+    let [row] = &lan.worker.fdb_rows()[..] else { panic!("one station") };
+    assert_eq!((row.mac, row.location), (mac(9), Location::Port(PortId(1))));
+    let sent = frame(mac(9), mac(3), 60, 2);
+    lan.send(2, &sent);
+    assert_eq!(lan.received(1), [sent]);
+    lan.assert_moved(&[
+        ("p0 rx", 1),
+        ("p0 rx_bytes", 60),
+        ("p2 rx", 1),
+        ("p2 rx_bytes", 60),
+        ("p1 originated", 1),
+        ("blue copies", 2),
+        ("p0 tx", 1),
+        ("p0 tx_bytes", 60),
+        ("p1 tx", 2),
+        ("p1 tx_bytes", 120),
+        ("p2 tx", 2),
+        ("p2 tx_bytes", 120),
+    ]);
+}
+
+#[test]
+fn a_guarded_port_is_announced_with_its_own_address_only() {
+    let mut lan = Lan::new(2, 1);
+    let guard = SourceGuard::new(mac(1).0, [std::net::Ipv4Addr::new(10, 0, 0, 1).into()]);
+    lan.snapshot.ports[0].as_mut().unwrap().guard = Some(guard);
+    lan.publish();
+    lan.worker.originate(PortId(0), &rarp::announcement(mac(2)));
+    assert!(lan.received(1).is_empty());
+    lan.worker.originate(PortId(0), &rarp::announcement(mac(1)));
+    assert_eq!(lan.received(1).len(), 1);
+    // No frames: too short, too long, and of a port that does not exist.
+    lan.worker.originate(PortId(0), &[0xff; 13]);
+    lan.worker.originate(PortId(0), &[0xff; 129]);
+    lan.worker.originate(PortId(7), &rarp::announcement(mac(1)));
+    lan.assert_moved(&[("p0 originated", 2), ("p0 drop source_guard", 1), ("p1 tx", 1), ("p1 tx_bytes", 60)]);
 }

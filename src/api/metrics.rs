@@ -173,10 +173,11 @@ impl Scrape {
         let totals = self.inventory.totals();
         let mut frames = Family::counter(
             "frames",
-            "All frames by fate, removed objects included: received + copied = sent + dropped",
+            "All frames by fate, removed objects included: received + originated + copied = sent + dropped",
         );
         for (fate, count) in [
             ("received", totals.received),
+            ("originated", totals.originated),
             ("copied", totals.copied),
             ("sent", totals.sent),
             ("dropped", totals.dropped),

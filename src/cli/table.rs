@@ -102,8 +102,8 @@ pub(super) fn stats(stats: &Value) -> String {
     }
     let sum = &stats["conservation"];
     text += &format!(
-        "received {} + copied {} = sent {} + dropped {} (difference {})\n",
-        sum["received"], sum["copied"], sum["sent"], sum["dropped"], sum["difference"]
+        "received {} + originated {} + copied {} = sent {} + dropped {} (difference {})\n",
+        sum["received"], sum["originated"], sum["copied"], sum["sent"], sum["dropped"], sum["difference"]
     );
     text
 }

@@ -1,4 +1,5 @@
-//! The sum over everything that was ever served, so that `received + copied = sent + dropped` holds across changes.
+//! The sum over everything that was ever served, so that `received + originated + copied = sent + dropped` holds across
+//! changes.
 
 use std::ops::AddAssign;
 use std::sync::Arc;
@@ -11,6 +12,8 @@ use serde::Serialize;
 pub struct Totals {
     /// Taken from guests and tunnels, and outer packets that turned out to be none.
     pub received: u64,
+    /// Made here in a guest's name.
+    pub originated: u64,
     /// Additional frames made by flooding, and by cutting large ones.
     pub copied: u64,
     /// Put into guests' rings and tunnels.
@@ -20,9 +23,9 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// `received + copied - sent - dropped`: zero when nothing is under way; frames in flight otherwise.
+    /// `received + originated + copied - sent - dropped`: zero when nothing is under way; frames in flight otherwise.
     pub fn difference(self) -> i64 {
-        let gained = self.received.wrapping_add(self.copied);
+        let gained = self.received.wrapping_add(self.originated).wrapping_add(self.copied);
         let ended = self.sent.wrapping_add(self.dropped);
         gained.wrapping_sub(ended) as i64
     }
@@ -31,6 +34,7 @@ impl Totals {
 impl AddAssign for Totals {
     fn add_assign(&mut self, other: Self) {
         self.received += other.received;
+        self.originated += other.originated;
         self.copied += other.copied;
         self.sent += other.sent;
         self.dropped += other.dropped;
@@ -56,12 +60,13 @@ impl Counted {
         match self {
             Self::Port(counters) => {
                 let (dropped, sent) = (counters.drops.total(), counters.tx().0);
-                Totals { dropped, sent, received: counters.rx().0, copied: 0 }
+                let received = counters.rx().0;
+                Totals { dropped, sent, received, originated: counters.originated.get(), copied: 0 }
             }
             Self::Network(counters) => {
                 let (dropped, sent) = (counters.drops.total(), counters.tunnel_tx.frames.get());
                 let copied = counters.flood_copies.get() + counters.cut_copies.get();
-                Totals { dropped, sent, copied, received: counters.tunnel_rx.frames.get() }
+                Totals { dropped, sent, copied, received: counters.tunnel_rx.frames.get(), ..Totals::default() }
             }
             Self::Underlay(counters) => {
                 let dropped = counters.drops.total();

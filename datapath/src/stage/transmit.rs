@@ -17,6 +17,8 @@ pub(crate) enum Tails<'a> {
     Ring(&'a Ring),
     /// The underlay's receive buffers.
     Datagrams(&'a SocketRx),
+    /// Nobody: each frame is all in its header copy.
+    None,
 }
 
 impl<'a> Tails<'a> {
@@ -24,6 +26,7 @@ impl<'a> Tails<'a> {
     fn payload(self, frame: &RawFrame, datagram: u8) -> Payload<'a> {
         match self {
             Tails::Ring(ring) => ring.payload(frame),
+            Tails::None => Payload::EMPTY,
             Tails::Datagrams(rx) => {
                 let (bytes, _) = rx.datagram(usize::from(datagram));
                 Payload::private(&bytes[bytes.len() - frame.tail_bytes() as usize..])

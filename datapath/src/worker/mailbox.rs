@@ -22,6 +22,7 @@ pub(super) enum Command {
     Detach { port: PortId, queue: u16, reply: Sender<Option<Box<Ring>>> },
     AddUnderlay { id: UnderlayId, driver: Box<SocketUnderlay> },
     RemoveUnderlay { id: UnderlayId, reply: Sender<()> },
+    Originate { port: PortId, frame: Box<[u8]>, reply: Sender<()> },
     ReadFdb { reply: Sender<Vec<FdbRow>> },
     ReadRings { reply: Sender<Vec<RingRow>> },
     Stop,

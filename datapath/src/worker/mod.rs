@@ -151,6 +151,13 @@ impl WorkerHandle {
         self.ask(|reply| Command::Detach { port, queue, reply }).flatten().map(|ring| *ring)
     }
 
+    /// Sends a frame in the name of a port's guest, as if it came from there; returns when it is on its way. It must be a
+    /// whole Ethernet frame of at most 128 bytes (a header copy); another is ignored.
+    pub fn originate(&self, port: PortId, frame: &[u8]) {
+        // Waited for: whoever can have frames made must not be able to queue them.
+        self.ask(|reply| Command::Originate { port, frame: frame.into(), reply });
+    }
+
     /// Hands an underlay over.
     pub fn add_underlay(&self, id: UnderlayId, driver: SocketUnderlay) {
         self.mailbox.send(Command::AddUnderlay { id, driver: Box::new(driver) });
@@ -264,6 +271,10 @@ fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: 
         }
         Command::RemoveUnderlay { id, reply } => {
             worker.remove_underlay(id);
+            let _ = reply.send(());
+        }
+        Command::Originate { port, frame, reply } => {
+            worker.originate(port, &frame);
             let _ = reply.send(());
         }
         Command::ReadFdb { reply } => drop(reply.send(worker.fdb_rows())),

@@ -3,17 +3,19 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use dreamwire_vhost::frame::{HEADER_COPY_BYTES, RawFrame};
 use dreamwire_vhost::ring::Ring;
 use foldhash::fast::RandomState;
 
 use super::RingRow;
 use super::outlets::Outlets;
-use crate::burst::Burst;
+use crate::burst::{Burst, NextHop, Origin};
 use crate::counters::{UnderlayCounters, WorkerCounters};
 use crate::fdb::{Fdb, FdbRow, Location};
+use crate::offload::Offload;
 use crate::snapshot::{Network, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
 use crate::stage::decap::decap;
-use crate::stage::parse::parse;
+use crate::stage::parse::{ETHERNET_BYTES, parse};
 use crate::stage::police::police;
 use crate::stage::receive::receive;
 use crate::stage::switch::switch;
@@ -147,6 +149,32 @@ impl Worker {
             outlets.flush(snapshot);
         }
         datagrams
+    }
+
+    /// Carries one frame to its end that is made here in the name of a port's guest. It is guarded, learned from and
+    /// switched like the guest's own. At most [`HEADER_COPY_BYTES`] and at least an Ethernet header; another is ignored, as
+    /// is one for a port that the snapshot does not have.
+    pub fn originate(&mut self, id: PortId, frame: &[u8]) {
+        let Self { snapshot, outlets, fdb, burst, hasher, now_ns, .. } = self;
+        let Some(port) = snapshot.port(id).filter(|port| snapshot.network(port.network).is_some()) else { return };
+        if !(ETHERNET_BYTES..=HEADER_COPY_BYTES).contains(&frame.len()) {
+            return;
+        }
+        burst.length = 1;
+        burst.frames[0] = RawFrame::EMPTY;
+        burst.frames[0].header[..frame.len()].copy_from_slice(frame);
+        burst.frames[0].header_bytes = frame.len() as u16;
+        burst.frames[0].frame_bytes = frame.len() as u32;
+        burst.networks[0] = port.network;
+        burst.origins[0] = Origin::Port(id);
+        burst.offloads[0] = Offload::NONE;
+        burst.next_hops[0] = NextHop::Undecided;
+        port.counters.originated.add(1);
+        parse(burst, hasher);
+        police(burst, port);
+        switch(burst, snapshot, fdb, *now_ns);
+        transmit(burst, Tails::None, snapshot, outlets);
+        outlets.flush(snapshot);
     }
 
     /// Replaces the snapshot between two turns; returns the old one, for the control thread to free.

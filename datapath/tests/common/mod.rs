@@ -260,6 +260,7 @@ impl Lan {
             for (name, value) in [("rx", rx.0), ("rx_bytes", rx.1), ("tx", tx.0), ("tx_bytes", tx.1)] {
                 totals.insert(format!("p{id} {name}"), value);
             }
+            totals.insert(format!("p{id} originated"), port.counters.originated.get());
             add_drops(&mut totals, &format!("p{id}"), &port.counters.drops);
         }
         for network in self.snapshot.networks.iter().flatten() {
@@ -288,7 +289,11 @@ impl Lan {
             now.iter().filter(|(name, _)| ends.iter().any(|end| name.ends_with(end))).map(|(_, value)| value).sum()
         };
         let dropped: u64 = now.iter().filter(|(name, _)| name.contains(" drop ")).map(|(_, value)| value).sum();
-        assert_eq!(sum(&[" rx", " tunnel_rx", " copies"]), sum(&[" tx", " tunnel_tx"]) + dropped, "{now:?}");
+        assert_eq!(
+            sum(&[" rx", " tunnel_rx", " originated", " copies"]),
+            sum(&[" tx", " tunnel_tx"]) + dropped,
+            "{now:?}"
+        );
         self.before = now;
     }
 }
