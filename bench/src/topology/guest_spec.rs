@@ -10,6 +10,8 @@ use super::{AGENT_PORT_NAME, Accelerator, TopologyError};
 const QEMU: &str = "qemu-system-x86_64";
 /// Memory that a back-end can map; QEMU seals it against shrinking.
 const SHARED_MEMORY: &str = "memory-backend-memfd,share=on";
+/// In the guest's directory.
+pub(super) const MIGRATION_SOCKET: &str = "migration";
 
 /// What a card's other side is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -176,6 +178,8 @@ pub struct GuestSpec {
     pub kernel_args: String,
     /// Flags as `dreamwire qemu-args` prints them: a shell reads them, and memory and cards come from them alone.
     pub pasted: Option<String>,
+    /// It does not boot, but waits for a guest that migrates to it.
+    pub incoming: bool,
 }
 
 impl GuestSpec {
@@ -192,6 +196,7 @@ impl GuestSpec {
             qemu_args: Vec::new(),
             kernel_args: String::new(),
             pasted: None,
+            incoming: false,
         }
     }
 
@@ -228,6 +233,14 @@ impl GuestSpec {
     #[must_use]
     pub fn inside(mut self, netns: &super::Netns) -> Self {
         self.netns = Some(netns.name().to_owned());
+        self
+    }
+
+    /// The destination of a migration: the same machine, waiting for the guest to come ([`super::Guest::migrate_to`]). The
+    /// cards' wires are its own: replace `nics`.
+    #[must_use]
+    pub fn incoming(mut self) -> Self {
+        self.incoming = true;
         self
     }
 
@@ -280,6 +293,9 @@ impl GuestSpec {
         words.extend(command(["-chardev", &agent, "-device", &port]));
         if self.pasted.is_none() {
             words.extend(self.nics.iter().enumerate().flat_map(|(index, nic)| nic.qemu_args(index)));
+        }
+        if self.incoming {
+            words.extend(command(["-incoming", &format!("unix:{}", at(MIGRATION_SOCKET))]));
         }
         words.extend(command(&self.qemu_args));
         words
