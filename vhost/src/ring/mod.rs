@@ -9,12 +9,17 @@
 //!
 //! What the guest controls is read once: the available index once per burst, each ring entry and descriptor once.
 //! A violation of the ring's format ([`RingFault`]) stops the ring for good: the guest has to reset its device.
+//!
+//! Both layouts of VIRTIO 1.2 are served, split (§2.7) and packed (§2.8, with RING_PACKED negotiated), behind one type:
+//! which one is decided once per burst or frame, never per descriptor.
 
+mod packed;
+mod recover;
 mod split;
 
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -22,6 +27,7 @@ use crate::dirty_log::RingLog;
 use crate::eventfd::EventFd;
 use crate::frame::{NetHeader, RawFrame};
 use crate::memory::{Memory, Payload};
+use packed::PackedRing;
 use split::SplitRing;
 
 /// Chains taken at once. 32 descriptors are 512 bytes, 8 cache lines.
@@ -62,17 +68,17 @@ const _: () = assert!(CHAIN_DESCRIPTORS_MAX as usize >= CHAIN_SEGMENTS_MAX);
 pub struct RingSetup {
     /// The memory that all addresses refer to.
     pub memory: Arc<Memory>,
-    /// Entries; a power of two, at most [`RING_SIZE_MAX`].
+    /// Entries, at most [`RING_SIZE_MAX`]; a power of two unless RING_PACKED is negotiated.
     pub size: u16,
-    /// Guest-physical address of the descriptor table.
+    /// Guest-physical address of the descriptor table (packed: the descriptor ring).
     pub descriptors: u64,
-    /// Guest-physical address of the available ring.
+    /// Guest-physical address of the available ring (packed: the driver's event suppression structure).
     pub available: u64,
-    /// Guest-physical address of the used ring.
+    /// Guest-physical address of the used ring (packed: the device's event suppression structure).
     pub used: u64,
-    /// Index of the next available entry to take.
+    /// Index of the next available entry to take. Packed: bit 15 is the wrap counter; a ring begins at 0x8000.
     pub next_avail: u16,
-    /// Index of the next used entry to write.
+    /// Index of the next used entry to write. Packed: not looked at, it is the same as `next_avail` at rest.
     pub next_used: u16,
     /// Negotiated virtio feature bits.
     pub features: u64,
@@ -95,6 +101,17 @@ pub enum RingError {
     /// Not a power of two, zero, or above the maximum.
     #[error("ring size {0} is not a power of two between 1 and {RING_SIZE_MAX}")]
     Size(u16),
+    /// A packed ring of no entries, or of more than the maximum.
+    #[error("packed ring size {0} is not between 1 and {RING_SIZE_MAX}")]
+    PackedSize(u16),
+    /// A packed ring is to start outside of itself.
+    #[error("descriptor {index} is outside the packed ring of {size} that is to start there")]
+    Position {
+        /// The index, without wrap counter.
+        index: u16,
+        /// Entries of the ring.
+        size: u16,
+    },
     /// A part of the ring does not lie in one memory region, or is misaligned.
     #[error("the {part} at {address:#x}, {bytes} bytes, is misaligned or not in one region of guest memory")]
     Address {
@@ -169,10 +186,27 @@ pub enum SendError {
     Fault(RingFault),
 }
 
+/// How the ring lies in memory. One is as large as the other, and a ring is moved only when it is attached.
+#[derive(Debug)]
+enum Layout {
+    Split(SplitRing),
+    Packed(PackedRing),
+}
+
+/// Does the same with whichever layout it is.
+macro_rules! with_layout {
+    ($layout:expr, $ring:ident => $do:expr) => {
+        match $layout {
+            Layout::Split($ring) => $do,
+            Layout::Packed($ring) => $do,
+        }
+    };
+}
+
 /// The device side of one virtqueue, with its memory and descriptors.
 #[derive(Debug)]
 pub struct Ring {
-    split: SplitRing,
+    layout: Layout,
     kick: Option<EventFd>,
     call: Option<EventFd>,
     error: Option<EventFd>,
@@ -184,9 +218,22 @@ pub struct Ring {
 impl Ring {
     /// Checks sizes, addresses and extents once, and caches host pointers.
     pub fn new(setup: RingSetup) -> Result<Self, RingError> {
-        let split = SplitRing::new(&setup)?;
+        let layout = if is_packed(setup.features) {
+            Layout::Packed(PackedRing::new(&setup)?)
+        } else {
+            Layout::Split(SplitRing::new(&setup)?)
+        };
         let RingSetup { kick, call, error, enabled, features, .. } = setup;
-        Ok(Self { split, kick, call, error, enabled, features, fault: None })
+        Ok(Self { layout, kick, call, error, enabled, features, fault: None })
+    }
+
+    /// As [`Ring::new`], when the indices are only a front-end's word: a packed ring tells its position itself
+    /// (`recover.rs`), and a burst that a device before us left half given back is finished.
+    pub fn resume(mut setup: RingSetup) -> Result<Self, RingError> {
+        if is_packed(setup.features) {
+            recover::recover(&mut setup);
+        }
+        Self::new(setup)
     }
 
     /// Takes up to `frames.len()` frames from the guest's transmitq. Returns how many; they must be given back by
@@ -198,20 +245,20 @@ impl Ring {
         if let Some(fault) = self.fault {
             return Err(fault);
         }
-        self.split.receive(frames).map_err(|fault| self.break_down(fault))
+        with_layout!(&mut self.layout, ring => ring.receive(frames)).map_err(|fault| self.break_down(fault))
     }
 
     /// Where the bytes behind a received frame's header copy lie.
     #[inline]
     pub fn payload(&self, frame: &RawFrame) -> Payload<'_> {
-        self.split.payload(frame)
+        with_layout!(&self.layout, ring => ring.payload(frame))
     }
 
     /// Gives all chains of the last [`Ring::receive`] back and notifies the guest if it asked for it. Returns whether
     /// it was notified.
     #[inline]
     pub fn complete(&mut self) -> bool {
-        self.split.complete();
+        with_layout!(&mut self.layout, ring => ring.complete());
         self.publish()
     }
 
@@ -225,7 +272,7 @@ impl Ring {
         if !self.enabled {
             return Err(SendError::Disabled);
         }
-        self.split.send(net, header, payload).map_err(|error| match error {
+        with_layout!(&mut self.layout, ring => ring.send(net, header, payload)).map_err(|error| match error {
             SendError::Fault(fault) => SendError::Fault(self.break_down(fault)),
             other => other,
         })
@@ -240,7 +287,7 @@ impl Ring {
 
     #[inline]
     fn publish(&mut self) -> bool {
-        let notify = self.split.publish();
+        let notify = with_layout!(&mut self.layout, ring => ring.publish());
         if notify && let Some(call) = &self.call {
             // A failed write means that the front-end closed its side: its disconnect is on the way.
             return call.signal().is_ok();
@@ -259,12 +306,12 @@ impl Ring {
     /// Asks the guest to kick when it makes something available. Returns whether something already is: then the caller
     /// must look again before it sleeps.
     pub fn enable_kicks(&mut self) -> bool {
-        self.fault.is_none() && self.split.enable_kicks()
+        self.fault.is_none() && with_layout!(&mut self.layout, ring => ring.enable_kicks())
     }
 
     /// Tells the guest that kicks are not needed.
     pub fn disable_kicks(&mut self) {
-        self.split.disable_kicks();
+        with_layout!(&mut self.layout, ring => ring.disable_kicks());
     }
 
     /// The kick descriptor, for epoll. `None`: the guest does not kick, the ring must be polled.
@@ -274,7 +321,7 @@ impl Ring {
 
     /// Entries.
     pub fn size(&self) -> u16 {
-        self.split.size()
+        with_layout!(&self.layout, ring => ring.size())
     }
 
     /// SET_VRING_ENABLE's state.
@@ -296,30 +343,36 @@ impl Ring {
 
     /// Whether the available index still stands at zero, as in memory that the guest does not share with us.
     pub fn never_used(&self) -> bool {
-        self.split.never_used()
+        with_layout!(&self.layout, ring => ring.never_used())
     }
 
-    /// Index of the next available entry: what GET_VRING_BASE answers.
+    /// Index of the next available entry: what GET_VRING_BASE answers. Packed: bit 15 is the wrap counter.
     pub fn next_avail(&self) -> u16 {
-        self.split.next_avail()
+        match &self.layout {
+            Layout::Split(ring) => ring.next_avail(),
+            Layout::Packed(ring) => ring.position(),
+        }
     }
 
-    /// Index of the next used entry.
+    /// Index of the next used entry. Packed: bit 15 is the wrap counter.
     pub fn next_used(&self) -> u16 {
-        self.split.next_used()
+        match &self.layout {
+            Layout::Split(ring) => ring.next_used(),
+            Layout::Packed(ring) => ring.position(),
+        }
     }
 
     /// The memory it was set up with.
     pub fn memory(&self) -> &Arc<Memory> {
-        self.split.memory()
+        with_layout!(&self.layout, ring => ring.memory())
     }
 
     /// Gives the setup back, with the indices as they stand now, so that a changed ring can be attached again.
     pub fn into_setup(self) -> RingSetup {
-        let Self { split, kick, call, error, enabled, features, .. } = self;
-        let (descriptors, available, used) = split.addresses();
-        let (size, next_avail, next_used) = (split.size(), split.next_avail(), split.next_used());
-        let (memory, log) = split.into_memory_and_log();
+        let (size, next_avail, next_used) = (self.size(), self.next_avail(), self.next_used());
+        let Self { layout, kick, call, error, enabled, features, .. } = self;
+        let (descriptors, available, used) = with_layout!(&layout, ring => ring.addresses());
+        let (memory, log) = with_layout!(layout, ring => ring.into_memory_and_log());
         RingSetup {
             memory,
             size,
@@ -359,6 +412,11 @@ fn net_header_bytes(features: u64) -> usize {
 
 fn has(features: u64, bit: u32) -> bool {
     features & (1 << bit) != 0
+}
+
+/// Whether RING_PACKED was negotiated.
+pub(crate) fn is_packed(features: u64) -> bool {
+    has(features, VIRTIO_F_RING_PACKED)
 }
 
 fn event_idx(features: u64) -> bool {

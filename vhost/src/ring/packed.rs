@@ -1,0 +1,739 @@
+//! The packed virtqueue (VIRTIO 1.2 §2.8), device side, over cached host pointers.
+//!
+//! Theory of operation. One table of descriptors, written by both sides in turn. Each side walks it in order and flips
+//! its wrap counter at the end; a descriptor is available when its AVAIL flag equals the wrap counter and its USED flag
+//! does not, and used when both equal it. We finish every chain in the order in which it came and keep none beyond a
+//! burst, so one [`Position`] says all: where the next available descriptor is looked for is where the next used one
+//! goes. Taking chains ([`PackedRing::receive`]) moves a copy of it, giving them back moves the ring's.
+//!
+//! Giving a chain back is one store of the descriptor's second word: length, buffer id and flags at once, so that no
+//! torn descriptor ever exists. All used descriptors of a burst are written when they are staged, except the first:
+//! [`PackedRing::publish`] writes that one last, with release, and the driver, which looks at it first, sees the whole
+//! burst or nothing of it (§5.1.6.4 wants that of a frame in several buffers). With IN_ORDER a device may write one used
+//! descriptor for a batch; we write all of them, which is right with and without, and what drivers poll for.
+//!
+//! A chain of several descriptors gets one used descriptor, in the place of its first; the driver skips the others
+//! (§2.8.3). Those are marked used as well, while they are still ours: then every descriptor in memory is either
+//! available or used, and whoever finds the ring later can tell where it stands (`recover.rs`).
+//!
+//! One of the files with unsafe code in this crate. What makes each access sound is what `split.rs` says: the parts
+//! were checked at set-up to lie whole and aligned in one mapped region that [`Memory`] keeps mapped, indices stay below
+//! the size, and no Rust reference to guest memory is made other than to an atomic. JUSTIFICATION: as there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+use virtio_bindings::bindings::virtio_ring::{
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_PACKED_DESC_F_AVAIL, VRING_PACKED_DESC_F_USED,
+    VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
+};
+
+use super::{
+    BURST, BURST_DESCRIPTORS_MAX, BURST_SEGMENTS_MAX, CHAIN_DESCRIPTORS_MAX, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX,
+    MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault, RingSetup, SendError,
+};
+use crate::dirty_log::RingLog;
+use crate::frame::{FrameFault, HEADER_COPY_BYTES, NetHeader, RawFrame, Tail};
+use crate::memory::{Memory, Payload, PayloadCursor, Segment};
+
+pub(super) const DESCRIPTOR_BYTES: u64 = 16;
+/// `struct pvirtq_event_suppress`: offset and wrap counter, flags.
+const EVENT_BYTES: u64 = 4;
+pub(super) const FLAG_NEXT: u16 = VRING_DESC_F_NEXT as u16;
+const FLAG_WRITE: u16 = VRING_DESC_F_WRITE as u16;
+const FLAG_INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+const FLAG_AVAIL: u16 = 1 << VRING_PACKED_DESC_F_AVAIL;
+const FLAG_USED: u16 = 1 << VRING_PACKED_DESC_F_USED;
+const EVENT_ENABLE: u16 = VRING_PACKED_EVENT_FLAG_ENABLE as u16;
+const EVENT_DISABLE: u16 = VRING_PACKED_EVENT_FLAG_DISABLE as u16;
+const EVENT_DESC: u16 = VRING_PACKED_EVENT_FLAG_DESC as u16;
+/// §2.8.10: two bits of flags, the others are reserved.
+const EVENT_FLAGS: u16 = 3;
+/// Where a u16 position has its wrap counter (§2.8.10; vhost-user, "Vring descriptor indices for packed virtqueues").
+const WRAP: u16 = 1 << 15;
+
+const _: () = assert!(RING_SIZE_MAX <= WRAP, "an index must leave room for the wrap counter");
+
+/// A place in the ring: an index below its size, and the wrap counter of whoever stands there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Position {
+    pub(super) index: u16,
+    pub(super) wrap: bool,
+}
+
+impl Position {
+    /// Index in bits 0 to 14, wrap counter in bit 15.
+    pub(super) fn from_bits(bits: u16) -> Self {
+        Self { index: bits & !WRAP, wrap: bits & WRAP != 0 }
+    }
+
+    #[inline]
+    pub(super) fn bits(self) -> u16 {
+        self.index | if self.wrap { WRAP } else { 0 }
+    }
+
+    /// `count` descriptors further on in a ring of `size`; `count` is at most `size`.
+    #[inline]
+    pub(super) fn after(self, count: u16, size: u16) -> Self {
+        debug_assert!(self.index < size && count <= size);
+        // Both at most 32768, and the index is less: no overflow.
+        let index = self.index + count;
+        if index < size { Self { index, ..self } } else { Self { index: index - size, wrap: !self.wrap } }
+    }
+
+    /// The flags of a descriptor that the device has used here.
+    #[inline]
+    pub(super) fn used_flags(self) -> u16 {
+        if self.wrap { FLAG_AVAIL | FLAG_USED } else { 0 }
+    }
+
+    /// Whether `flags` are those of a descriptor that the driver has made available here (§2.8.1).
+    #[inline]
+    pub(super) fn is_available(self, flags: u16) -> bool {
+        flags & (FLAG_AVAIL | FLAG_USED) == if self.wrap { FLAG_AVAIL } else { FLAG_USED }
+    }
+}
+
+/// Whether the last that happened to a descriptor with these flags is that a device used it.
+pub(super) fn is_used(flags: u16) -> bool {
+    (flags & FLAG_AVAIL != 0) == (flags & FLAG_USED != 0)
+}
+
+/// The wrap counter with which a descriptor with these flags was made available last; used ones kept it.
+pub(super) fn lap(flags: u16) -> bool {
+    flags & FLAG_AVAIL != 0
+}
+
+/// Length, buffer id and flags of a descriptor, as its second word has them.
+pub(super) fn second_word(bytes: u32, id: u16, flags: u16) -> u64 {
+    (u64::from(bytes) | u64::from(id) << 32 | u64::from(flags) << 48).to_le()
+}
+
+/// `struct pvirtq_desc`, read once.
+#[derive(Debug, Clone, Copy)]
+struct Descriptor {
+    address: u64,
+    bytes: u32,
+    id: u16,
+    flags: u16,
+}
+
+impl Descriptor {
+    #[inline]
+    fn from_words(address: u64, rest: u64) -> Self {
+        let rest = u64::from_le(rest);
+        Self { address: u64::from_le(address), bytes: rest as u32, id: (rest >> 32) as u16, flags: (rest >> 48) as u16 }
+    }
+}
+
+/// A chain that was taken.
+#[derive(Debug, Clone, Copy, Default)]
+struct Chain {
+    /// From its last descriptor (§2.8.6). It means something to the driver alone.
+    id: u16,
+    /// Descriptors of the ring that it takes up.
+    slots: u16,
+}
+
+/// The ring's own table of descriptors, checked to lie whole in mapped memory.
+#[derive(Debug, Clone, Copy)]
+struct Table {
+    host: usize,
+    size: u16,
+}
+
+/// Which way the buffers of a ring go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    DeviceReads,
+    DeviceWrites,
+}
+
+/// What the device area says about kicks, as last written by us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kicks {
+    /// Whoever served the ring before us wrote it.
+    Unknown,
+    Wanted,
+    Unwanted,
+}
+
+#[derive(Debug)]
+pub(super) struct PackedRing {
+    memory: Arc<Memory>,
+    /// Guest-physical addresses, for whoever sets the ring up anew.
+    addresses: (u64, u64, u64),
+    table: Table,
+    /// Host addresses of the driver's and the device's event suppression structure.
+    driver_event: usize,
+    device_event: usize,
+    net_header_bytes: u8,
+    event_idx: bool,
+    indirect: bool,
+    mergeable: bool,
+    log: Option<RingLog>,
+    kicks: Kicks,
+    /// Next descriptor to take, and to use.
+    next: Position,
+    /// The first used descriptor that the driver does not see yet: where, and its second word.
+    first_staged: Option<(u16, u64)>,
+    /// Descriptors between that one and `next`.
+    staged_slots: u32,
+    /// Chains taken by `receive` and not completed yet.
+    taken: u16,
+    chains: [Chain; BURST],
+    /// Pieces of guest memory of the burst (from the guest) or of the frame being written (to the guest).
+    segments: Box<[Segment]>,
+    segments_used: usize,
+}
+
+impl PackedRing {
+    pub(super) fn new(setup: &RingSetup) -> Result<Self, RingError> {
+        let size = setup.size;
+        if size == 0 || size > RING_SIZE_MAX {
+            return Err(RingError::PackedSize(size));
+        }
+        let next = Position::from_bits(setup.next_avail);
+        if next.index >= size {
+            return Err(RingError::Position { index: next.index, size });
+        }
+        let part = |part, address: u64, bytes, align| {
+            setup
+                .memory
+                .translate(address, bytes)
+                .map(|host| host as usize)
+                .filter(|host| address.is_multiple_of(align) && (*host as u64).is_multiple_of(align))
+                .ok_or(RingError::Address { part, address, bytes })
+        };
+        // Alignments and sizes: VIRTIO 1.2 §2.8, table "Virtqueue Part".
+        let ring = part("descriptor ring", setup.descriptors, DESCRIPTOR_BYTES * u64::from(size), 16)?;
+        Ok(Self {
+            addresses: (setup.descriptors, setup.available, setup.used),
+            table: Table { host: ring, size },
+            driver_event: part("driver event suppression", setup.available, EVENT_BYTES, 4)?,
+            device_event: part("device event suppression", setup.used, EVENT_BYTES, 4)?,
+            memory: Arc::clone(&setup.memory),
+            net_header_bytes: super::net_header_bytes(setup.features) as u8,
+            event_idx: super::event_idx(setup.features),
+            indirect: super::indirect(setup.features),
+            mergeable: super::mergeable(setup.features),
+            log: setup.log.clone(),
+            kicks: Kicks::Unknown,
+            next,
+            first_staged: None,
+            staged_slots: 0,
+            taken: 0,
+            chains: [Chain::default(); BURST],
+            segments: vec![Segment::EMPTY; BURST_SEGMENTS_MAX].into_boxed_slice(),
+            segments_used: 0,
+        })
+    }
+
+    pub(super) fn size(&self) -> u16 {
+        self.table.size
+    }
+
+    /// Where the next available descriptor is looked for and where the next used one goes: they are the same.
+    pub(super) fn position(&self) -> u16 {
+        self.next.bits()
+    }
+
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    pub(super) fn into_memory_and_log(self) -> (Arc<Memory>, Option<RingLog>) {
+        (self.memory, self.log)
+    }
+
+    pub(super) fn addresses(&self) -> (u64, u64, u64) {
+        self.addresses
+    }
+
+    /// Nothing was ever made available in a ring that is still at its start, where all memory is zero.
+    pub(super) fn never_used(&self) -> bool {
+        self.next == (Position { index: 0, wrap: true }) && self.available(self.next).is_none()
+    }
+
+    #[inline]
+    pub(super) fn receive(&mut self, frames: &mut [RawFrame]) -> Result<usize, RingFault> {
+        debug_assert_eq!(self.taken, 0, "the last burst was not completed");
+        let burst = frames.len().min(BURST);
+        self.segments_used = 0;
+        let mut taken = 0;
+        let mut visited = 0;
+        let mut at = self.next;
+        for frame in &mut frames[..burst] {
+            if self.segments_used + CHAIN_SEGMENTS_MAX > BURST_SEGMENTS_MAX || visited >= BURST_DESCRIPTORS_MAX {
+                break;
+            }
+            let Some(first) = self.available(at) else { break };
+            let chain = self.gather(at, first, frame, &mut visited)?;
+            self.chains[taken] = chain;
+            at = at.after(chain.slots, self.table.size);
+            taken += 1;
+        }
+        self.taken = taken as u16;
+        Ok(taken)
+    }
+
+    #[inline]
+    pub(super) fn payload(&self, frame: &RawFrame) -> Payload<'_> {
+        let first = usize::from(frame.tail.first);
+        let end = first + usize::from(frame.tail.count);
+        // A frame of another ring or burst would name segments that are not there: then it has no payload.
+        match self.segments[..self.segments_used].get(first..end) {
+            Some(segments) => Payload::segments(segments),
+            None => Payload::EMPTY,
+        }
+    }
+
+    /// Stages the used descriptors of the burst. The device wrote nothing: length 0.
+    #[inline]
+    pub(super) fn complete(&mut self) {
+        for index in 0..usize::from(self.taken) {
+            self.stage_used(self.chains[index], 0, 0);
+        }
+        self.taken = 0;
+        self.segments_used = 0;
+    }
+
+    #[inline]
+    pub(super) fn send(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>) -> Result<(), SendError> {
+        let net_header_bytes = usize::from(self.net_header_bytes);
+        let need = net_header_bytes as u64 + header.len() as u64 + u64::from(payload.bytes());
+        let mut chains = [(Chain::default(), 0u32); MERGED_CHAINS_MAX];
+        let mut count = 0;
+        let mut room = 0u64;
+        let mut visited = 0;
+        let mut at = self.next;
+        self.segments_used = 0;
+        while room < need {
+            if count > 0 && (!self.mergeable || count == MERGED_CHAINS_MAX) {
+                return Err(SendError::BufferTooSmall);
+            }
+            let Some(first) = self.available(at) else { return Err(SendError::Full) };
+            if self.segments_used + CHAIN_SEGMENTS_MAX > BURST_SEGMENTS_MAX
+                || visited >= usize::from(CHAIN_DESCRIPTORS_MAX)
+            {
+                return Err(SendError::BufferTooSmall);
+            }
+            let (chain, bytes) = self.room_in(at, first, &mut visited).map_err(SendError::Fault)?;
+            if count == 0 && bytes < net_header_bytes as u64 {
+                return Err(SendError::BufferTooSmall);
+            }
+            // A chain's room can exceed what is still needed, and even u32; what is written cannot.
+            chains[count] = (chain, bytes.min(need - room) as u32);
+            at = at.after(chain.slots, self.table.size);
+            count += 1;
+            room += bytes;
+        }
+        // From here on nothing can fail: the frame is written whole.
+        let net = net.to_bytes(count as u16);
+        let header_payloads = [Payload::private(&net[..net_header_bytes]), Payload::private(header), payload];
+        let mut segments = self.segments[..self.segments_used].iter();
+        let mut into = Segment::EMPTY;
+        for piece in header_payloads {
+            let mut cursor = PayloadCursor::new(piece);
+            let mut left = piece.bytes();
+            while left > 0 {
+                if into.bytes() == 0 {
+                    into = *segments.next().expect("the chains have room for the whole frame");
+                    continue;
+                }
+                let before = into.bytes();
+                // SAFETY: the segments were checked against `self.memory`, which is alive.
+                into = unsafe { cursor.copy_into(into) };
+                left -= before - into.bytes();
+            }
+        }
+        if let Some(log) = &self.log {
+            log.written(&self.memory, &self.segments[..self.segments_used], need);
+        }
+        for &(chain, bytes) in &chains[..count] {
+            self.stage_used(chain, bytes, FLAG_WRITE);
+        }
+        Ok(())
+    }
+
+    /// Publishes staged used descriptors; returns whether the guest wants to be notified of them.
+    #[inline]
+    pub(super) fn publish(&mut self) -> bool {
+        let Some((index, word)) = self.first_staged.take() else { return false };
+        let slots = std::mem::take(&mut self.staged_slots);
+        // Release: pairs with the driver's read barrier after it reads the flags; the descriptors behind and the
+        // buffers written before are visible with it (§2.8.15).
+        self.second_word_at(index).store(word, Ordering::Release);
+        if self.log.is_some() {
+            self.log_used(index, slots);
+        }
+        // The store must be visible before the driver's wish is read, or both sides wait for the other (§2.8.21.3.1 for
+        // the mirror image); pairs with the driver's barrier after it writes its event suppression structure.
+        fence(Ordering::SeqCst);
+        let (event, flags) = self.driver_event();
+        match flags & EVENT_FLAGS {
+            EVENT_DISABLE => false,
+            EVENT_DESC if self.event_idx => {
+                // §2.8.10: notify when the descriptor at `event` was used just now. Counted from the start of this lap:
+                // `next` lies there, what was used goes back up to a whole ring, and so does an event of the lap before.
+                let size = i32::from(self.table.size);
+                let new = i32::from(self.next.index);
+                let behind = if event.wrap == self.next.wrap { 0 } else { size };
+                let event = i32::from(event.index) - behind;
+                (new - slots.min(size as u32) as i32..new).contains(&event)
+            }
+            _ => true,
+        }
+    }
+
+    pub(super) fn enable_kicks(&mut self) -> bool {
+        let flags = if self.event_idx { EVENT_DESC } else { EVENT_ENABLE };
+        self.write_device_event(flags);
+        self.kicks = Kicks::Wanted;
+        // The wish must be visible before the descriptor is looked at again; pairs with the driver's barrier between
+        // making it available and reading our structure (§2.8.21.3.1).
+        fence(Ordering::SeqCst);
+        self.available(self.next).is_some()
+    }
+
+    pub(super) fn disable_kicks(&mut self) {
+        if self.kicks != Kicks::Unwanted {
+            self.write_device_event(EVENT_DISABLE);
+            self.kicks = Kicks::Unwanted;
+        }
+    }
+
+    /// Marks `slots` descriptors from `first` on, which were written. After the writes: a page that is marked before may
+    /// be copied before.
+    #[cold]
+    fn log_used(&self, first: u16, slots: u32) {
+        let Some(RingLog { log, used_address: Some(_) }) = &self.log else { return };
+        let to_the_end = u32::from(self.table.size - first);
+        let mark = |index: u16, slots: u32| {
+            log.mark(self.addresses.0 + DESCRIPTOR_BYTES * u64::from(index), DESCRIPTOR_BYTES * u64::from(slots));
+        };
+        mark(first, slots.min(to_the_end));
+        mark(0, slots.saturating_sub(to_the_end));
+    }
+
+    /// Both halves in one store: drivers read them in one load.
+    fn write_device_event(&self, flags: u16) {
+        let word = u32::from(self.next.bits()) | u32::from(flags) << 16;
+        // SAFETY: the structure was checked at set-up: 4 bytes, aligned to 4, mapped while `self.memory` lives.
+        unsafe { AtomicU32::from_ptr(self.device_event as *mut u32) }.store(word.to_le(), Ordering::Relaxed);
+        if let Some(RingLog { log, used_address: Some(_) }) = &self.log {
+            log.mark(self.addresses.2, EVENT_BYTES);
+        }
+    }
+
+    /// Which descriptor the driver waits for, and its flags.
+    #[inline]
+    fn driver_event(&self) -> (Position, u16) {
+        // SAFETY: as in `write_device_event`.
+        let word = unsafe { AtomicU32::from_ptr(self.driver_event as *mut u32) }.load(Ordering::Relaxed);
+        let word = u32::from_le(word);
+        (Position::from_bits(word as u16), (word >> 16) as u16)
+    }
+
+    /// The descriptor at `at` if the driver has made it available. Its flags, length and id are read once, at once.
+    #[inline]
+    fn available(&self, at: Position) -> Option<Descriptor> {
+        // Acquire: pairs with the driver's write barrier before it stores the flags of a chain's first descriptor; the
+        // address, the chain's other descriptors and the buffers written before are visible after (§2.8.21.1).
+        let rest = self.second_word_at(at.index).load(Ordering::Acquire);
+        if !at.is_available((u64::from_le(rest) >> 48) as u16) {
+            return None;
+        }
+        let address = (self.table.host + usize::from(at.index) * DESCRIPTOR_BYTES as usize) as *mut u64;
+        // SAFETY: `at.index` is below the size, the table is 16-byte aligned and mapped while `self.memory` lives.
+        let address = unsafe { AtomicU64::from_ptr(address) }.load(Ordering::Relaxed);
+        Some(Descriptor::from_words(address, rest))
+    }
+
+    /// Copies a chain's net header and first bytes into `frame` and notes where the rest lies.
+    #[inline]
+    fn gather(
+        &mut self,
+        at: Position,
+        head: Descriptor,
+        frame: &mut RawFrame,
+        visited: &mut usize,
+    ) -> Result<Chain, RingFault> {
+        let net_header_bytes = usize::from(self.net_header_bytes);
+        let mut net = [0u8; NetHeader::BYTES];
+        let mut net_bytes = 0;
+        let mut header_bytes = 0;
+        let mut tail_bytes = 0u64;
+        let first = self.segments_used;
+        let segments = &mut self.segments;
+        let mut used = first;
+        let (chain, whole) = walk(
+            &self.memory,
+            self.table,
+            self.indirect,
+            at.index,
+            head,
+            Direction::DeviceReads,
+            visited,
+            |mut segment: Segment| {
+                if net_bytes < net_header_bytes {
+                    let bytes = segment.bytes().min((net_header_bytes - net_bytes) as u32);
+                    let end = net_bytes + bytes as usize;
+                    // SAFETY: the segment was checked against `self.memory`, which is alive.
+                    unsafe { segment.copy_out(&mut net[net_bytes..end]) };
+                    net_bytes = end;
+                    segment = segment.skip(bytes);
+                }
+                if segment.bytes() > 0 && header_bytes < HEADER_COPY_BYTES {
+                    let bytes = segment.bytes().min((HEADER_COPY_BYTES - header_bytes) as u32);
+                    let end = header_bytes + bytes as usize;
+                    // SAFETY: as above.
+                    unsafe { segment.copy_out(&mut frame.header[header_bytes..end]) };
+                    header_bytes = end;
+                    segment = segment.skip(bytes);
+                }
+                if segment.bytes() > 0 {
+                    if used - first == CHAIN_SEGMENTS_MAX {
+                        return false;
+                    }
+                    tail_bytes += u64::from(segment.bytes());
+                    segments[used] = segment;
+                    used += 1;
+                }
+                true
+            },
+        )?;
+        let bytes = header_bytes as u64 + tail_bytes;
+        frame.net = NetHeader::from_bytes(&net);
+        if !whole || bytes > u64::from(FRAME_BYTES_MAX) {
+            (frame.fault, frame.header_bytes, frame.frame_bytes) = (Some(FrameFault::TooLarge), 0, 0);
+            frame.tail = Tail::default();
+            return Ok(chain);
+        }
+        frame.fault = (net_bytes < net_header_bytes).then_some(FrameFault::NoHeader);
+        frame.header_bytes = header_bytes as u16;
+        frame.frame_bytes = bytes as u32;
+        frame.tail = Tail { first: first as u16, count: (used - first) as u16 };
+        self.segments_used = used;
+        Ok(chain)
+    }
+
+    /// Notes the segments of a chain that the device may write to; returns the chain and their bytes.
+    #[inline]
+    fn room_in(&mut self, at: Position, head: Descriptor, visited: &mut usize) -> Result<(Chain, u64), RingFault> {
+        let first = self.segments_used;
+        let segments = &mut self.segments;
+        let mut used = first;
+        let mut room = 0u64;
+        // A chain of more pieces than the maximum is used as far as it was noted.
+        let (chain, _) = walk(
+            &self.memory,
+            self.table,
+            self.indirect,
+            at.index,
+            head,
+            Direction::DeviceWrites,
+            visited,
+            |segment: Segment| {
+                if used - first == CHAIN_SEGMENTS_MAX {
+                    return false;
+                }
+                room += u64::from(segment.bytes());
+                segments[used] = segment;
+                used += 1;
+                true
+            },
+        )?;
+        self.segments_used = used;
+        Ok((chain, room))
+    }
+
+    /// Gives the chain at `next` back; the driver sees nothing of it before `publish`.
+    #[inline]
+    fn stage_used(&mut self, chain: Chain, bytes: u32, flags: u16) {
+        let word = second_word(bytes, chain.id, flags | self.next.used_flags());
+        // The chain's other descriptors first: once its head is used, all of it is the driver's.
+        let mut at = self.next;
+        for _ in 1..chain.slots {
+            at = at.after(1, self.table.size);
+            self.flags_at(at.index).store(at.used_flags().to_le(), Ordering::Relaxed);
+        }
+        if self.first_staged.is_none() {
+            self.first_staged = Some((self.next.index, word));
+        } else {
+            // Relaxed: the driver does not look behind the first one, whose store is the release.
+            self.second_word_at(self.next.index).store(word, Ordering::Relaxed);
+        }
+        self.staged_slots += u32::from(chain.slots);
+        self.next = self.next.after(chain.slots, self.table.size);
+    }
+
+    #[inline]
+    fn second_word_at(&self, index: u16) -> &AtomicU64 {
+        debug_assert!(index < self.table.size);
+        let word = self.table.host + usize::from(index) * DESCRIPTOR_BYTES as usize + 8;
+        // SAFETY: every index here comes from a `Position`, which stays below the size; the table is 16-byte aligned and
+        // mapped while `self.memory` lives.
+        unsafe { AtomicU64::from_ptr(word as *mut u64) }
+    }
+
+    #[inline]
+    fn flags_at(&self, index: u16) -> &AtomicU16 {
+        debug_assert!(index < self.table.size);
+        let flags = self.table.host + usize::from(index) * DESCRIPTOR_BYTES as usize + 14;
+        // SAFETY: as in `second_word_at`.
+        unsafe { AtomicU16::from_ptr(flags as *mut u16) }
+    }
+}
+
+/// A u64 wherever it lies: an indirect table may have any alignment.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned(u64);
+
+/// Reads entry `index` of a descriptor table at host address `table`, once.
+///
+/// # Safety
+/// The table has more than `index` entries and is mapped.
+#[inline]
+unsafe fn descriptor(table: usize, index: u16) -> Descriptor {
+    let entry = (table + usize::from(index) * DESCRIPTOR_BYTES as usize) as *const Unaligned;
+    // SAFETY: by the caller's promise; `Unaligned` has no alignment. Volatile: the guest may write meanwhile, and the
+    // compiler must not read twice.
+    let (Unaligned(address), Unaligned(rest)) = unsafe { (entry.read_volatile(), entry.add(1).read_volatile()) };
+    Descriptor::from_words(address, rest)
+}
+
+/// Walks the chain whose first descriptor `head` was read at `at`, giving each non-empty segment to `take`. Returns the
+/// chain, and false if `take` once did, after which it is not asked again. Every descriptor is read once and counted in
+/// `visited`; a chain has at most as many as its table, or as the limit.
+#[inline]
+#[allow(clippy::too_many_arguments, reason = "the ring's fields, of which the caller borrows some mutably")]
+fn walk(
+    memory: &Memory,
+    table: Table,
+    indirect: bool,
+    at: u16,
+    head: Descriptor,
+    direction: Direction,
+    visited: &mut usize,
+    mut take: impl FnMut(Segment) -> bool,
+) -> Result<(Chain, bool), RingFault> {
+    if head.flags & FLAG_INDIRECT != 0 {
+        let whole = walk_indirect(memory, indirect, at, head, direction, visited, take)?;
+        return Ok((Chain { id: head.id, slots: 1 }, whole));
+    }
+    let most = table.size.min(CHAIN_DESCRIPTORS_MAX);
+    let (mut entry, mut index, mut slots, mut whole) = (head, at, 1, true);
+    loop {
+        *visited += 1;
+        // §2.8.7.1: an indirect table stands alone, it is no part of a chain.
+        if entry.flags & FLAG_INDIRECT != 0 {
+            return Err(RingFault::Indirect { index });
+        }
+        if whole {
+            whole = take_buffer(memory, entry, index, direction, &mut take)?;
+        }
+        if entry.flags & FLAG_NEXT == 0 {
+            return Ok((Chain { id: entry.id, slots }, whole));
+        }
+        if slots == most {
+            return Err(RingFault::Loop { head: at });
+        }
+        slots += 1;
+        index = if index + 1 == table.size { 0 } else { index + 1 };
+        // SAFETY: `index < table.size`, and the table was checked at set-up. Whether the driver has made this one
+        // available is not looked at: it did before the first one (§2.8.21.1), and if not, it gets what it wrote.
+        entry = unsafe { descriptor(table.host, index) };
+    }
+}
+
+/// As [`walk`], for the table that `head` at `at` refers to. Its descriptors follow one another; of their flags only
+/// WRITE means something, the device ignores the others (§2.8.7).
+#[inline]
+fn walk_indirect(
+    memory: &Memory,
+    indirect: bool,
+    at: u16,
+    head: Descriptor,
+    direction: Direction,
+    visited: &mut usize,
+    mut take: impl FnMut(Segment) -> bool,
+) -> Result<bool, RingFault> {
+    let entries = head.bytes / DESCRIPTOR_BYTES as u32;
+    let is_whole = u64::from(head.bytes).is_multiple_of(DESCRIPTOR_BYTES);
+    if !indirect || head.flags & FLAG_NEXT != 0 || !is_whole || entries == 0 {
+        return Err(RingFault::Indirect { index: at });
+    }
+    let host = memory
+        .translate(head.address, u64::from(head.bytes))
+        .ok_or(RingFault::BufferAddress { address: head.address, bytes: head.bytes })?;
+    // A table has no end mark: all of it is the chain.
+    if entries > u32::from(CHAIN_DESCRIPTORS_MAX) {
+        return Err(RingFault::Loop { head: at });
+    }
+    for index in 0..entries as u16 {
+        *visited += 1;
+        // SAFETY: the table has `entries` entries, and was just found to be mapped.
+        let entry = unsafe { descriptor(host as usize, index) };
+        if !take_buffer(memory, entry, index, direction, &mut take)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Gives the segments of one descriptor's buffer to `take`; false if that wants no more.
+#[inline]
+fn take_buffer(
+    memory: &Memory,
+    entry: Descriptor,
+    index: u16,
+    direction: Direction,
+    take: &mut impl FnMut(Segment) -> bool,
+) -> Result<bool, RingFault> {
+    if (entry.flags & FLAG_WRITE != 0) != (direction == Direction::DeviceWrites) {
+        return Err(RingFault::Direction { index });
+    }
+    let mut wanted = true;
+    if entry.bytes > 0 {
+        let mapped = memory.segments(entry.address, entry.bytes, |segment| {
+            wanted = take(segment);
+            wanted
+        });
+        if wanted && !mapped {
+            return Err(RingFault::BufferAddress { address: entry.address, bytes: entry.bytes });
+        }
+    }
+    Ok(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_survives_its_bits_and_wraps_at_any_size() {
+        for (index, wrap) in [(0, true), (0, false), (32767, true), (5, false)] {
+            let position = Position { index, wrap };
+            assert_eq!(Position::from_bits(position.bits()), position);
+        }
+        let at = |index, wrap| Position { index, wrap };
+        assert_eq!(at(2, true).after(1, 3), at(0, false));
+        assert_eq!(at(2, true).after(3, 3), at(2, false));
+        assert_eq!(at(32767, false).after(32768, 32768), at(32767, true));
+        assert_eq!(at(0, true).after(1, 1), at(0, false));
+    }
+
+    /// §2.8.1: available when AVAIL is the wrap counter and USED is not, used when both are.
+    #[test]
+    fn flags_mean_what_the_specification_says() {
+        let (first, second) = (Position { index: 0, wrap: true }, Position { index: 0, wrap: false });
+        assert!(first.is_available(0x80) && !first.is_available(0x8000));
+        assert!(second.is_available(0x8000) && !second.is_available(0x80));
+        for flags in [0, 0x8080] {
+            assert!(!first.is_available(flags) && !second.is_available(flags) && is_used(flags));
+        }
+        assert_eq!((first.used_flags(), second.used_flags()), (0x8080, 0));
+    }
+}
