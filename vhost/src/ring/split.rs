@@ -1,6 +1,6 @@
 //! The split virtqueue (VIRTIO 1.2 §2.7), device side, over cached host pointers.
 //!
-//! One of three files with unsafe code in this crate (see `memory.rs`). What makes each access sound: the three
+//! One of the files with unsafe code in this crate (see `memory.rs`). What makes each access sound: the three
 //! parts of the ring were checked at set-up to lie whole and aligned in one mapped region, [`Memory`] keeps the
 //! regions mapped for as long as the ring lives, indices are masked by the ring's size, and no Rust reference to guest
 //! memory is made other than to an atomic. JUSTIFICATION: checked access through virtio-queue and vm-memory costs 180 ns
