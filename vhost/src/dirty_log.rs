@@ -9,7 +9,7 @@
 //! later ends the daemon by SIGBUS, as with guest memory, unless the file is sealed against shrinking (QEMU's is).
 //! Its front-end is warned of an unsealed one.
 //!
-//! One of three files with unsafe code in this crate.
+//! One of the files with unsafe code in this crate.
 
 use std::io;
 use std::num::NonZeroUsize;

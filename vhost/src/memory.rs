@@ -4,7 +4,7 @@
 //! a length that were checked against the region table once, and bytes move by raw copies into or out of private
 //! memory. What was copied is what is judged; it is never read a second time.
 //!
-//! One of three files with unsafe code in this crate (the others are `ring/split.rs` and `dirty_log.rs`).
+//! One of the files with unsafe code in this crate; the others are `dirty_log.rs`, `ring/split.rs` and `ring/packed.rs`.
 
 use std::marker::PhantomData;
 use std::ptr;

@@ -6,7 +6,8 @@
 //! the owner alone touches them. Whatever changes about an attached ring is done in three steps: detach, which returns
 //! once the owner has let go; alter; attach again, with the indices that the ring has reached. So a worker never sees
 //! a half-changed ring, and an answer to the front-end (of GET_VRING_BASE, of a new memory table) means that no
-//! worker is inside any more. Old mappings live as long as a ring holds them.
+//! worker is inside any more. Old mappings live as long as a ring holds them. Where a ring goes on is known once it was
+//! attached; before that it is the front-end's word, which a packed ring is asked to confirm ([`Ring::resume`]).
 //!
 //! Engine and keeper run at different times on one session: the engine's thread while it has a message to judge, the
 //! keeper when it has none (`Session::set_logging`), and after that thread has ended (`Session::close`). The mutex is for
@@ -138,21 +139,23 @@ impl Session {
     }
 
     fn attach_if_complete(&self, queue: u16) {
-        let setup = {
+        let (setup, reached) = {
             let state = &*self.state();
             let log = match &state.logging {
                 Logging::Off => None,
                 Logging::Awaited => return,
                 Logging::On(log) => Some(log),
             };
+            let ring = &state.rings[usize::from(queue)];
             match &state.memory {
-                Some(memory) if !state.broken => state.rings[usize::from(queue)].setup(memory, state.features, log),
+                Some(memory) if !state.broken => (ring.setup(memory, state.features, log), ring.is_reached()),
                 _ => return,
             }
         };
+        let build = if reached { Ring::new } else { Ring::resume };
         let built = match setup {
             Ok(None) => return,
-            Ok(Some(setup)) => self.contained("ring set-up", || Ring::new(setup).map_err(|error| error.to_string())),
+            Ok(Some(setup)) => self.contained("ring set-up", || build(setup).map_err(|error| error.to_string())),
             Err(error) => Some(Err(format!("its event descriptors cannot be duplicated: {error}"))),
         };
         match built {

@@ -28,9 +28,10 @@ use super::record::{MEMORY_SLOTS_MAX, MappedRegion, RingSignal, SessionRecord};
 use super::vet::{self, Shrink};
 use crate::dirty_log::DirtyLog;
 use crate::owner::SessionEvent;
+use crate::ring;
 use crate::session::Logging;
 
-/// VIRTIO 1.2 §2.7: queue sizes are powers of two up to 32768.
+/// VIRTIO 1.2 §2.7, §2.8: queue sizes go up to 32768, those of split rings in powers of two.
 pub(crate) const RING_SIZE_MAX: u16 = 32768;
 
 /// What the connection does next, in order.
@@ -130,9 +131,12 @@ impl Filter {
         actions.into()
     }
 
-    /// The session has answered GET_VRING_BASE.
-    pub(super) fn ring_stopped(&mut self, index: u16, base: u16) {
+    /// The session has answered GET_VRING_BASE; returns what the front-end is told. Of a packed ring the upper half
+    /// says what is used next: the same, for a stopped ring has given everything back.
+    pub(super) fn ring_stopped(&mut self, index: u16, base: u16) -> u32 {
         self.record.ring_stopped(usize::from(index), base);
+        let base = u32::from(base);
+        if self.record.features.is_some_and(ring::is_packed) { base | base << 16 } else { base }
     }
 
     /// Features are agreed but no memory has come. With QEMU 10: the VM's memory has no file to share, and its vhost
@@ -397,9 +401,10 @@ impl Filter {
 
     fn set_ring_size(&mut self, RingNumber { index, number }: RingNumber) -> Result<Actions, Fault> {
         let index = self.ring_index(index)?;
-        if !number.is_power_of_two() || number > u32::from(RING_SIZE_MAX) {
+        if number == 0 || number > u32::from(RING_SIZE_MAX) || !(number.is_power_of_two() || self.is_packed()) {
+            let kind = if self.is_packed() { "number from 1" } else { "power of two" };
             return Err(Fault::Refused(format!(
-                "ring {index} cannot have {number} entries; a power of two up to {RING_SIZE_MAX} is needed"
+                "ring {index} cannot have {number} entries; a {kind} up to {RING_SIZE_MAX} is needed"
             )));
         }
         self.record.rings[usize::from(index)].size = Some(number as u16);
@@ -445,12 +450,28 @@ impl Filter {
         Ok(actions)
     }
 
+    /// "Vring descriptor indices for packed virtqueues": bits 0 to 15 are the next available descriptor and its wrap
+    /// counter, bits 16 to 31 the next used one. With a device that finishes in order and holds nothing back both are
+    /// the same, and the session gets one of them: the engine (vhost-user-backend 0.24) would cut the upper half off.
     fn set_ring_base(&mut self, RingNumber { index, number }: RingNumber) -> Result<Actions, Fault> {
         let index = self.ring_index(index)?;
-        let base = u16::try_from(number)
-            .map_err(|_| Fault::Refused(format!("ring {index}: base {number:#x} is no index of a split ring")))?;
+        let (available, used) = (number as u16, (number >> 16) as u16);
+        let base = match used {
+            // Also what DPDK says of a packed ring, in its device (22.11, GET_VRING_BASE) and in its driver.
+            0 => available,
+            // Taken by a device before us and not finished: those are still to be done.
+            used if self.is_packed() => used,
+            _ => {
+                return Err(Fault::Refused(format!("ring {index}: base {number:#x} is no index of a split ring")));
+            }
+        };
         self.record.rings[usize::from(index)].base = base;
-        Ok(vec![forward(req::SET_VRING_BASE, encode_ring_number(index.into(), number), vec![])])
+        Ok(vec![forward(req::SET_VRING_BASE, encode_ring_number(index.into(), base.into()), vec![])])
+    }
+
+    /// The front-end uses packed rings, or may still choose to.
+    fn is_packed(&self) -> bool {
+        ring::is_packed(self.record.features.unwrap_or(self.offer.features))
     }
 
     /// "Bits (0-7) of the payload contain the vring index. Bit 8 is the invalid FD flag."

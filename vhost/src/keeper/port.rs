@@ -208,7 +208,7 @@ impl Port {
                 let answer = link.ask(request, &encode_ring_number(index.into(), 0), &[], &self.wake)?;
                 let base =
                     decode_ring_number(&answer).ok_or(LinkError::Answer { request, bytes: answer.len() })?.number;
-                filter.ring_stopped(index, base as u16);
+                let answer = encode_ring_number(index.into(), filter.ring_stopped(index, base as u16));
                 front_end.send(Header::reply(request, answer.len()), &answer, &[], &self.wake)?;
             }
             Action::Reply { request, payload } => {

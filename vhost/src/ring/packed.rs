@@ -16,7 +16,7 @@
 //! (§2.8.3). Those are marked used as well, while they are still ours: then every descriptor in memory is either
 //! available or used, and whoever finds the ring later can tell where it stands (`recover.rs`).
 //!
-//! One of three files with unsafe code in this crate. What makes each access sound is what `split.rs` says: the parts
+//! One of the files with unsafe code in this crate. What makes each access sound is what `split.rs` says: the parts
 //! were checked at set-up to lie whole and aligned in one mapped region that [`Memory`] keeps mapped, indices stay below
 //! the size, and no Rust reference to guest memory is made other than to an atomic. JUSTIFICATION: as there.
 

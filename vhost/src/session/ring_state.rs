@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::dirty_log::{DirtyLog, RingLog};
 use crate::eventfd::EventFd;
 use crate::memory::Memory;
-use crate::ring::RingSetup;
+use crate::ring::{RingSetup, is_packed};
 
 /// Guest-physical addresses of a ring's parts.
 #[derive(Debug, Clone, Copy)]
@@ -23,9 +23,13 @@ pub(super) struct RingState {
     pub(super) attached: bool,
     pub(super) size: Option<u16>,
     pub(super) parts: Option<RingParts>,
+    /// A packed ring's has its wrap counter in bit 15.
     pub(super) next_avail: u16,
-    /// Read from the used ring by the engine after it has set the addresses; until then they cannot be served.
+    /// Read from the used ring by the engine after it has set the addresses; until then they cannot be served. In a
+    /// packed ring it has no meaning: there it only says that the addresses are set.
     pub(super) next_used: Option<u16>,
+    /// The indices are what the owner has reached, not what the front-end said.
+    reached: bool,
     pub(super) enabled: bool,
     /// VHOST_VRING_F_LOG's address.
     pub(super) used_log: Option<u64>,
@@ -72,6 +76,18 @@ impl RingState {
     pub(super) fn ring_reached(&mut self, next_avail: u16, next_used: u16) {
         self.next_avail = next_avail;
         self.next_used = Some(next_used);
+        self.reached = true;
+    }
+
+    /// SET_VRING_BASE.
+    pub(super) fn set_base(&mut self, base: u16) {
+        self.next_avail = base;
+        self.reached = false;
+    }
+
+    /// Whether the indices are known, or just the front-end's word.
+    pub(super) fn is_reached(&self) -> bool {
+        self.reached
     }
 
     /// The set-up of a complete ring, with handles of its own of all descriptors.
@@ -93,7 +109,7 @@ impl RingState {
             available: parts.available,
             used: parts.used,
             next_avail: self.next_avail,
-            next_used,
+            next_used: if is_packed(features) { self.next_avail } else { next_used },
             features,
             enabled: self.enabled,
             kick: handle(&self.kick)?,

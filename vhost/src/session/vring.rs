@@ -101,7 +101,7 @@ impl VringT<EngineMemory> for SessionVring {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
-        self.session.alter(self.queue, |ring| ring.next_avail = base);
+        self.session.alter(self.queue, |ring| ring.set_base(base));
     }
 
     fn set_queue_next_used(&self, index: u16) {
