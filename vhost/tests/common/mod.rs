@@ -1,6 +1,8 @@
 //! A guest in plain memory: the driver's side of split rings, written field by field, so that a test can write anything.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod packed;
+
 use std::sync::Arc;
 
 use dreamwire_vhost::eventfd::EventFd;

@@ -200,6 +200,10 @@ pub(crate) struct Port {
 
 impl Port {
     pub(crate) fn start(mode: SocketMode, queue_pairs: u16) -> Self {
+        Self::start_offering(mode, queue_pairs, VERSION_1 | 1)
+    }
+
+    pub(crate) fn start_offering(mode: SocketMode, queue_pairs: u16, features: u64) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("vm1.sock");
         let config = EndpointConfig {
@@ -208,7 +212,7 @@ impl Port {
             mode,
             queue_pairs,
             mtu: 1500,
-            features: VERSION_1 | 1,
+            features,
             private_dir: directory.path().join("private"),
         };
         let owner = Arc::new(Owner::default());
@@ -302,9 +306,14 @@ impl FrontEnd {
     /// QEMU's way, with the enable before the features.
     #[track_caller]
     pub(crate) fn negotiate(&mut self) {
+        self.negotiate_features(VERSION_1 | 1, VERSION_1);
+    }
+
+    #[track_caller]
+    pub(crate) fn negotiate_features(&mut self, expected: u64, features: u64) {
         self.tell(GET_FEATURES, &[], &[]);
         let offered = self.answer_to(GET_FEATURES);
-        assert_eq!(offered, VERSION_1 | 1 | PROTOCOL_FEATURES | LOG_ALL);
+        assert_eq!(offered, expected | PROTOCOL_FEATURES | LOG_ALL);
         self.tell(GET_PROTOCOL_FEATURES, &[], &[]);
         let protocol = self.answer_to(GET_PROTOCOL_FEATURES);
         self.tell(SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes(), &[]);
@@ -312,7 +321,7 @@ impl FrontEnd {
         for ring in 0..2 {
             assert_eq!(self.ask(SET_VRING_ENABLE, &ring_number(ring, 1), &[]), 0);
         }
-        self.tell(SET_FEATURES, &(VERSION_1 | PROTOCOL_FEATURES).to_ne_bytes(), &[]);
+        self.tell(SET_FEATURES, &(features | PROTOCOL_FEATURES).to_ne_bytes(), &[]);
     }
 
     #[track_caller]
