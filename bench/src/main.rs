@@ -8,7 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dreamwire_bench::front_end::{ChainShape, FrontEnd, FrontEndError, MessageOrder, Options};
+use dreamwire_bench::front_end::{ChainShape, FrontEnd, FrontEndError, MessageOrder, Options, feature};
 use dreamwire_bench::report::{Series, Table};
 use dreamwire_bench::topology::TopologyError;
 use dreamwire_bench::traffic::testpmd::{TestpmdError, TestpmdOptions};
@@ -118,6 +118,9 @@ struct ThroughputArguments {
     /// Descriptors per frame sent
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=32))]
     chain: u16,
+    /// Packed rings
+    #[arg(long)]
+    packed: bool,
     /// Put the descriptors of a frame into an indirect table
     #[arg(long)]
     indirect: bool,
@@ -295,11 +298,13 @@ fn start_peer(peer: Peer, arguments: &DeviceArguments) -> Result<RunningPeer, Er
 
 fn options(arguments: &ThroughputArguments) -> Options {
     let defaults = Options::default();
+    let packed = if arguments.packed { feature::RING_PACKED } else { 0 };
     let set_bytes = arguments.flows.max(usize::from(arguments.ring)) * 2 * (arguments.size + 256);
     Options {
         ring_size: arguments.ring,
         tx_chain: ChainShape { descriptors: arguments.chain, indirect: arguments.indirect },
-        features: arguments.features.unwrap_or(defaults.features),
+        features: arguments.features.unwrap_or(defaults.features) | packed,
+        features_required: defaults.features_required | packed,
         order: if arguments.qemu_order { MessageOrder::Qemu } else { MessageOrder::Specification },
         spare_bytes: defaults.spare_bytes.max(set_bytes),
         ..defaults

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use dreamwire_bench::front_end::packed::Position;
 use dreamwire_bench::front_end::{ChainShape, FrontEnd, MessageOrder, Options, feature};
 use dreamwire_bench::traffic::frame::{self, Endpoint};
 use dreamwire_bench::traffic::testpmd::{self, TestpmdOptions};
@@ -70,6 +71,35 @@ fn frames_go_through_testpmd_whole() {
 }
 
 #[test]
+fn packed_rings_go_through_testpmd_whole() {
+    let Some((testpmd, _guard)) = start(&TestpmdOptions::default()) else { return };
+    let shapes =
+        [(1, false), (2, false), (3, true)].map(|(descriptors, indirect)| ChainShape { descriptors, indirect });
+    let features = Options::default().features | feature::RING_PACKED;
+    for (without, tx_chain) in [feature::EVENT_IDX, 0, feature::MRG_RXBUF].into_iter().zip(shapes) {
+        let options = Options {
+            features: features & !without,
+            features_required: feature::VERSION_1 | feature::RING_PACKED,
+            tx_chain,
+            ring_base: 1000,
+            ..Options::default()
+        };
+        let (mut from, mut to) = open(testpmd.device(), &options);
+        carries(&mut from, &mut to, options.ring_size, 64, 1);
+        carries(&mut from, &mut to, options.ring_size, 1518, 10);
+        // Stopped and started again where the device says it stands.
+        let bases = from.stop().unwrap();
+        let sent = from.pairs()[0].transmit.sent();
+        let slots = u64::from(if tx_chain.indirect { 1 } else { tx_chain.descriptors });
+        let position = 1000 + sent * slots;
+        let expected = Position { index: (position % 256) as u16, wrap: (position / 256).is_multiple_of(2) };
+        assert_eq!(Position::from_bits(bases[1]), expected, "all that was sent was taken");
+        from.start().unwrap();
+        carries(&mut from, &mut to, options.ring_size, 64, 1);
+    }
+}
+
+#[test]
 fn fewest_features_do() {
     let Some((testpmd, _guard)) = start(&TestpmdOptions::default()) else { return };
     // 0 is a legacy device with a header of ten bytes.
@@ -106,7 +136,9 @@ fn stopped_rings_report_their_index_and_start_again_from_it() {
 #[test]
 fn waiting_driver_is_called_when_a_frame_arrives() {
     let Some((testpmd, _guard)) = start(&TestpmdOptions::default()) else { return };
-    for features in [Options::default().features, Options::default().features & !feature::EVENT_IDX] {
+    let features = Options::default().features;
+    let packed = features | feature::RING_PACKED;
+    for features in [features, features & !feature::EVENT_IDX, packed, packed & !feature::EVENT_IDX] {
         let options = Options { features, ..Options::default() };
         let (mut from, mut to) = open(testpmd.device(), &options);
         carries(&mut from, &mut to, options.ring_size, 64, 1);

@@ -4,7 +4,9 @@
 use super::error::FrontEndError;
 use super::layout::{DESC_INDIRECT, DESC_NEXT, DESCRIPTOR_BYTES, Descriptor};
 use super::memory::{Arena, GuestMemory};
-use super::split::{RingError, SplitRing};
+use super::packed::PackedRing;
+use super::ring::Ring;
+use super::split::RingError;
 
 /// Longest chain that we make. Linux's virtio-net never exceeds MAX_SKB_FRAGS + 2 = 19.
 pub const CHAIN_DESCRIPTORS_MAX: u16 = 32;
@@ -41,7 +43,7 @@ impl Buffer {
 /// A ring cut into chains of one shape.
 #[derive(Debug)]
 pub(super) struct Chains {
-    pub(super) ring: SplitRing,
+    pub(super) ring: Ring,
     pub(super) header_bytes: usize,
     shape: ChainShape,
     /// Ring descriptors per chain.
@@ -54,7 +56,7 @@ pub(super) struct Chains {
 
 impl Chains {
     pub(super) fn new(
-        ring: SplitRing,
+        ring: Ring,
         arena: &mut Arena,
         shape: ChainShape,
         header_bytes: usize,
@@ -128,9 +130,14 @@ impl Chains {
         }
         let table = self.tables[usize::from(slot)];
         for (position, descriptor) in chain[..count].iter_mut().enumerate() {
-            descriptor.next = if descriptor.flags & DESC_NEXT != 0 { position as u16 + 1 } else { 0 };
+            let [address, rest] = if self.ring.is_packed() {
+                // VIRTIO 1.2 §2.8.7: one after the other, and no flag but WRITE means anything.
+                PackedRing::words(*descriptor, 0, descriptor.flags & !DESC_NEXT)
+            } else {
+                descriptor.next = if descriptor.flags & DESC_NEXT != 0 { position as u16 + 1 } else { 0 };
+                descriptor.words()
+            };
             let at = table.offset + position * DESCRIPTOR_BYTES;
-            let [address, rest] = descriptor.words();
             self.ring.memory().store_u64(at, address);
             self.ring.memory().store_u64(at + 8, rest);
         }

@@ -101,7 +101,10 @@ pub(super) fn start(
     share_memory(connection, agreed, memory)?;
     for (index, ring) in (0..).zip(rings) {
         connection.set(FrontendReq::SET_VRING_NUM, &vring_state(index, u32::from(ring.layout.size)), &[])?;
-        connection.set(FrontendReq::SET_VRING_BASE, &vring_state(index, u32::from(ring.base)), &[])?;
+        let base = u32::from(ring.base);
+        // Of a packed ring the upper half says what is used next: the same, for nothing is in flight yet.
+        let base = if agreed.features & feature::RING_PACKED != 0 { base | base << 16 } else { base };
+        connection.set(FrontendReq::SET_VRING_BASE, &vring_state(index, base), &[])?;
         connection.set(FrontendReq::SET_VRING_ADDR, &vring_addresses(index, ring.layout, memory), &[])?;
         match options.order {
             // The kick starts the ring: what it needs comes before.

@@ -48,6 +48,8 @@ pub mod feature {
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     /// Not a legacy device.
     pub const VERSION_1: u64 = 1 << 32;
+    /// Packed rings instead of split ones.
+    pub const RING_PACKED: u64 = 1 << 34;
     /// Buffers are used in the order in which they became available.
     pub const IN_ORDER: u64 = 1 << 35;
 }

@@ -1,4 +1,6 @@
-//! Where the three parts of a split ring lie in guest memory, and the names of its bits (VIRTIO 1.2 §2.7).
+//! Where the three parts of a ring lie in guest memory, and the names of a split ring's bits (VIRTIO 1.2 §2.7). A packed
+//! ring (§2.8) has its event suppression structures in the places of the available and used rings: the driver's and
+//! the device's.
 
 use super::memory::Arena;
 
@@ -16,7 +18,7 @@ pub const USED_NO_NOTIFY: u16 = 1;
 /// Bytes of one descriptor.
 pub const DESCRIPTOR_BYTES: usize = 16;
 
-/// Largest split ring (VIRTIO 1.2 §2.7).
+/// Largest ring (VIRTIO 1.2 §2.7, §2.8).
 pub const RING_SIZE_MAX: u16 = 32768;
 
 /// A virtqueue descriptor (VIRTIO 1.2 §2.7.5).
@@ -58,7 +60,7 @@ pub struct Used {
 /// Offsets of a split ring's parts in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingLayout {
-    /// Descriptors in the ring: a power of two up to [`RING_SIZE_MAX`].
+    /// Descriptors in the ring: up to [`RING_SIZE_MAX`], a split ring's a power of two.
     pub size: u16,
     /// Offset of the descriptor table.
     pub descriptor_table: usize,
@@ -84,6 +86,20 @@ impl RingLayout {
             descriptor_table: arena.take(DESCRIPTOR_BYTES * entries, 64)?,
             available_ring: arena.take(6 + 2 * entries, 64)?,
             used_ring: arena.take(6 + 8 * entries, 64)?,
+        })
+    }
+
+    /// A place for a packed ring of `size`, its parts on cache lines of their own; `None` when memory is short.
+    ///
+    /// # Panics
+    /// If `size` is not between 1 and [`RING_SIZE_MAX`].
+    pub fn place_packed(arena: &mut Arena, size: u16) -> Option<Self> {
+        assert!((1..=RING_SIZE_MAX).contains(&size), "packed ring size {size}: 1 to {RING_SIZE_MAX}");
+        Some(Self {
+            size,
+            descriptor_table: arena.take(DESCRIPTOR_BYTES * usize::from(size), 64)?,
+            available_ring: arena.take(4, 64)?,
+            used_ring: arena.take(4, 64)?,
         })
     }
 

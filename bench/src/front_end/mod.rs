@@ -2,20 +2,19 @@
 //!
 //! Theory of operation. A [`FrontEnd`] pretends to be QEMU and guest in one: it owns the guest's memory (a sealed
 //! memfd, [`memory`]), speaks vhost-user to a back-end ([`connection`], [`handshake`]), and drives the rings as a guest's
-//! driver would ([`split`], [`chains`], [`transmit`], [`receive`]). Any back-end will do: dreamwire, DPDK's vhost
+//! driver would ([`split`] or [`packed`], [`chains`], [`transmit`], [`receive`]). Any back-end will do: dreamwire, DPDK's vhost
 //! library, VPP. One thread uses it; nothing here locks. It polls unless it is asked to wait for calls.
 //!
 //! ```text
 //!  send_burst, repost_burst                                     receive_burst, receive_views
 //!        v                                                                 ^
-//!  transmit (free slots) -> chains -> split ring   |   split ring -> chains -> receive (merge, refill)
-//!                                          \       |      /
+//!  transmit (free slots) -> chains -> ring   |   ring -> chains -> receive (merge, refill)
+//!                                     \      |      /
 //!                                           back-end (device)
 //! ```
 //! Tests that play a hostile guest take [`FrontEnd::raw`] for the rings and [`FrontEnd::connection`] for the messages.
 //!
-//! Limits: split rings (a packed ring takes `split`'s place with the same verbs), no control queue, at most
-//! [`memory::REGIONS_MAX`] regions, 128 pairs.
+//! Limits: no control queue, at most [`memory::REGIONS_MAX`] regions, 128 pairs.
 
 pub mod chains;
 pub mod connection;
@@ -26,8 +25,10 @@ pub mod header;
 pub mod layout;
 pub mod memory;
 pub mod options;
+pub mod packed;
 pub mod raw;
 pub mod receive;
+pub mod ring;
 pub mod split;
 pub mod transmit;
 
@@ -36,6 +37,7 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -53,9 +55,10 @@ pub use transmit::{BURST, Transmit};
 
 use doorbell::Doorbell;
 use handshake::RingDescription;
-use layout::RingLayout;
 use memory::{Arena, GuestMemory};
-use split::{RingError, SplitRing};
+use packed::Position;
+use ring::Ring;
+use split::RingError;
 
 /// How often a socket that is not there yet is tried.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
@@ -85,17 +88,16 @@ impl QueuePair {
     ) -> Result<Self, FrontEndError> {
         let header_bytes = header::header_bytes(features);
         let size = options.ring_size;
-        if !size.is_power_of_two() || size > layout::RING_SIZE_MAX {
+        let fits = size.is_power_of_two() || features & feature::RING_PACKED != 0 && size != 0;
+        if !fits || size > layout::RING_SIZE_MAX {
             return Err(FrontEndError::Options(format!(
-                "a ring of {size}: a power of two up to {}",
+                "a ring of {size}: up to {}, a power of two unless it is packed",
                 layout::RING_SIZE_MAX
             )));
         }
         let ring = |arena: &mut Arena| {
-            let layout = RingLayout::place(arena, size)
-                .ok_or(FrontEndError::MemoryExhausted { bytes: usize::from(size) * layout::DESCRIPTOR_BYTES })?;
-            let event_idx = features & feature::EVENT_IDX != 0;
-            Ok::<_, FrontEndError>(SplitRing::new(memory.clone(), layout, event_idx, options.ring_base))
+            Ring::place(memory, arena, size, features, options.ring_base)
+                .ok_or(FrontEndError::MemoryExhausted { bytes: usize::from(size) * layout::DESCRIPTOR_BYTES })
         };
         let (rx_ring, tx_ring) = (ring(arena)?, ring(arena)?);
         let mergeable = features & feature::MRG_RXBUF != 0;
@@ -130,14 +132,7 @@ impl FrontEnd {
     /// # Errors
     /// No connection within the timeout, or what [`Self::over`] says.
     pub fn connect(path: &Path, options: Options) -> Result<Self, FrontEndError> {
-        let deadline = Instant::now() + options.timeout;
-        loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => return Self::over(stream, options),
-                Err(error) if not_there_yet(&error) && Instant::now() < deadline => thread::sleep(CONNECT_INTERVAL),
-                Err(source) => return Err(FrontEndError::Connect { path: path.into(), source }),
-            }
-        }
+        Self::over(connect(path, options.timeout)?, options)
     }
 
     /// Listens at `path`, replacing a socket left there, until one back-end connects, and starts the device.
@@ -192,7 +187,12 @@ impl FrontEnd {
         let pairs = (0..options.queue_pairs)
             .map(|_| QueuePair::new(&memory, &mut arena, &options, negotiated.features))
             .collect::<Result<Vec<_>, _>>()?;
-        let bases = vec![options.ring_base; 2 * pairs.len()];
+        let base = if negotiated.features & feature::RING_PACKED != 0 {
+            Position::after_start(options.ring_base, options.ring_size).bits()
+        } else {
+            options.ring_base
+        };
+        let bases = vec![base; 2 * pairs.len()];
         Ok(Self { connection, options, negotiated, memory, arena, pairs, bases, running: false })
     }
 
@@ -216,7 +216,33 @@ impl FrontEnd {
         Ok(())
     }
 
-    /// Disables the rings and returns each one's index, receive before transmit: what the device would take next.
+    /// Goes on after the back-end was lost, with another one at `path` (waiting for it to appear), as QEMU does: features,
+    /// memory and rings are the same. A split ring's base is read from its used ring; a packed ring has no such thing in
+    /// memory, so the base is that of the last orderly start or stop (hw/virtio/virtio.c,
+    /// virtio_queue_packed_restore_last_avail_idx), however long ago that was.
+    ///
+    /// # Errors
+    /// As [`Self::connect`]; a back-end that offers less than the one before.
+    pub fn reconnect(&mut self, path: &Path) -> Result<(), FrontEndError> {
+        self.running = false;
+        self.connection = Connection::new(connect(path, self.options.timeout)?, self.options.timeout)?;
+        let before = self.negotiated;
+        self.negotiated = handshake::negotiate(&mut self.connection, &self.options)?;
+        let missing = before.features & !self.negotiated.features;
+        if missing != 0 {
+            return Err(FrontEndError::MissingFeatures { offered: self.negotiated.features, missing });
+        }
+        let rings = self.pairs.iter().flat_map(|pair| [pair.receive.ring(), pair.transmit.ring()]);
+        for (base, ring) in self.bases.iter_mut().zip(rings) {
+            if !ring.is_packed() {
+                *base = self.memory.load_u16(ring.layout().used_index(), Ordering::Acquire);
+            }
+        }
+        self.start()
+    }
+
+    /// Disables the rings and returns each one's index, receive before transmit: what the device would take next (of
+    /// packed rings as [`Position::bits`]).
     /// What it has finished can still be received.
     ///
     /// # Errors
@@ -295,6 +321,17 @@ impl Drop for FrontEnd {
     fn drop(&mut self) {
         if self.running {
             let _ = self.stop();
+        }
+    }
+}
+
+fn connect(path: &Path, timeout: Duration) -> Result<UnixStream, FrontEndError> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if not_there_yet(&error) && Instant::now() < deadline => thread::sleep(CONNECT_INTERVAL),
+            Err(source) => return Err(FrontEndError::Connect { path: path.into(), source }),
         }
     }
 }

@@ -24,9 +24,10 @@ pub enum MessageOrder {
 pub struct Options {
     /// Receive and transmit queues, in pairs.
     pub queue_pairs: u16,
-    /// Descriptors per ring: a power of two. QEMU's default is 256.
+    /// Descriptors per ring: a power of two, unless packed. QEMU's default is 256.
     pub ring_size: u16,
-    /// Where all ring indices start; near 65536 the wrap comes early.
+    /// Where all ring indices start; near 65536 the wrap comes early. A packed ring stands this many descriptors after
+    /// its start.
     pub ring_base: u16,
     /// Virtio features to negotiate where offered ([`feature`]).
     pub features: u64,

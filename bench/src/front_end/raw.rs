@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use super::doorbell::Doorbell;
 use super::layout::{Descriptor, RingLayout, Used};
 use super::memory::GuestMemory;
+use super::packed::Position;
 
 /// Direct access to one ring's memory and eventfds.
 #[derive(Clone, Debug)]
@@ -55,6 +56,34 @@ impl RawDriver {
     pub fn descriptor(&self, index: u16) -> Descriptor {
         let offset = self.layout.descriptor(index);
         Descriptor::from_words([self.memory.load_u64(offset), self.memory.load_u64(offset + 8)])
+    }
+
+    /// Writes a packed ring's descriptor at `at`, available there. `flags`: NEXT, WRITE, INDIRECT.
+    pub fn write_packed(&self, at: Position, address: u64, bytes: u32, id: u16, flags: u16) {
+        let offset = self.layout.descriptor(at.index);
+        self.memory.store_u64(offset, address);
+        self.memory.store_u32(offset + 8, bytes);
+        self.memory.store_u16(offset + 12, id, Ordering::Relaxed);
+        // Release: pairs with the device's acquire load of the flags.
+        self.memory.store_u16(offset + 14, flags | at.available_flags(), Ordering::Release);
+    }
+
+    /// A packed ring's descriptor at `index` as it lies there: length, id, flags.
+    pub fn packed(&self, index: u16) -> (u32, u16, u16) {
+        let offset = self.layout.descriptor(index);
+        // Acquire: pairs with the device's release store of the flags.
+        let flags = self.memory.load_u16(offset + 14, Ordering::Acquire);
+        (self.memory.load_u32(offset + 8), self.memory.load_u16(offset + 12, Ordering::Relaxed), flags)
+    }
+
+    /// A packed ring's event suppression structures, driver's and device's: position bits, flags in the upper half.
+    pub fn events(&self) -> (u32, u32) {
+        (self.memory.load_u32(self.layout.available_ring), self.memory.load_u32(self.layout.used_ring))
+    }
+
+    /// Overwrites the driver's event suppression structure of a packed ring.
+    pub fn set_driver_event(&self, word: u32) {
+        self.memory.store_u32(self.layout.available_ring, word);
     }
 
     /// Writes the available entry for running index `index`.

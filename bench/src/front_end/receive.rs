@@ -9,7 +9,8 @@ use super::error::FrontEndError;
 use super::header::{HEADER_BYTES_MAX, VirtioNetHeader};
 use super::layout::DESC_WRITE;
 use super::memory::{Arena, GuestMemory};
-use super::split::{RingError, SplitRing};
+use super::ring::Ring;
+use super::split::RingError;
 use super::transmit::BURST;
 
 /// Longest frame: 64 KiB of IP packet, Ethernet header and two VLAN tags.
@@ -28,7 +29,7 @@ pub struct Receive {
 
 impl Receive {
     pub(super) fn new(
-        ring: SplitRing,
+        ring: Ring,
         arena: &mut Arena,
         shape: ChainShape,
         header_bytes: usize,
@@ -44,7 +45,7 @@ impl Receive {
     }
 
     /// The ring, for looking at.
-    pub fn ring(&self) -> &SplitRing {
+    pub fn ring(&self) -> &Ring {
         &self.chains.ring
     }
 
@@ -193,7 +194,7 @@ impl Receive {
         Ok(Some(frame_bytes))
     }
 
-    /// Asks for a call at the next frame; false if one is there already. See [`SplitRing::enable_calls`].
+    /// Asks for a call at the next frame; false if one is there already. See [`Ring::enable_calls`].
     pub fn enable_calls(&mut self) -> bool {
         self.chains.ring.enable_calls()
     }

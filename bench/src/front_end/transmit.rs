@@ -8,7 +8,8 @@ use super::doorbell::Doorbell;
 use super::error::FrontEndError;
 use super::header::VirtioNetHeader;
 use super::memory::Arena;
-use super::split::{RingError, SplitRing};
+use super::ring::Ring;
+use super::split::RingError;
 
 /// Chains handled at a time. 64 = 8 cache lines of used entries; more gained nothing.
 pub const BURST: u16 = 64;
@@ -33,7 +34,7 @@ pub struct Transmit {
 
 impl Transmit {
     pub(super) fn new(
-        ring: SplitRing,
+        ring: Ring,
         arena: &mut Arena,
         shape: ChainShape,
         header_bytes: usize,
@@ -46,7 +47,7 @@ impl Transmit {
     }
 
     /// The ring, for looking at.
-    pub fn ring(&self) -> &SplitRing {
+    pub fn ring(&self) -> &Ring {
         &self.chains.ring
     }
 
@@ -186,7 +187,7 @@ impl Transmit {
         self.next_template
     }
 
-    /// Asks for a call when the device finishes something; false if it already has. See [`SplitRing::enable_calls`].
+    /// Asks for a call when the device finishes something; false if it already has. See [`Ring::enable_calls`].
     pub fn enable_calls(&mut self) -> bool {
         self.chains.ring.enable_calls()
     }

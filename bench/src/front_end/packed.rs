@@ -1,0 +1,369 @@
+//! The driver's side of a packed ring (VIRTIO 1.2 §2.8): the verbs of split.rs over one table of descriptors.
+//!
+//! Theory of operation. A split driver names a chain by its head in a table that it owns for good. So does this one,
+//! towards its caller: `set_descriptor` writes into a private table, and `offer` copies the chain at a head to where
+//! the ring goes on, with the head as buffer id. Descriptors are written whole and at once, but for the flags of the
+//! first chain since the last `publish`: those follow last, so that the device sees all or nothing. `pending` collects
+//! what the device has used, in its order; what a used descriptor stands for, and how many descriptors it skips, is
+//! known by its id.
+//!
+//! Nothing that the device writes is trusted, as in split.rs. Limits: IN_ORDER's right to use a batch with one
+//! descriptor is not understood: do not negotiate it with a device that makes use of it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use super::layout::{DESC_NEXT, DESCRIPTOR_BYTES, Descriptor, RingLayout, Used};
+use super::memory::GuestMemory;
+use super::split::RingError;
+
+/// VIRTQ_DESC_F_AVAIL.
+pub const DESC_AVAIL: u16 = 1 << 7;
+/// VIRTQ_DESC_F_USED.
+pub const DESC_USED: u16 = 1 << 15;
+/// RING_EVENT_FLAGS_ENABLE: notify of everything (VIRTIO 1.2 §2.8.14).
+pub const EVENT_ENABLE: u16 = 0;
+/// RING_EVENT_FLAGS_DISABLE: notify of nothing.
+pub const EVENT_DISABLE: u16 = 1;
+/// RING_EVENT_FLAGS_DESC: notify of one descriptor.
+pub const EVENT_DESC: u16 = 2;
+/// Wrap counter in a u16 position.
+const WRAP: u16 = 1 << 15;
+
+/// A place in a packed ring: index and wrap counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// Below the ring's size.
+    pub index: u16,
+    /// Of whoever stands there; begins with true.
+    pub wrap: bool,
+}
+
+impl Position {
+    /// The start of a ring that nobody has used.
+    pub const START: Self = Self { index: 0, wrap: true };
+
+    /// Where a ring of `size` stands after `base` descriptors.
+    pub fn after_start(base: u16, size: u16) -> Self {
+        Self { index: base % size, wrap: (base / size).is_multiple_of(2) }
+    }
+
+    /// As in vhost-user messages and event suppression structures.
+    pub fn bits(self) -> u16 {
+        self.index | if self.wrap { WRAP } else { 0 }
+    }
+
+    /// The reverse of [`Self::bits`].
+    pub fn from_bits(bits: u16) -> Self {
+        Self { index: bits & !WRAP, wrap: bits & WRAP != 0 }
+    }
+
+    /// `count` descriptors on; at most a whole ring.
+    #[inline]
+    pub fn after(self, count: u16, size: u16) -> Self {
+        let index = self.index + count;
+        if index < size { Self { index, ..self } } else { Self { index: index - size, wrap: !self.wrap } }
+    }
+
+    /// Flags that make a descriptor here available.
+    #[inline]
+    pub fn available_flags(self) -> u16 {
+        if self.wrap { DESC_AVAIL } else { DESC_USED }
+    }
+
+    /// Flags that a device leaves on a descriptor that it has used here.
+    #[inline]
+    pub fn used_flags(self) -> u16 {
+        if self.wrap { DESC_AVAIL | DESC_USED } else { 0 }
+    }
+}
+
+/// One packed virtqueue, driven by us.
+#[derive(Debug)]
+pub struct PackedRing {
+    memory: Arc<GuestMemory>,
+    layout: RingLayout,
+    event_idx: bool,
+    /// Where the next descriptor goes.
+    available: Position,
+    /// Where the device's next used descriptor is looked for.
+    used: Position,
+    /// Chains as the caller describes them.
+    table: Box<[Descriptor]>,
+    /// Ring descriptors of the chain with each id, 0: it is not outstanding.
+    slots: Box<[u16]>,
+    /// First chain since the last publish: where its flags go, and which.
+    first: Option<(u16, u16)>,
+    /// Descriptors written since then.
+    unpublished: u32,
+    /// Chains published, not yet found used.
+    in_flight: u16,
+    /// Chains offered since the last publish.
+    offered: u16,
+    /// Used, and not reaped.
+    found: VecDeque<Used>,
+}
+
+impl PackedRing {
+    /// A ring that stands `base` descriptors after its start, polling. Writes descriptors and flags into memory.
+    pub fn new(memory: Arc<GuestMemory>, layout: RingLayout, event_idx: bool, base: u16) -> Self {
+        let entries = usize::from(layout.size);
+        let at = Position::after_start(base, layout.size);
+        for index in 0..layout.size {
+            // As a device leaves them: those behind used in this lap, the others in the lap before.
+            let lap = Position { index, wrap: if index < at.index { at.wrap } else { !at.wrap } };
+            memory.store_u64(layout.descriptor(index), 0);
+            memory.store_u64(layout.descriptor(index) + 8, u64::from(lap.used_flags()) << 48);
+        }
+        memory.store_u32(layout.used_ring, 0);
+        let mut ring = Self {
+            event_idx,
+            available: at,
+            used: at,
+            table: vec![Descriptor::default(); entries].into(),
+            slots: vec![0; entries].into(),
+            first: None,
+            unpublished: 0,
+            in_flight: 0,
+            offered: 0,
+            found: VecDeque::with_capacity(entries),
+            memory,
+            layout,
+        };
+        ring.suppress_calls();
+        ring
+    }
+
+    /// Where its parts lie.
+    pub fn layout(&self) -> RingLayout {
+        self.layout
+    }
+
+    /// The memory that it lies in.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// Where the device goes on, as far as it has been looked at.
+    pub fn position(&self) -> Position {
+        self.used
+    }
+
+    /// Chains offered and not yet reaped.
+    pub fn outstanding(&self) -> u16 {
+        self.in_flight + self.offered + self.found.len() as u16
+    }
+
+    /// Sets a descriptor of the caller's table. The caller sees to it that no outstanding chain contains it.
+    #[inline(always)]
+    pub fn set_descriptor(&mut self, index: u16, descriptor: Descriptor) {
+        self.table[usize::from(index)] = descriptor;
+    }
+
+    /// Writes a chain into the ring; invisible to the device until [`Self::publish`].
+    #[inline]
+    pub fn offer(&mut self, head: u16) {
+        let first = self.available;
+        let mut slots = 0;
+        let mut index = head;
+        loop {
+            let Descriptor { address, bytes, flags, next } = self.table[usize::from(index)];
+            let at = self.available;
+            let flags_here = flags | at.available_flags();
+            let offset = self.layout.descriptor(at.index);
+            self.memory.store_u64(offset, address);
+            if slots == 0 && self.first.is_none() {
+                self.memory.store_u32(offset + 8, bytes);
+                self.memory.store_u16(offset + 12, head, Ordering::Relaxed);
+                self.first = Some((at.index, flags_here));
+            } else {
+                let [_, rest] = Self::words(self.table[usize::from(index)], head, flags_here);
+                self.memory.store_u64(offset + 8, rest);
+            }
+            slots += 1;
+            self.available = at.after(1, self.layout.size);
+            if flags & DESC_NEXT == 0 {
+                break;
+            }
+            index = next;
+        }
+        debug_assert!(slots <= self.layout.size, "a chain of {slots} at {first:?}");
+        self.slots[usize::from(head)] = slots;
+        self.unpublished += u32::from(slots);
+        self.offered += 1;
+    }
+
+    /// A descriptor's two words as a packed ring has them: id before flags, and no next.
+    #[inline]
+    pub(super) fn words(descriptor: Descriptor, id: u16, flags: u16) -> [u64; 2] {
+        let Descriptor { address, bytes, .. } = descriptor;
+        [address, u64::from(bytes) | u64::from(id) << 32 | u64::from(flags) << 48]
+    }
+
+    /// Makes all offered chains visible. True if the device has to be kicked for them.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        let Some((index, flags)) = self.first.take() else { return false };
+        // Release: pairs with the device's acquire load of the flags; it sees descriptors and buffers.
+        self.memory.store_u16(self.layout.descriptor(index) + 14, flags, Ordering::Release);
+        let count = std::mem::take(&mut self.unpublished) as i32;
+        self.in_flight += std::mem::take(&mut self.offered);
+        // SeqCst: pairs with the fence between the device's store of its event structure and its last look at the ring.
+        fence(Ordering::SeqCst);
+        let event = self.memory.load_u32(self.layout.used_ring);
+        match (event >> 16) as u16 & 3 {
+            EVENT_DISABLE => false,
+            EVENT_DESC if self.event_idx => {
+                crosses(Position::from_bits(event as u16), self.available, count, self.layout.size)
+            }
+            _ => true,
+        }
+    }
+
+    /// Chains that the device used and we have not reaped.
+    ///
+    /// # Errors
+    /// [`RingError::HeadNotOutstanding`] if it used what it was not given.
+    #[inline]
+    pub fn pending(&mut self) -> Result<u16, RingError> {
+        while self.in_flight > 0 {
+            let offset = self.layout.descriptor(self.used.index);
+            // Acquire: pairs with the device's release store of the flags.
+            let flags = self.memory.load_u16(offset + 14, Ordering::Acquire);
+            if flags & (DESC_AVAIL | DESC_USED) != self.used.used_flags() {
+                break;
+            }
+            let id = self.memory.load_u16(offset + 12, Ordering::Relaxed);
+            let slots = match self.slots.get_mut(usize::from(id)) {
+                Some(slots) if *slots > 0 => std::mem::take(slots),
+                _ => return Err(RingError::HeadNotOutstanding { head: u32::from(id) }),
+            };
+            self.found.push_back(Used { head: u32::from(id), bytes: self.memory.load_u32(offset + 8) });
+            self.used = self.used.after(slots, self.layout.size);
+            self.in_flight -= 1;
+        }
+        Ok(self.found.len() as u16)
+    }
+
+    /// The used chain `ahead` places after the next one to reap. Only below [`Self::pending`].
+    #[inline]
+    pub fn peek(&self, ahead: u16) -> Used {
+        self.found[usize::from(ahead)]
+    }
+
+    /// Moves on by `count` used chains, which were peeked at. Only up to [`Self::pending`].
+    #[inline]
+    pub fn advance(&mut self, count: u16) {
+        self.found.drain(..usize::from(count));
+    }
+
+    /// The driver polls: no calls, please.
+    pub fn suppress_calls(&mut self) {
+        self.write_event(EVENT_DISABLE);
+    }
+
+    /// Asks for a call at the next used chain. False if there is one already, which may never be called for: reap again
+    /// before sleeping.
+    pub fn enable_calls(&mut self) -> bool {
+        self.write_event(if self.event_idx { EVENT_DESC } else { EVENT_ENABLE });
+        // SeqCst: pairs with the fence between the device's store of used flags and its look at our structure.
+        fence(Ordering::SeqCst);
+        let flags = self.memory.load_u16(self.layout.descriptor(self.used.index) + 14, Ordering::Acquire);
+        let used = self.in_flight > 0 && flags & (DESC_AVAIL | DESC_USED) == self.used.used_flags();
+        self.found.is_empty() && !used
+    }
+
+    fn write_event(&self, flags: u16) {
+        let word = u32::from(self.used.bits()) | u32::from(flags) << 16;
+        self.memory.store_u32(self.layout.available_ring, word);
+    }
+}
+
+/// VIRTIO 1.2 §2.8.10: whether the descriptor at `event` is among the `count` before `new`.
+fn crosses(event: Position, new: Position, count: i32, size: u16) -> bool {
+    // Counted from the start of the lap that `new` is in.
+    let end = i32::from(new.index);
+    let event = i32::from(event.index) - if event.wrap == new.wrap { 0 } else { i32::from(size) };
+    (end - count..end).contains(&event)
+}
+
+const _: () = assert!(DESCRIPTOR_BYTES == 16, "length, id and flags are the second half of a descriptor");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::front_end::memory::Arena;
+
+    fn ring(size: u16, event_idx: bool, base: u16) -> PackedRing {
+        let memory = Arc::new(GuestMemory::new(1 << 16, 1).unwrap());
+        let layout = RingLayout::place_packed(&mut Arena::new(&memory), size).unwrap();
+        PackedRing::new(memory, layout, event_idx, base)
+    }
+
+    fn flags(ring: &PackedRing, index: u16) -> u16 {
+        ring.memory.load_u16(ring.layout.descriptor(index) + 14, Ordering::Acquire)
+    }
+
+    fn device_uses(ring: &PackedRing, at: Position, id: u16, bytes: u32) {
+        let offset = ring.layout.descriptor(at.index);
+        let rest = u64::from(bytes) | u64::from(id) << 32 | u64::from(at.used_flags()) << 48;
+        ring.memory.store_u64(offset + 8, rest);
+    }
+
+    #[test]
+    fn offered_chains_stay_invisible_until_published() {
+        let mut ring = ring(3, false, 2);
+        ring.set_descriptor(0, Descriptor { address: 0x1000, bytes: 12, flags: DESC_NEXT, next: 1 });
+        ring.set_descriptor(1, Descriptor { address: 0x2000, bytes: 60, flags: 0, next: 0 });
+        let before = flags(&ring, 2);
+        ring.offer(0);
+        assert_eq!(flags(&ring, 2), before);
+        assert!(ring.publish(), "the device's structure is zero: it wants kicks");
+        // The last descriptor of the first lap, the first of the second.
+        assert_eq!(flags(&ring, 2), DESC_AVAIL | DESC_NEXT);
+        assert_eq!(flags(&ring, 0), DESC_USED);
+        assert_eq!(ring.memory.load_u64(ring.layout.descriptor(0)), 0x2000);
+        assert!(!ring.publish(), "nothing new");
+        assert_eq!(ring.pending(), Ok(0));
+        device_uses(&ring, Position { index: 2, wrap: true }, 0, 72);
+        assert_eq!(ring.pending(), Ok(1));
+        assert_eq!(ring.peek(0), Used { head: 0, bytes: 72 });
+        ring.advance(1);
+        assert_eq!((ring.outstanding(), ring.position()), (0, Position { index: 1, wrap: false }));
+    }
+
+    #[test]
+    fn an_id_that_was_not_given_is_an_error() {
+        let mut ring = ring(4, true, 0);
+        ring.offer(2);
+        ring.publish();
+        device_uses(&ring, Position::START, 3, 0);
+        assert_eq!(ring.pending(), Err(RingError::HeadNotOutstanding { head: 3 }));
+    }
+
+    #[test]
+    fn kick_is_due_when_its_descriptor_is_crossed_and_only_then() {
+        let mut ring = ring(4, true, 3);
+        // One on, across the end of the table.
+        let event = Position { index: 0, wrap: false };
+        ring.memory.store_u32(ring.layout.used_ring, u32::from(event.bits()) | u32::from(EVENT_DESC) << 16);
+        ring.offer(0);
+        assert!(!ring.publish());
+        ring.offer(1);
+        assert!(ring.publish());
+        ring.offer(2);
+        assert!(!ring.publish());
+    }
+
+    #[test]
+    fn enabling_calls_reports_what_arrived_meanwhile() {
+        let mut ring = ring(4, true, 0);
+        ring.offer(0);
+        ring.publish();
+        assert!(ring.enable_calls());
+        assert_eq!(ring.memory.load_u32(ring.layout.available_ring), 0x2_8000);
+        device_uses(&ring, Position::START, 0, 0);
+        assert!(!ring.enable_calls());
+    }
+}

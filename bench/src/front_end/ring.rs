@@ -1,0 +1,116 @@
+//! A ring of either layout: the verbs of split.rs and packed.rs, chosen by what was negotiated.
+
+use std::sync::Arc;
+
+use super::header::feature;
+use super::layout::{Descriptor, RingLayout, Used};
+use super::memory::{Arena, GuestMemory};
+use super::packed::PackedRing;
+use super::split::{RingError, SplitRing};
+
+/// One virtqueue, driven by us.
+#[derive(Debug)]
+pub enum Ring {
+    /// VIRTIO 1.2 §2.7.
+    Split(SplitRing),
+    /// VIRTIO 1.2 §2.8, with RING_PACKED.
+    Packed(PackedRing),
+}
+
+/// Does the same with whichever layout it is.
+macro_rules! either {
+    ($ring:expr, $it:ident => $do:expr) => {
+        match $ring {
+            Ring::Split($it) => $do,
+            Ring::Packed($it) => $do,
+        }
+    };
+}
+
+impl Ring {
+    /// A ring of `size` in `arena`, at `base`; `None` when memory is short.
+    ///
+    /// # Panics
+    /// If `size` is none that the layout can have.
+    pub fn place(memory: &Arc<GuestMemory>, arena: &mut Arena, size: u16, features: u64, base: u16) -> Option<Self> {
+        let event_idx = features & feature::EVENT_IDX != 0;
+        Some(if features & feature::RING_PACKED != 0 {
+            let layout = RingLayout::place_packed(arena, size)?;
+            Self::Packed(PackedRing::new(memory.clone(), layout, event_idx, base))
+        } else {
+            let layout = RingLayout::place(arena, size)?;
+            Self::Split(SplitRing::new(memory.clone(), layout, event_idx, base))
+        })
+    }
+
+    /// Whether it is a packed one.
+    pub fn is_packed(&self) -> bool {
+        matches!(self, Self::Packed(_))
+    }
+
+    /// Where its parts lie.
+    #[inline]
+    pub fn layout(&self) -> RingLayout {
+        either!(self, ring => ring.layout())
+    }
+
+    /// The memory that it lies in.
+    #[inline]
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        either!(self, ring => ring.memory())
+    }
+
+    /// Chains offered and not yet reaped.
+    pub fn outstanding(&self) -> u16 {
+        either!(self, ring => ring.outstanding())
+    }
+
+    /// Sets a descriptor of a chain that is not outstanding.
+    #[inline(always)]
+    pub fn set_descriptor(&mut self, index: u16, descriptor: Descriptor) {
+        either!(self, ring => ring.set_descriptor(index, descriptor));
+    }
+
+    /// Enters the chain at `head`; invisible to the device until [`Self::publish`].
+    #[inline]
+    pub fn offer(&mut self, head: u16) {
+        either!(self, ring => ring.offer(head));
+    }
+
+    /// Makes all offered chains visible. True if the device has to be kicked for them.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        either!(self, ring => ring.publish())
+    }
+
+    /// Chains that the device used and we have not reaped.
+    ///
+    /// # Errors
+    /// If the device used what it was not given.
+    #[inline]
+    pub fn pending(&mut self) -> Result<u16, RingError> {
+        either!(self, ring => ring.pending())
+    }
+
+    /// The used chain `ahead` places after the next one to reap. Only below [`Self::pending`].
+    #[inline]
+    pub fn peek(&self, ahead: u16) -> Used {
+        either!(self, ring => ring.peek(ahead))
+    }
+
+    /// Moves on by `count` used chains, which were peeked at. Only up to [`Self::pending`].
+    #[inline]
+    pub fn advance(&mut self, count: u16) {
+        either!(self, ring => ring.advance(count));
+    }
+
+    /// The driver polls: no calls, please.
+    pub fn suppress_calls(&mut self) {
+        either!(self, ring => ring.suppress_calls());
+    }
+
+    /// Asks for a call at the next used chain; false if there is one already: reap again before sleeping.
+    pub fn enable_calls(&mut self) -> bool {
+        either!(self, ring => ring.enable_calls())
+    }
+}
