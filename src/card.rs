@@ -1,7 +1,8 @@
 //! What a port's card offers to its guest, and the switches that take parts of it away.
 
 use virtio_bindings::bindings::virtio_config::{
-    VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
+    VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_F_RING_PACKED, VIRTIO_F_RING_RESET,
+    VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GSO, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
@@ -26,7 +27,7 @@ const CSUM: u64 = bits(&[VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_
 
 /// Switches of `port.features`, in the order of messages, and the virtio feature bits that each one takes away when
 /// `false`: VIRTIO 1.2 §5.1.3 and §6.
-pub const SWITCHES: [(&str, u64); 11] = [
+pub const SWITCHES: [(&str, u64); 12] = [
     ("csum", CSUM),
     ("tso", TSO),
     ("ufo", UFO),
@@ -35,6 +36,8 @@ pub const SWITCHES: [(&str, u64); 11] = [
     ("mtu", bits(&[VIRTIO_NET_F_MTU])),
     ("indirect", bits(&[VIRTIO_RING_F_INDIRECT_DESC])),
     ("event_idx", bits(&[VIRTIO_RING_F_EVENT_IDX])),
+    // Reaches a guest only if its QEMU has packed=on on the device.
+    ("packed", bits(&[VIRTIO_F_RING_PACKED])),
     // Holds by construction, and lets front-ends resume a ring from its used index after a restart of ours.
     ("in_order", bits(&[VIRTIO_F_IN_ORDER])),
     // QEMU asks the driver to announce itself after a migration.

@@ -57,6 +57,7 @@ fn echo(options: &Options, features: u64) -> Echo {
             kick: None,
             call: Some(EventFd::new().unwrap()),
             error: None,
+            log: None,
         };
         Ring::resume(setup).unwrap()
     };
