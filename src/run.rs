@@ -30,6 +30,8 @@ pub fn run(options: &Options) -> Result<(), String> {
     };
     let daemon = document.daemon.clone();
 
+    // Before any guest's memory is mapped.
+    dreamwire_vhost::sigbus::install().map_err(|error| format!("cannot install the SIGBUS handler: {error}"))?;
     // Sockets before threads: see RunDir::listen.
     let mut run_dir = RunDir::claim(&daemon.run_dir).map_err(|error| error.to_string())?;
     let api = run_dir.listen(API_SOCKET, 0o600).map_err(|error| error.to_string())?;

@@ -29,14 +29,14 @@ struct Echo {
 }
 
 fn echo(options: &Options, features: u64) -> Echo {
-    let memory = Arc::new(GuestMemory::new(options.memory_bytes(), options.regions).unwrap());
+    let memory = Arc::new(GuestMemory::new(options.memory_bytes(), options.regions).unwrap().unwrap());
     let mut arena = Arena::new(&memory);
     let pair = QueuePair::new(&memory, &mut arena, options, features).unwrap();
     let ranges = memory.regions().iter().map(|region| {
         let file = FileOffset::new(memory.file().unwrap(), region.file_offset);
         (GuestAddress(region.guest_address), region.bytes as usize, Some(file))
     });
-    let mapped = Arc::new(Memory::new(Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap())));
+    let mapped = Arc::new(Memory::new(Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap())).unwrap());
     let base = if features & feature::RING_PACKED != 0 {
         Position::after_start(options.ring_base, options.ring_size).bits()
     } else {
@@ -58,6 +58,7 @@ fn echo(options: &Options, features: u64) -> Echo {
             call: Some(EventFd::new().unwrap()),
             error: None,
             log: None,
+            fault: None,
         };
         Ring::resume(setup).unwrap()
     };

@@ -532,3 +532,14 @@ fn a_guarded_port_is_announced_with_its_own_address_only() {
     lan.worker.originate(PortId(7), &rarp::announcement(mac(1)));
     lan.assert_moved(&[("p0 originated", 2), ("p0 drop source_guard", 1), ("p1 tx", 1), ("p1 tx_bytes", 60)]);
 }
+
+#[test]
+fn a_ring_attached_twice_is_one_source() {
+    let mut lan = Lan::new(2, 1);
+    lan.attach(0, F_VERSION_1);
+    assert_eq!(lan.worker.ring_rows().iter().filter(|row| row.port == PortId(0)).count(), 2);
+    lan.send(0, &frame(mac(2), mac(1), 60, 1));
+    assert_eq!(lan.received(1).len(), 1);
+    assert!(lan.worker.detach(PortId(0), 1).is_some());
+    assert!(lan.worker.detach(PortId(0), 1).is_none());
+}

@@ -14,3 +14,4 @@ pub mod memory;
 pub mod owner;
 pub mod ring;
 pub mod session;
+pub mod sigbus;

@@ -4,14 +4,19 @@
 //! a length that were checked against the region table once, and bytes move by raw copies into or out of private
 //! memory. What was copied is what is judged; it is never read a second time.
 //!
-//! One of the files with unsafe code in this crate; the others are `dirty_log.rs`, `ring/split.rs` and `ring/packed.rs`.
+//! A front-end that can truncate the file behind it may do so: see [`crate::sigbus`] and [`Memory::is_truncated`].
+//!
+//! One of the files with unsafe code in this crate; the others are `sigbus.rs`, `dirty_log.rs`, `ring/split.rs` and `ring/packed.rs`.
 
+use std::io;
 use std::marker::PhantomData;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::sigbus::Guarded;
 
 /// One mapped region, guest-physical `start..end`.
 #[derive(Debug, Clone, Copy)]
@@ -27,12 +32,14 @@ struct Region {
 pub struct Memory {
     /// Sorted by address, not overlapping (vm-memory refuses overlaps).
     regions: Box<[Region]>,
+    /// Before `mapped`: fields are dropped in order, and what is unmapped must not be guarded any more.
+    guarded: Guarded,
     mapped: Arc<GuestMemoryMmap<()>>,
 }
 
 impl Memory {
-    /// Takes over the mapped regions of a memory table.
-    pub fn new(mapped: Arc<GuestMemoryMmap<()>>) -> Self {
+    /// Takes over the mapped regions of a memory table. Fails when the process has too many.
+    pub fn new(mapped: Arc<GuestMemoryMmap<()>>) -> io::Result<Self> {
         let mut regions: Vec<Region> = mapped
             .iter()
             .map(|region| {
@@ -41,7 +48,15 @@ impl Memory {
             })
             .collect();
         regions.sort_unstable_by_key(|region| region.start);
-        Self { regions: regions.into_boxed_slice(), mapped }
+        let guarded = Guarded::new(regions.iter().map(|region| (region.host, (region.end - region.start) as usize)))?;
+        Ok(Self { regions: regions.into_boxed_slice(), guarded, mapped })
+    }
+
+    /// Whether an access found the file behind it shorter than the region. What lies there are zeros, ours alone, from
+    /// then on. One relaxed load: asked once per burst.
+    #[inline]
+    pub fn is_truncated(&self) -> bool {
+        self.guarded.is_truncated()
     }
 
     /// The mapping itself, for set-up code and oracles.
@@ -253,7 +268,7 @@ mod tests {
 
     fn memory(regions: &[(u64, usize)]) -> Memory {
         let ranges: Vec<_> = regions.iter().map(|&(start, bytes)| (GuestAddress(start), bytes)).collect();
-        Memory::new(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap()))
+        Memory::new(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())).unwrap()
     }
 
     #[test]

@@ -101,6 +101,11 @@ impl Session {
         self.alter(queue, |ring| ring.used_log = address);
     }
 
+    /// The driver has reset its device (VIRTIO 1.2 §2.4): broken rings are served again once they are sound.
+    pub(crate) fn driver_reset(&self) {
+        self.alter_all(|state| state.rings.iter_mut().for_each(RingState::forgive));
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -132,7 +137,7 @@ impl Session {
         let ring = self.contained("detach", || self.owner.detach(queue)).flatten();
         let state = &mut self.state().rings[usize::from(queue)];
         match ring {
-            Some(ring) => state.ring_reached(ring.next_avail(), ring.next_used()),
+            Some(ring) => state.ring_reached(ring.next_avail(), ring.next_used(), ring.fault()),
             // Without the ring its indices are unknown; only the front-end can start it anew.
             None => state.stop(),
         }
@@ -230,7 +235,7 @@ impl VhostUserBackend for Session {
         for file in mapped.iter().filter_map(|region| region.file_offset()) {
             fcntl(file.file(), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         }
-        let memory = Arc::new(Memory::new(mapped));
+        let memory = Arc::new(Memory::new(mapped)?);
         self.alter_all(|state| state.memory = Some(memory));
         Ok(())
     }

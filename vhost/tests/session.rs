@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use dreamwire_vhost::eventfd::EventFd;
 use dreamwire_vhost::keeper::{SignalStatus, SocketMode};
 use dreamwire_vhost::owner::SessionEvent;
+use dreamwire_vhost::ring::RingFault;
 use support::*;
 
 #[test]
@@ -276,4 +277,39 @@ fn rings_leave_memory_that_shrinks_and_come_back_when_it_grows() {
     assert_eq!(port.owner.holds(), [0]);
     front_end.set_memory();
     assert_eq!(port.owner.holds(), [0, 1]);
+}
+
+/// What a front-end may do while a ring runs must not serve as a way out of quarantine; what a driver's reset looks like
+/// from here must.
+#[test]
+fn a_broken_ring_stays_broken_until_its_driver_resets() {
+    let port = Port::server();
+    let mut front_end = port.session();
+    let fault = Some(RingFault::Loop { head: 3 });
+    let index = 1u64.to_ne_bytes();
+    let (kick, call) = (raw(&front_end.kicks[1]), raw(&front_end.calls[1]));
+    let restarts: [(&str, &dyn Fn(&mut FrontEnd)); 3] = [
+        ("GET_VRING_BASE", &|front_end| {
+            front_end.stop_ring(1);
+            assert_eq!(front_end.ask(SET_VRING_KICK, &index, &[kick]), 0);
+        }),
+        ("SET_VRING_BASE", &|front_end| assert_eq!(front_end.ask(SET_VRING_BASE, &ring_number(1, 0), &[]), 0)),
+        ("SET_STATUS 0", &|front_end| assert_eq!(front_end.ask(SET_STATUS, &0u64.to_ne_bytes(), &[]), 0)),
+    ];
+    for (name, restart) in restarts {
+        port.owner.serve(1, |ring| ring.fault = fault);
+        assert_eq!(front_end.ask(SET_VRING_CALL, &index, &[call]), 0);
+        assert_eq!(front_end.ask(SET_VRING_ENABLE, &ring_number(1, 0), &[]), 0);
+        assert_eq!(front_end.ask(SET_VRING_ENABLE, &ring_number(1, 1), &[]), 0);
+        assert_eq!(front_end.ask(SET_VRING_ADDR, &ring_addresses(1), &[]), 0);
+        front_end.set_memory();
+        assert_eq!(port.owner.fault(1), fault, "before {name}");
+        restart(&mut front_end);
+        assert_eq!(port.owner.fault(1), None, "after {name}");
+    }
+    port.owner.serve(1, |ring| ring.fault = fault);
+    assert_eq!(front_end.ask(RESET_DEVICE, &[], &[]), 0);
+    front_end.tell(SET_FEATURES, &(VERSION_1 | PROTOCOL_FEATURES).to_ne_bytes(), &[]);
+    front_end.start_ring(1);
+    assert_eq!(port.owner.fault(1), None, "after RESET_DEVICE");
 }

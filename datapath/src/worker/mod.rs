@@ -9,6 +9,7 @@
 //!
 //! A worker that panics ends the process: its guests' rings are in an unknown state, and a supervisor restarts us.
 
+mod fault_log;
 mod mailbox;
 pub(crate) mod outlets;
 mod sleep;
@@ -254,7 +255,9 @@ fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: 
         }
         Command::Attach { port, queue, ring } => {
             sleeper.watch_ring(port, queue, &ring);
-            worker.attach(port, queue, *ring);
+            if let Some(replaced) = worker.attach(port, queue, *ring) {
+                sleeper.forget_ring(queue, &replaced);
+            }
         }
         Command::Detach { port, queue, reply } => {
             let ring = worker.detach(port, queue);

@@ -7,6 +7,7 @@ use dreamwire_vhost::frame::NetHeader;
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{Ring, SendError};
 
+use super::fault_log::FaultLog;
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
 use crate::offload::Offload;
@@ -63,6 +64,8 @@ pub(crate) struct Outlets {
     /// By underlay.
     uplinks: Vec<Option<Uplink>>,
     pieces: Pieces,
+    /// Here, because here receiveqs are found broken.
+    pub(super) fault_log: FaultLog,
 }
 
 impl Default for Outlets {
@@ -72,6 +75,7 @@ impl Default for Outlets {
             touched: Vec::with_capacity(PORTS_MAX),
             uplinks: (0..UNDERLAYS_MAX).map(|_| None).collect(),
             pieces: Pieces::default(),
+            fault_log: FaultLog::default(),
         }
     }
 }
@@ -137,14 +141,20 @@ impl Outlets {
             port.counters.drops.add(DropReason::PortDown, 1);
             return;
         };
+        let was_broken = sink.ring.is_broken();
         let ring = &mut sink.ring;
-        let mut sent = 0;
+        let (mut sent, mut fault) = (0, None);
         let mut send = |net: NetHeader, header: &[u8], payload: Payload<'_>| match ring.send(net, header, payload) {
             Ok(()) => {
                 counters.traffic.add(1, header.len() as u64 + u64::from(payload.bytes()));
                 sent += 1;
             }
-            Err(error) => port.counters.drops.add(refusal(error), 1),
+            Err(error) => {
+                port.counters.drops.add(refusal(error), 1);
+                if let SendError::Fault(found) = error {
+                    fault = Some(found);
+                }
+            }
         };
         if frame.offload.is_none() {
             send(NetHeader::default(), frame.header, frame.payload);
@@ -158,6 +168,9 @@ impl Outlets {
         if sent > 0 && !sink.touched {
             sink.touched = true;
             self.touched.push((id, pair));
+        }
+        if let Some(fault) = fault.filter(|_| !was_broken) {
+            self.fault_log.report(snapshot, id, 2 * pair, fault);
         }
     }
 
@@ -194,10 +207,17 @@ impl Outlets {
         for (id, pair) in self.touched.drain(..) {
             let Some(Some(sink)) = self.sinks[usize::from(id.0)].rings.get_mut(usize::from(pair)) else { continue };
             sink.touched = false;
+            let was_broken = sink.ring.is_broken();
             if sink.ring.flush()
                 && let Some(port) = snapshot.port(id)
             {
                 port.counters.rings[usize::from(2 * pair)].calls.add(1);
+            }
+            if sink.ring.is_broken()
+                && !was_broken
+                && let Some(fault) = sink.ring.fault()
+            {
+                self.fault_log.report(snapshot, id, 2 * pair, fault);
             }
         }
         for uplink in self.uplinks.iter_mut().flatten() {

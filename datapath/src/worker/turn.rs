@@ -46,7 +46,7 @@ impl Source {
         let port = snapshot.port(self.port)?;
         let network = snapshot.network(port.network)?;
         let has_queue = usize::from(self.queue) < port.counters.rings.len();
-        (has_queue && self.ring.fault().is_none()).then_some((port, network))
+        (has_queue && !self.ring.is_broken()).then_some((port, network))
     }
 }
 
@@ -95,6 +95,7 @@ impl Worker {
     /// second it forgets old addresses, busy or not.
     pub fn turn(&mut self, now_ns: u64) -> usize {
         self.now_ns = now_ns;
+        self.outlets.fault_log.set_now(now_ns);
         if now_ns.saturating_sub(self.swept_ns) >= SWEEP_NS {
             self.swept_ns = now_ns;
             self.fdb.sweep(now_ns);
@@ -120,7 +121,7 @@ impl Worker {
         let source = &mut sources[index];
         let Some((port, network)) = source.place(snapshot) else { return 0 };
         if let Err(fault) = receive(burst, &mut source.ring, source.queue, source.port, port, network) {
-            tracing::warn!(port = %port.name, queue = source.queue, %fault, "ring quarantined until its driver resets");
+            outlets.fault_log.report(snapshot, source.port, source.queue, fault);
             return 0;
         }
         if burst.length == 0 {
@@ -193,8 +194,13 @@ impl Worker {
         old
     }
 
-    /// Takes a ring over: even `queue`s are guests' receiveqs, odd ones their transmitqs.
-    pub fn attach(&mut self, port: PortId, queue: u16, mut ring: Ring) {
+    /// Takes a ring over: even `queue`s are guests' receiveqs, odd ones their transmitqs. One that was not detached
+    /// before is given back: two sources on one ring would each believe to know its indices.
+    pub fn attach(&mut self, port: PortId, queue: u16, mut ring: Ring) -> Option<Ring> {
+        let replaced = self.detach(port, queue);
+        if replaced.is_some() {
+            tracing::error!(port = port.0, queue, "a ring was attached again without being detached");
+        }
         ring.disable_kicks();
         // Whatever was used before the ring came here may not have been notified (a daemon that was killed); a
         // notification too many is harmless (VIRTIO 1.2 §2.7.7.1).
@@ -204,6 +210,7 @@ impl Worker {
         } else {
             self.sources.push(Source { port, queue, ring, kicks: 0, kicked_but_empty: false });
         }
+        replaced
     }
 
     /// Gives a ring back.

@@ -134,6 +134,11 @@ impl EngineLink {
         self.session.set_used_log(index, address);
     }
 
+    /// The session behind the link. While the engine serves no request of ours, nobody else uses it.
+    pub(super) fn session(&self) -> &Session {
+        &self.session
+    }
+
     /// The stream to wait on: it becomes readable when the engine has ended without being asked.
     pub(super) fn stream(&self) -> &std::os::unix::net::UnixStream {
         self.connection.stream()

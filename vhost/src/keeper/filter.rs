@@ -45,6 +45,8 @@ pub(super) enum Action {
     SetUsedLog { index: u16, address: Option<u64> },
     /// Send GET_VRING_BASE to the session, its answer to the front-end, and tell [`Filter::ring_stopped`].
     StopRing { index: u16 },
+    /// Tell the session that the driver has reset its device.
+    DriverReset,
     /// Send this to the front-end.
     Reply { request: u32, payload: Vec<u8> },
     /// Tell the ring owner.
@@ -211,7 +213,8 @@ impl Filter {
                 let status = number(&payload)?;
                 self.record.status = u8::try_from(status)
                     .map_err(|_| Fault::Refused(format!("a device status has 8 bits, this one is {status:#x}")))?;
-                Ok(Actions::new())
+                // VIRTIO 1.2 §2.4: "The driver MAY reset the device by writing 0 to device status".
+                Ok(if status == 0 { vec![Action::DriverReset] } else { Actions::new() })
             }
             req::GET_STATUS => no_payload(&payload).and_then(|()| reply(request, u64::from(self.record.status))),
             _ => Err(Fault::Refused(format!("request {request} is not served"))),

@@ -30,6 +30,7 @@ enum Seen {
     Announced([u8; 6]),
     Warned(String),
     Disconnected(String),
+    DriverReset,
 }
 use Seen::{
     Announced, DirtyLog, Disconnected, Echoed, Forwarded, Logging, Negotiated, Replied, Stopped, UsedLog, Warned,
@@ -62,6 +63,7 @@ fn judge(filter: &mut Filter, words: [u32; 3], payload: &[u8], descriptors: Vec<
     let header = Header::decode(bytes[..].try_into().unwrap());
     let actions = filter.judge(Message { header, payload: payload.to_vec(), descriptors });
     let see = |action| match action {
+        Action::DriverReset => Seen::DriverReset,
         Action::Forward { request, payload, descriptors } => Forwarded(request, payload, descriptors.len()),
         Action::StopRing { index } => Stopped(index),
         Action::SetLogging(session::Logging::Off) => Logging("off"),
@@ -486,4 +488,12 @@ fn a_log_shorter_than_the_memory_is_warned_of() {
     filter.record().log.as_ref().unwrap().mark(0x8000, 0x2000);
     let seen = tell(&mut filter, req::SET_FEATURES, &features(0), vec![]);
     assert!(matches!(&seen[2..], [Warned(text)] if text.contains("no room for 2 ")), "{seen:?}");
+}
+
+#[test]
+fn a_status_of_zero_is_the_drivers_reset_and_no_other_is() {
+    let mut filter = negotiated();
+    assert_eq!(tell(&mut filter, req::SET_STATUS, &15u64.to_ne_bytes(), vec![]), []);
+    assert_eq!(tell(&mut filter, req::SET_STATUS, &0u64.to_ne_bytes(), vec![]), [Seen::DriverReset]);
+    assert_eq!(filter.record().status, 0);
 }

@@ -211,6 +211,7 @@ impl Port {
                 let answer = encode_ring_number(index.into(), filter.ring_stopped(index, base as u16));
                 front_end.send(Header::reply(request, answer.len()), &answer, &[], &self.wake)?;
             }
+            Action::DriverReset => link.session().driver_reset(),
             Action::Reply { request, payload } => {
                 front_end.send(Header::reply(request, payload.len()), &payload, &[], &self.wake)?;
             }

@@ -93,6 +93,8 @@ pub struct RingSetup {
     pub error: Option<EventFd>,
     /// Every write to guest memory is noted there, while the guest is being migrated.
     pub log: Option<RingLog>,
+    /// How the guest broke it before; such a ring is not served. The front-end clears it by stopping the ring.
+    pub fault: Option<RingFault>,
 }
 
 /// Why a ring cannot be served at all.
@@ -171,6 +173,9 @@ pub enum RingFault {
         /// Index in its table.
         index: u16,
     },
+    /// The file behind guest memory is shorter than the memory table says.
+    #[error("its memory file was truncated")]
+    MemoryTruncated,
 }
 
 /// Why a frame was not put into a guest's ring.
@@ -223,8 +228,9 @@ impl Ring {
         } else {
             Layout::Split(SplitRing::new(&setup)?)
         };
-        let RingSetup { kick, call, error, enabled, features, .. } = setup;
-        Ok(Self { layout, kick, call, error, enabled, features, fault: None })
+        let truncated = setup.memory.is_truncated().then_some(RingFault::MemoryTruncated);
+        let RingSetup { kick, call, error, enabled, features, fault, .. } = setup;
+        Ok(Self { layout, kick, call, error, enabled, features, fault: fault.or(truncated) })
     }
 
     /// As [`Ring::new`], when the indices are only a front-end's word: a packed ring tells its position itself
@@ -245,7 +251,12 @@ impl Ring {
         if let Some(fault) = self.fault {
             return Err(fault);
         }
-        with_layout!(&mut self.layout, ring => ring.receive(frames)).map_err(|fault| self.break_down(fault))
+        let received = with_layout!(&mut self.layout, ring => ring.receive(frames));
+        // Looked at behind the reads: what they may have found behind the end of the file were zeros.
+        if self.memory().is_truncated() {
+            return Err(self.break_down(RingFault::MemoryTruncated));
+        }
+        received.map_err(|fault| self.break_down(fault))
     }
 
     /// Where the bytes behind a received frame's header copy lie.
@@ -288,6 +299,9 @@ impl Ring {
     #[inline]
     fn publish(&mut self) -> bool {
         let notify = with_layout!(&mut self.layout, ring => ring.publish());
+        if self.memory().is_truncated() && self.fault.is_none() {
+            self.break_down(RingFault::MemoryTruncated);
+        }
         if notify && let Some(call) = &self.call {
             // A failed write means that the front-end closed its side: its disconnect is on the way.
             return call.signal().is_ok();
@@ -336,9 +350,15 @@ impl Ring {
         self.features
     }
 
-    /// How the guest broke the ring, if it did.
+    /// How the guest broke the ring, or its memory, if it did.
     pub fn fault(&self) -> Option<RingFault> {
-        self.fault
+        self.fault.or_else(|| self.memory().is_truncated().then_some(RingFault::MemoryTruncated))
+    }
+
+    /// Whether the ring was found broken, and is not served any more.
+    #[inline]
+    pub fn is_broken(&self) -> bool {
+        self.fault.is_some()
     }
 
     /// Whether the available index still stands at zero, as in memory that the guest does not share with us.
@@ -369,6 +389,7 @@ impl Ring {
 
     /// Gives the setup back, with the indices as they stand now, so that a changed ring can be attached again.
     pub fn into_setup(self) -> RingSetup {
+        let fault = self.fault();
         let (size, next_avail, next_used) = (self.size(), self.next_avail(), self.next_used());
         let Self { layout, kick, call, error, enabled, features, .. } = self;
         let (descriptors, available, used) = with_layout!(&layout, ring => ring.addresses());
@@ -387,11 +408,14 @@ impl Ring {
             call,
             error,
             log,
+            fault,
         }
     }
 
     #[cold]
-    fn break_down(&mut self, fault: RingFault) -> RingFault {
+    fn break_down(&mut self, found: RingFault) -> RingFault {
+        // Zeros behind the end of the file look like anything.
+        let fault = if self.memory().is_truncated() { RingFault::MemoryTruncated } else { found };
         self.fault = Some(fault);
         if let Some(error) = &self.error {
             // The front-end may have closed its side; the fault is reported by the worker anyway.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::dirty_log::{DirtyLog, RingLog};
 use crate::eventfd::EventFd;
 use crate::memory::Memory;
-use crate::ring::{RingSetup, is_packed};
+use crate::ring::{RingFault, RingSetup, is_packed};
 
 /// Guest-physical addresses of a ring's parts.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +40,9 @@ pub(super) struct RingState {
     kick: Option<EventFd>,
     pub(super) call: Option<EventFd>,
     pub(super) error: Option<EventFd>,
+    /// How the guest broke it. Outlives whatever the front-end changes about the ring while it runs; only what a driver's
+    /// reset brings about clears it: see [`RingState::forgive`].
+    fault: Option<RingFault>,
 }
 
 impl RingState {
@@ -64,6 +67,12 @@ impl RingState {
     pub(super) fn stop(&mut self) {
         self.started = false;
         self.kick = None;
+        self.forgive();
+    }
+
+    /// The ring starts afresh: it was stopped, the device was reset, or its index was set anew.
+    pub(super) fn forgive(&mut self) {
+        self.fault = None;
     }
 
     /// RESET_DEVICE: as new, but for the descriptors that QEMU sets once at start.
@@ -72,11 +81,12 @@ impl RingState {
         *self = Self { call, error, ..Self::default() };
     }
 
-    /// The owner has given the ring back with these indices.
-    pub(super) fn ring_reached(&mut self, next_avail: u16, next_used: u16) {
+    /// The owner has given the ring back with these indices, and broken if it was.
+    pub(super) fn ring_reached(&mut self, next_avail: u16, next_used: u16, fault: Option<RingFault>) {
         self.next_avail = next_avail;
         self.next_used = Some(next_used);
         self.reached = true;
+        self.fault = fault;
     }
 
     /// SET_VRING_BASE.
@@ -116,6 +126,7 @@ impl RingState {
             call: handle(&self.call)?,
             error: handle(&self.error)?,
             log: log.map(|log| RingLog { log: Arc::clone(log), used_address: self.used_log }),
+            fault: self.fault,
         }))
     }
 

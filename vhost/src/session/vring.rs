@@ -101,7 +101,10 @@ impl VringT<EngineMemory> for SessionVring {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
-        self.session.alter(self.queue, |ring| ring.set_base(base));
+        self.session.alter(self.queue, |ring| {
+            ring.set_base(base);
+            ring.forgive();
+        });
     }
 
     fn set_queue_next_used(&self, index: u16) {

@@ -30,7 +30,8 @@ impl Guest {
     /// Regions: start and length.
     pub(crate) fn new(regions: &[(u64, usize)]) -> Self {
         let ranges: Vec<_> = regions.iter().map(|&(start, bytes)| (GuestAddress(start), bytes)).collect();
-        Self(Arc::new(Memory::new(Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("anonymous memory")))))
+        let mapped = GuestMemoryMmap::from_ranges(&ranges).expect("anonymous memory");
+        Self(Arc::new(Memory::new(Arc::new(mapped)).expect("room for its regions")))
     }
 
     pub(crate) fn mapped(&self) -> &GuestMemoryMmap<()> {
@@ -119,6 +120,7 @@ impl GuestRing {
             call: Some(EventFd::new().expect("an eventfd")),
             error: None,
             log: None,
+            fault: None,
         }
     }
 

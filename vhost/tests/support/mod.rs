@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use dreamwire_vhost::eventfd::EventFd;
 use dreamwire_vhost::keeper::{Endpoint, EndpointConfig, SocketMode};
 use dreamwire_vhost::owner::{RingOwner, SessionEvent};
-use dreamwire_vhost::ring::{Ring, RingSetup};
+use dreamwire_vhost::ring::{Ring, RingFault, RingSetup};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -51,6 +51,7 @@ pub(crate) const SEND_RARP: u32 = 19;
 pub(crate) const RESET_DEVICE: u32 = 34;
 pub(crate) const ADD_MEM_REG: u32 = 37;
 pub(crate) const REM_MEM_REG: u32 = 38;
+pub(crate) const SET_STATUS: u32 = 39;
 
 /// Waits for `condition`, and fails with `what` if it does not come true.
 #[track_caller]
@@ -137,6 +138,11 @@ impl Owner {
     #[track_caller]
     pub(crate) fn with_ring<T>(&self, queue: u16, work: impl FnOnce(&mut Ring) -> T) -> T {
         work(self.log.lock().unwrap().rings.get_mut(&queue).unwrap())
+    }
+
+    /// How ring `queue` is broken, as it is held now.
+    pub(crate) fn fault(&self, queue: u16) -> Option<RingFault> {
+        self.log.lock().unwrap().rings[&queue].fault()
     }
 
     pub(crate) fn panic_from_now_on(&self) {
