@@ -29,7 +29,7 @@ struct Echo {
 }
 
 fn echo(options: &Options, features: u64) -> Echo {
-    let memory = Arc::new(GuestMemory::new(options.memory_bytes(), options.regions).unwrap().unwrap());
+    let memory = Arc::new(GuestMemory::new(options.memory_bytes(), options.regions).unwrap());
     let mut arena = Arena::new(&memory);
     let pair = QueuePair::new(&memory, &mut arena, options, features).unwrap();
     let ranges = memory.regions().iter().map(|region| {

@@ -15,7 +15,7 @@ const WARNINGS_MAX: usize = 8;
 pub struct Session {
     port: String,
     state: Mutex<SessionState>,
-    /// Of the log's lines about coming and going. Warnings have the endpoint's.
+    /// A front-end can cause log lines at will too; one that reconnects in a loop would fill a disk.
     lines: Mutex<Limiter>,
 }
 
@@ -26,12 +26,12 @@ pub struct SessionState {
     pub connected: bool,
     /// Since when it is connected, or is not.
     pub since: Option<SystemTime>,
+    /// Whether writes to the VM's memory are logged, for a migration.
+    pub migrating: bool,
     /// Connections so far.
     pub connections: u64,
     /// Virtio feature bits that the front-end has accepted.
     pub features: Option<u64>,
-    /// Writes to the VM's memory are logged: it is being migrated away.
-    pub migrating: bool,
     /// Why the last session ended.
     pub last_end: Option<String>,
     /// The last few things that work, but hardly as meant.
@@ -49,21 +49,17 @@ impl Session {
         self.lock().clone()
     }
 
-    /// Takes an event from the endpoint; logs it, unless the front-end comes and goes without end.
+    /// Takes an event from the endpoint; logs it if the port has lines left.
     pub fn event(&self, event: SessionEvent) {
-        let port = &*self.port;
-        let line = match event {
-            SessionEvent::Warning(_) => None,
-            _ => self.lines.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now()),
-        };
-        // Lines before this one that were not written; no field where there were none.
-        let left_out = line.filter(|count| *count > 0);
+        if !matches!(event, SessionEvent::QuietWarning(_)) {
+            let admitted = self.lines.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now());
+            if let Some(suppressed) = admitted {
+                self.log(&event, suppressed);
+            }
+        }
         let mut state = self.lock();
         match event {
             SessionEvent::Connected => {
-                if line.is_some() {
-                    tracing::info!(port, left_out, "front-end connected");
-                }
                 state.connected = true;
                 state.since = Some(SystemTime::now());
                 state.connections += 1;
@@ -71,32 +67,19 @@ impl Session {
                 state.warnings.clear();
             }
             SessionEvent::Negotiated { features } => {
-                if line.is_some() {
-                    tracing::info!(port, left_out, features = format_args!("{features:#x}"), "features negotiated");
-                }
                 state.features = Some(features);
             }
-            SessionEvent::DirtyLog { on } => {
-                // A front-end can switch it as often as it likes: `show port` has it, the log need not.
-                tracing::debug!(port, on, "writes to the VM's memory are logged for a migration");
-                state.migrating = on;
-            }
+            SessionEvent::DirtyLog { on } => state.migrating = on,
             // The port's owner has told the network.
-            SessionEvent::Announce { mac } => {
-                tracing::debug!(port, mac = %Mac(mac), "the VM's place was announced");
-            }
+            SessionEvent::Announce { .. } => {}
             SessionEvent::Disconnected { reason } => {
-                if line.is_some() {
-                    tracing::info!(port, left_out, reason, "front-end disconnected");
-                }
                 state.connected = false;
                 state.migrating = false;
                 state.since = Some(SystemTime::now());
                 state.features = None;
                 state.last_end = Some(reason);
             }
-            SessionEvent::Warning(warning) => {
-                tracing::warn!(port, "{warning}");
+            SessionEvent::Warning(warning) | SessionEvent::QuietWarning(warning) => {
                 state.warnings.retain(|earlier| *earlier != warning);
                 if state.warnings.len() == WARNINGS_MAX {
                     state.warnings.remove(0);
@@ -106,8 +89,39 @@ impl Session {
         }
     }
 
+    fn log(&self, event: &SessionEvent, suppressed: u64) {
+        let port = &*self.port;
+        if suppressed > 0 {
+            tracing::warn!(port, suppressed, "this port's front-ends have caused more log lines than it may have");
+        }
+        match event {
+            SessionEvent::Connected => tracing::info!(port, "front-end connected"),
+            SessionEvent::Negotiated { features } => {
+                tracing::info!(port, features = format_args!("{features:#x}"), "features negotiated");
+            }
+            SessionEvent::DirtyLog { on } => {
+                tracing::info!(port, on, "writes to the VM's memory are logged for a migration");
+            }
+            SessionEvent::Announce { mac } => tracing::info!(port, mac = %Mac(*mac), "the VM's place was announced"),
+            SessionEvent::Disconnected { reason } => tracing::info!(port, reason, "front-end disconnected"),
+            SessionEvent::Warning(warning) | SessionEvent::QuietWarning(warning) => tracing::warn!(port, "{warning}"),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, SessionState> {
         // Plain data: whatever a panicking holder left is a state that can be shown.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warning_that_is_not_logged_is_shown() {
+        let session = Session::new("vm1");
+        session.event(SessionEvent::QuietWarning("odd".into()));
+        assert_eq!(session.state().warnings, ["odd"]);
     }
 }

@@ -41,6 +41,8 @@ pub enum SessionEvent {
         /// The VM's address.
         mac: [u8; 6],
     },
-    /// Something that works, but hardly as meant (unsealed memory, memory that is not shared).
+    /// Something that works, but hardly as meant (unsealed memory, memory that is not shared), or was refused.
     Warning(String),
+    /// As above, from a port that has had its share of log lines: to be shown, not logged.
+    QuietWarning(String),
 }

@@ -1,5 +1,5 @@
 //! What a port tells its owner. A front-end cannot flood the log: a burst of warnings passes, then one a second; what
-//! was left out is counted. A panic in the owner stays there.
+//! is left out there is counted, and still shown with the port. A panic in the owner stays there.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,7 +22,7 @@ impl Reports {
     /// Warnings are a front-end's to cause, so they are limited.
     pub(crate) fn warn(&self, mut text: String) {
         let admitted = self.limiter.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now());
-        let Some(suppressed) = admitted else { return };
+        let Some(suppressed) = admitted else { return self.event(SessionEvent::QuietWarning(text)) };
         if suppressed > 0 {
             text.push_str(&format!(" ({suppressed} warnings before this were suppressed)"));
         }
