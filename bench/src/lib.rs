@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod front_end;
+pub mod hostile;
 pub mod report;
 pub mod topology;
 pub mod traffic;

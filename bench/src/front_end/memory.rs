@@ -68,6 +68,20 @@ impl GuestMemory {
     /// # Panics
     /// If `bytes` is 0 or `regions` out of range.
     pub fn new(bytes: usize, regions: usize) -> io::Result<Self> {
+        let memory = Self::unsealed(bytes, regions)?;
+        fcntl(&memory.file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
+        Ok(memory)
+    }
+
+    /// As [`Self::new`], but the file can be truncated: for a hostile front-end. Whoever truncates it must not touch what
+    /// lies behind its new end.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    ///
+    /// # Panics
+    /// As [`Self::new`].
+    pub fn unsealed(bytes: usize, regions: usize) -> io::Result<Self> {
         assert!((1..=REGIONS_MAX).contains(&regions), "{regions} regions: 1 to {REGIONS_MAX} can be described");
         let region_bytes = bytes.div_ceil(regions).next_multiple_of(PAGE_BYTES);
         let bytes = region_bytes * regions;
@@ -76,9 +90,8 @@ impl GuestMemory {
         let fd = memfd_create(c"dreamwire-guest", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
         let file = File::from(fd);
         file.set_len(bytes as u64)?;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
         // SAFETY: a fresh shared mapping at an address of the kernel's choice replaces nothing; the file has
-        // `bytes` bytes and is sealed against shrinking, so no access below `bytes` can raise SIGBUS.
+        // `bytes` bytes and is sealed against shrinking (or its truncator keeps away), so that no access raises SIGBUS.
         let base = unsafe {
             mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, &file, 0)
         }?

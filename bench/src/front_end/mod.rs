@@ -180,8 +180,9 @@ impl FrontEnd {
         if indirect && negotiated.features & feature::INDIRECT_DESC == 0 {
             return Err(FrontEndError::Options("indirect chains, but INDIRECT_DESC was not negotiated".into()));
         }
-        let memory = GuestMemory::new(options.memory_bytes(), options.regions)
-            .map_err(FrontEndError::system("making guest memory"))?;
+        let make = if options.seal { GuestMemory::new } else { GuestMemory::unsealed };
+        let memory =
+            make(options.memory_bytes(), options.regions).map_err(FrontEndError::system("making guest memory"))?;
         let memory = Arc::new(memory);
         let mut arena = Arena::new(&memory);
         let pairs = (0..options.queue_pairs)

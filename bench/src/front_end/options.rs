@@ -49,6 +49,8 @@ pub struct Options {
     pub regions: usize,
     /// Guest memory beyond rings and buffers, bytes: for frames to be reposted, and for hostile tests.
     pub spare_bytes: usize,
+    /// Seal guest memory against truncation, as QEMU does.
+    pub seal: bool,
     /// Post all receive buffers before the device starts.
     pub fill_receive: bool,
     /// Give the back-end kick descriptors; without, it has to poll (bit 8 of SET_VRING_KICK).
@@ -80,6 +82,7 @@ impl Default for Options {
             tx_chain: ChainShape::default(),
             regions: 1,
             spare_bytes: 16 << 20,
+            seal: true,
             fill_receive: true,
             kick_descriptors: true,
             call_descriptors: true,

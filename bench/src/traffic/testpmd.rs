@@ -40,11 +40,13 @@ pub struct TestpmdOptions {
     pub queue_pairs: u16,
     /// It connects to our sockets instead of listening.
     pub client: bool,
+    /// Two more ports, c.sock and d.sock, forwarding between each other.
+    pub bystanders: bool,
 }
 
 impl Default for TestpmdOptions {
     fn default() -> Self {
-        Self { cpu: 1, main_cpu: 0, queue_pairs: 1, client: false }
+        Self { cpu: 1, main_cpu: 0, queue_pairs: 1, client: false, bystanders: false }
     }
 }
 
@@ -122,6 +124,21 @@ impl Testpmd {
         }
     }
 
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The socket of that name: the bystanders' are `c.sock` and `d.sock`.
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
     /// What it has printed.
     pub fn log(&self) -> String {
         let mut bytes = Vec::new();
@@ -141,7 +158,7 @@ impl Drop for Testpmd {
 }
 
 fn arguments(prefix: &str, device: &DeviceUnderTest, options: &TestpmdOptions) -> Vec<String> {
-    let TestpmdOptions { cpu, main_cpu, queue_pairs, client } = options;
+    let TestpmdOptions { cpu, main_cpu, queue_pairs, client, bystanders } = options;
     let port = |index: usize, path: &Path| {
         format!("--vdev=net_vhost{index},iface={},queues={queue_pairs},client={}", path.display(), u8::from(*client))
     };
@@ -162,6 +179,11 @@ fn arguments(prefix: &str, device: &DeviceUnderTest, options: &TestpmdOptions) -
         "--nb-cores=1".into(),
     ]
     .into();
+    if *bystanders {
+        let at = |name: &str| device.from.with_file_name(name);
+        let first = arguments.iter().position(|argument| argument == "--").expect("EAL's arguments end there");
+        arguments.splice(first..first, [port(2, &at("c.sock")), port(3, &at("d.sock"))]);
+    }
     if *queue_pairs > 1 {
         arguments.extend([format!("--rxq={queue_pairs}"), format!("--txq={queue_pairs}")]);
     }

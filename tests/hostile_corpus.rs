@@ -1,0 +1,50 @@
+//! The corpus of hostile guests and front-ends (`bench/src/hostile`) against the daemon, with another pair of ports busy.
+#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+
+use std::path::Path;
+
+use dreamwire_bench::hostile::{self, Target, Verdict};
+
+/// Allocators keep some of what they get; a leak of one page in each of 300 cases would be more.
+const GROWTH_MAX_KIB: u64 = 1024;
+
+#[test]
+fn every_case_is_contained_and_the_others_lose_nothing() {
+    let only = std::env::var("DREAMWIRE_CORPUS_ONLY").unwrap_or_default();
+    let cases: Vec<_> = hostile::corpus().into_iter().filter(|case| case.name.contains(&only)).collect();
+    let testpmd = std::env::var("DREAMWIRE_CORPUS_TARGET").is_ok_and(|target| target == "testpmd");
+    let start = || match testpmd {
+        true => Target::testpmd(),
+        false => Target::dreamwire(Path::new(env!("CARGO_BIN_EXE_dreamwire"))),
+    };
+    let report = hostile::run(&cases, start, |row| {
+        let problem = row.problem.as_deref().unwrap_or_default();
+        println!("{:<52} {:>5} ms  {}  {problem}", row.name, row.took.as_millis(), row.verdict);
+    });
+    let report = report.unwrap();
+    println!("{} cases", report.rows.len());
+    for testimony in &report.testimonies {
+        println!(
+            "innocent pair: {} frames sent, {} received, {} wrong, {} frames/s, longest gap {:?}",
+            testimony.sent,
+            testimony.received,
+            testimony.wrong,
+            testimony.rate(),
+            testimony.gap
+        );
+    }
+    println!("descriptors {:?}, anonymous memory {:?} KiB", report.descriptors, report.private_kib);
+    if testpmd {
+        return;
+    }
+    let bad = |row: &&hostile::runner::Row| {
+        row.problem.is_some() || matches!(row.verdict, Verdict::Hung(_) | Verdict::Crashed(_))
+    };
+    let bad: Vec<_> = report.rows.iter().filter(bad).map(|row| (&row.name, &row.verdict, &row.problem)).collect();
+    assert!(bad.is_empty(), "{} of {} cases: {bad:#?}", bad.len(), report.rows.len());
+    assert!(report.testimonies.iter().all(hostile::witness::Testimony::is_clean), "{:?}", report.testimonies);
+    assert!(report.innocent_drops.is_empty(), "{:?}", report.innocent_drops);
+    assert_eq!(report.descriptors.0, report.descriptors.1, "descriptors leak");
+    let (before, after) = report.private_kib;
+    assert!(after <= before + GROWTH_MAX_KIB, "memory grew from {before} to {after} KiB");
+}
