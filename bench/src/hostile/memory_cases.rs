@@ -267,7 +267,7 @@ fn truncated() -> Vec<Case> {
     let options = || Options { seal: false, ..small() };
     vec![
         Case::new("memory_file_truncated_to_nothing", CLASS, TRUNCATED, move |attack| {
-            let front_end = attack.connect(options())?;
+            let front_end = served(attack)?;
             let mut raw = front_end.raw(1);
             front_end.memory().file()?.set_len(0)?;
             raw.doorbell().kick();
@@ -275,7 +275,7 @@ fn truncated() -> Vec<Case> {
             Ok(())
         }),
         Case::new("memory_file_truncated_behind_the_rings", CLASS, TRUNCATED, move |attack| {
-            let mut front_end = attack.connect(options())?;
+            let mut front_end = served(attack)?;
             let at = front_end.take_memory(64 << 10, 4096)?;
             let mut raw = front_end.raw(1);
             let address = front_end.memory().guest_address(at);
@@ -286,7 +286,7 @@ fn truncated() -> Vec<Case> {
             Ok(())
         }),
         Case::new("memory_file_truncated_under_a_tail", CLASS, TRUNCATED, move |attack| {
-            let mut front_end = attack.connect(options())?;
+            let mut front_end = served(attack)?;
             let at = front_end.take_memory(64 << 10, 4096)?;
             let mut raw = front_end.raw(1);
             let address = front_end.memory().guest_address(at);
@@ -387,4 +387,13 @@ fn truncated() -> Vec<Case> {
             Ok(())
         }),
     ]
+}
+
+/// A session with unsealed memory whose transmitq is in use already.
+fn served(attack: &mut Attack<'_>) -> Result<FrontEnd, Failure> {
+    let mut front_end = attack.connect(Options { seal: false, ..small() })?;
+    let first = frame(60, 0x7a7a);
+    front_end.send_burst(&[&first])?;
+    attack.friend_receives(&first)?;
+    Ok(front_end)
 }
