@@ -6,6 +6,8 @@ mod claim;
 pub mod counters;
 pub mod drop_reason;
 pub mod fdb;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod mac;
 mod offload;
 mod pieces;

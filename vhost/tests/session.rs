@@ -288,8 +288,8 @@ fn a_broken_ring_stays_broken_until_its_driver_resets() {
     let fault = Some(RingFault::Loop { head: 3 });
     let index = 1u64.to_ne_bytes();
     let (kick, call) = (raw(&front_end.kicks[1]), raw(&front_end.calls[1]));
-    type Restart<'a> = (&'a str, &'a dyn Fn(&mut FrontEnd));
-    let restarts: [Restart<'_>; 3] = [
+    type Restart<'a> = &'a dyn Fn(&mut FrontEnd);
+    let restarts: [(&str, Restart<'_>); 3] = [
         ("GET_VRING_BASE", &|front_end| {
             front_end.stop_ring(1);
             assert_eq!(front_end.ask(SET_VRING_KICK, &index, &[kick]), 0);

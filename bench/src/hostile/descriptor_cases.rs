@@ -23,6 +23,9 @@ const KICK: u32 = 12;
 const CALL: u32 = 13;
 const ERR: u32 = 14;
 
+/// Makes a descriptor of some kind.
+type Make = fn() -> Result<OwnedFd, Failure>;
+
 pub(super) fn all() -> Vec<Case> {
     let mut cases = wrong_kinds();
     cases.extend([
@@ -183,7 +186,7 @@ fn with_call(
 }
 
 fn wrong_kinds() -> Vec<Case> {
-    let kinds: [(&str, fn() -> Result<OwnedFd, Failure>); 6] = [
+    let kinds: [(&str, Make); 6] = [
         ("pipe", || Ok(nix::unistd::pipe()?.1)),
         ("read_end_of_a_pipe", || Ok(nix::unistd::pipe()?.0)),
         ("socket", || Ok(UnixStream::pair()?.0.into())),
@@ -193,7 +196,7 @@ fn wrong_kinds() -> Vec<Case> {
     ];
     let requests = [("kick", KICK), ("call", CALL), ("err", ERR)];
     let refused = Outcome::Refused("expected an eventfd");
-    let case = |(signal, request): (&str, u32), (kind, make): (&str, fn() -> Result<OwnedFd, Failure>)| {
+    let case = |(signal, request): (&str, u32), (kind, make): (&str, Make)| {
         Case::new(format!("{signal}_is_a_{kind}"), "not in any peer", refused, move |attack| {
             let mut front_end = attack.connect(small())?;
             let descriptor = make()?;

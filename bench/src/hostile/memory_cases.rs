@@ -41,6 +41,9 @@ fn table(count: u64, regions: &[Region]) -> Vec<u8> {
     [words(&[count]), regions.iter().flat_map(|region| words(region)).collect()].concat()
 }
 
+/// Makes a descriptor of some kind.
+type Make = fn() -> Result<OwnedFd, Failure>;
+
 pub(super) fn all() -> Vec<Case> {
     let mut cases = tables();
     cases.extend(slots());
@@ -190,14 +193,14 @@ fn slots() -> Vec<Case> {
 }
 
 fn wrong_files() -> Vec<Case> {
-    let kinds: [(&str, &str, fn() -> Result<OwnedFd, Failure>); 5] = [
+    let kinds: [(&str, &str, Make); 5] = [
         ("pipe", "not a memfd or file", || Ok(nix::unistd::pipe()?.0)),
         ("directory", "not a memfd or file", || Ok(File::open("/proc/self")?.into())),
         ("device", "not a memfd or file", || Ok(File::open("/dev/zero")?.into())),
         ("socket", "not a memfd or file", || Ok(std::os::unix::net::UnixStream::pair()?.0.into())),
         ("read_only_file", "reading and writing", || Ok(File::open("/proc/self/exe")?.into())),
     ];
-    let case = |(kind, words, make): (&str, &'static str, fn() -> Result<OwnedFd, Failure>)| {
+    let case = |(kind, words, make): (&str, &'static str, Make)| {
         Case::new(format!("memory_is_a_{kind}"), "not in any peer", Outcome::Refused(words), move |attack| {
             let mut front_end = attack.connect(small())?;
             let file = make()?;

@@ -151,18 +151,15 @@ fn race(name: &str, class: &'static str, change: fn(&RawDriver, u64, usize)) -> 
             }
         });
         let end = Instant::now() + RACE;
-        let mut resets = 0;
         while Instant::now() < end {
             for _ in 0..16 {
                 raw.submit(0);
             }
             if raw.doorbell().broken() {
                 super::attack::reset_ring(&mut front_end, 1)?;
-                resets += 1;
             }
             std::thread::yield_now();
         }
-        let _: u32 = resets;
         stop.store(true, Ordering::Relaxed);
         attack.hold_thread(racer);
         attack.hold(front_end);

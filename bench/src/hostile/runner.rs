@@ -1,6 +1,6 @@
 //! Puts a target to every case and says what became of it.
 //!
-//! A first round makes one case in [`WARM_UP_STEP`], unobserved: what a target allocates once it has allocated then. In
+//! A first round makes one case in four, unobserved: what a target allocates once it has allocated then. In
 //! the second each outcome is looked at, and around it descriptors and memory are counted.
 
 use std::time::{Duration, Instant};

@@ -19,6 +19,8 @@ mod engine_link;
 mod filter;
 #[cfg(test)]
 mod filter_tests;
+#[doc(hidden)]
+pub mod fuzz;
 mod message;
 mod offer;
 mod port;
