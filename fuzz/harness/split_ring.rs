@@ -117,6 +117,7 @@ pub(crate) fn run(bytes: &[u8]) {
             call: None,
             error: None,
             fault: None,
+            log: None,
         };
         let ring = Ring::new(setup).expect("a ring of at most 64 entries has room");
         let frame_bytes = usize::from(u16::from_le_bytes([*length_low, *length_high]));

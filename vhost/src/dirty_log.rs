@@ -6,8 +6,8 @@
 //!
 //! A page that the log has no bit for is counted and nothing else: a log too short loses that guest's own memory, never
 //! anybody else's. The file is as long as the mapping when it is mapped (`keeper/vet.rs`); a front-end that truncates it
-//! later ends the daemon by SIGBUS, as with guest memory, unless the file is sealed against shrinking (QEMU's is).
-//! Its front-end is warned of an unsealed one.
+//! later loses marks of its own guest (`sigbus.rs`), unless the file is sealed against shrinking (QEMU's is). Its front-end
+//! is warned of an unsealed one.
 //!
 //! One of the files with unsafe code in this crate.
 
@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::memory::{Memory, Segment};
+use crate::sigbus::Guarded;
 
 /// VHOST_LOG_PAGE: bytes of guest memory for each bit, whatever the host's pages are.
 pub const LOG_PAGE_BYTES: u64 = 4096;
@@ -32,6 +33,8 @@ pub struct DirtyLog {
     bytes: usize,
     /// Pages that were written to and have no bit here.
     outside: AtomicU64,
+    /// Until it is unmapped: a front-end that truncates its log loses marks of its own guest, and nothing else happens.
+    guarded: Option<Guarded>,
 }
 
 // SAFETY: the mapping belongs to this value alone, stays at its place until it is dropped, and is only accessed through
@@ -55,7 +58,9 @@ impl DirtyLog {
         let base = unsafe {
             mmap(None, nonzero, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, file, offset)?
         };
-        Ok(Self { base: base.cast(), bytes: length, outside: AtomicU64::new(0) })
+        let mut log = Self { base: base.cast(), bytes: length, outside: AtomicU64::new(0), guarded: None };
+        log.guarded = Some(Guarded::new(std::iter::once((base.as_ptr() as usize, length)))?);
+        Ok(log)
     }
 
     /// Notes that `bytes` bytes at guest-physical `address` were written. Call it after the write.
@@ -108,6 +113,7 @@ impl DirtyLog {
 
 impl Drop for DirtyLog {
     fn drop(&mut self) {
+        self.guarded = None;
         // SAFETY: mapped in `map` with this length, and nobody else refers to it any more.
         if let Err(error) = unsafe { munmap(self.base.cast(), self.bytes) } {
             tracing::error!(%error, "a dirty log cannot be unmapped");
@@ -216,6 +222,17 @@ mod tests {
         let mut bytes = [0; 2];
         nix::sys::uio::pread(&file, &mut bytes, 4096).unwrap();
         assert_eq!(bytes, [0, 2]);
+    }
+
+    #[test]
+    fn a_file_truncated_later_loses_marks_and_nothing_else() {
+        crate::sigbus::install().unwrap();
+        let file = memfd(4096);
+        let log = DirtyLog::map(&file, 0, 4096).unwrap();
+        log.mark(0, 1);
+        nix::unistd::ftruncate(&file, 0).unwrap();
+        log.mark(LOG_PAGE_BYTES, 1);
+        assert_eq!(pages(&log), [1]);
     }
 
     #[test]

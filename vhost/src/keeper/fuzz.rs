@@ -64,7 +64,11 @@ pub fn session_messages(mut bytes: &[u8]) {
                     filter.ring_stopped(index, index);
                 }
                 Action::Disconnect { .. } => return,
-                Action::Reply { .. } | Action::Report(_) | Action::DriverReset => {}
+                Action::Reply { .. }
+                | Action::Report(_)
+                | Action::DriverReset
+                | Action::SetLogging(_)
+                | Action::SetUsedLog { .. } => {}
             }
         }
         if filter.memory_is_awaited() {
