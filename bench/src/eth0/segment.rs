@@ -1,0 +1,120 @@
+//! TCP segments as a receiver's capture has them: sizes, checksums, and what segmentation did to the headers.
+
+use std::collections::BTreeSet;
+
+use super::packet::{TCP, checksum, pseudo_header};
+use super::{Observations, Site};
+use crate::topology::{Frame, TopologyError};
+
+/// Longest frame that fits a wire with MTU 1500.
+const FRAME_BYTES_MAX: usize = 1514;
+const ETHERNET_BYTES: usize = 14;
+
+/// One frame of a TCP connection, read.
+struct Segment {
+    frame_bytes: usize,
+    payload_bytes: usize,
+    /// Of IPv4.
+    id: Option<u16>,
+    ecn: u8,
+    flags: u8,
+    mss: Option<u16>,
+    checksum: &'static str,
+    header_checksum_good: bool,
+}
+
+/// Records what a connection's frames, all of one direction, have in common.
+pub(super) fn record(prefix: &str, frames: &[Frame], rows: &mut Observations) {
+    let segments: Vec<_> = frames.iter().filter_map(read).collect();
+    let full: Vec<_> = segments.iter().filter(|segment| segment.payload_bytes > 0).collect();
+    let largest = full.iter().map(|segment| segment.frame_bytes).max().unwrap_or(0);
+    let size = if largest > FRAME_BYTES_MAX { "longer than the wire's".to_owned() } else { largest.to_string() };
+    rows.record(format!("{prefix}.longest_frame"), size);
+    rows.record(format!("{prefix}.checksums"), set(full.iter().map(|segment| segment.checksum.to_owned())));
+    let good = full.iter().all(|segment| segment.header_checksum_good);
+    rows.record(format!("{prefix}.ip_header_checksums"), if good { "good" } else { "bad" });
+    rows.record(format!("{prefix}.ecn_of_segments"), set(full.iter().map(|segment| segment.ecn.to_string())));
+    let ids: Vec<_> = full.iter().filter_map(|segment| segment.id).collect();
+    // Only between whole segments is the next number one more: an aggregate has taken several.
+    if largest <= FRAME_BYTES_MAX && !ids.is_empty() {
+        let steps = ids.windows(2).map(|pair| pair[1].wrapping_sub(pair[0]));
+        rows.record(format!("{prefix}.ip_id_steps"), set(steps.map(|step| step.to_string())));
+    }
+    if let Some(syn) = segments.iter().find(|segment| segment.flags & 2 != 0) {
+        rows.record(format!("{prefix}.syn.flags"), format!("{:#04x}", syn.flags));
+        rows.record(format!("{prefix}.syn.mss"), syn.mss.map_or("none".to_owned(), |mss| mss.to_string()));
+        rows.record(format!("{prefix}.syn.frame_bytes"), syn.frame_bytes);
+        rows.record(format!("{prefix}.syn.checksum"), syn.checksum);
+    }
+}
+
+/// Frames and bytes that the guest has sent, by its own account.
+pub(super) fn sent_by_guest(site: &Site) -> Result<[u64; 2], TopologyError> {
+    let text = site.ask("cd /sys/class/net/eth0/statistics && cat tx_packets tx_bytes")?;
+    let mut numbers = text.lines().map(|line| line.trim().parse().unwrap_or(0));
+    Ok([numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)])
+}
+
+fn set(words: impl Iterator<Item = String>) -> String {
+    let distinct: BTreeSet<_> = words.collect();
+    if distinct.is_empty() { "none".to_owned() } else { distinct.into_iter().collect::<Vec<_>>().join(", ") }
+}
+
+fn read(frame: &Frame) -> Option<Segment> {
+    let packet = frame.bytes.get(ETHERNET_BYTES..)?;
+    let (header_bytes, ends, total, id, ecn) = match packet.first()? >> 4 {
+        4 => {
+            let total = usize::from(u16::from_be_bytes([*packet.get(2)?, *packet.get(3)?]));
+            let id = u16::from_be_bytes([packet[4], *packet.get(5)?]);
+            (20, [packet.get(12..16)?, packet.get(16..20)?], total, Some(id), packet[1] & 3)
+        }
+        6 => {
+            let total = 40 + usize::from(u16::from_be_bytes([*packet.get(4)?, *packet.get(5)?]));
+            (40, [packet.get(8..24)?, packet.get(24..40)?], total, None, packet[1] >> 4 & 3)
+        }
+        _ => return None,
+    };
+    // Longer than the header's field can say: an aggregate as the kernel keeps it.
+    let total = if packet.len() > usize::from(u16::MAX) { packet.len() } else { total };
+    let segment = packet.get(header_bytes..total)?;
+    let offset_bytes = usize::from(*segment.get(12)? >> 4) * 4;
+    let sum = checksum(segment, pseudo_header(ends, TCP, segment.len()));
+    let good = if frame.checksum_pending {
+        "pending"
+    } else if sum == 0 {
+        "good"
+    } else {
+        "bad"
+    };
+    Some(Segment {
+        frame_bytes: frame.bytes.len(),
+        payload_bytes: segment.len().checked_sub(offset_bytes)?,
+        id,
+        ecn,
+        flags: segment[13],
+        mss: segment
+            .get(20..24)
+            .filter(|option| option[..2] == [2, 4])
+            .map(|option| u16::from_be_bytes([option[2], option[3]])),
+        checksum: good,
+        header_checksum_good: id.is_none() || checksum(&packet[..20], 0) == 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::packet::{IPV4, Ipv4, NOBODY4, ethernet, tcp};
+    use super::*;
+
+    #[test]
+    fn a_segment_is_read_and_a_broken_checksum_seen() {
+        let ends = NOBODY4.map(|end| end.octets());
+        let packet = Ipv4 { tos: 2, ..Ipv4::new(TCP) }.packet(&tcp([&ends[0], &ends[1]], 0x18, &[1; 100]));
+        let mut bytes = ethernet([2; 6], [4; 6], IPV4, &packet);
+        let segment = read(&Frame { bytes: bytes.clone(), checksum_pending: false }).unwrap();
+        assert_eq!((segment.frame_bytes, segment.payload_bytes, segment.checksum), (154, 100, "good"));
+        assert_eq!((segment.ecn, segment.id, segment.header_checksum_good), (2, Some(0x1234), true));
+        *bytes.last_mut().unwrap() ^= 1;
+        assert_eq!(read(&Frame { bytes, checksum_pending: false }).unwrap().checksum, "bad");
+    }
+}
