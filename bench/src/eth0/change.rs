@@ -98,13 +98,18 @@ fn address(site: &Site, rows: &mut Observations) -> Result<(), TopologyError> {
 /// Frames longer than the MTU of the wire.
 fn jumbo(site: &Site, rows: &mut Observations) -> Result<(), TopologyError> {
     let lengths = [1515, 1518, 1519, 1522, 1523, 1550, 1600, 2000, 4000, 9014];
-    let cases = |way: Way| {
+    let cases = |way: Way| -> Vec<Case> {
         let (destination, source) = way.ends();
-        let case = |length: usize| Case {
-            name: format!("{length:04}"),
-            frame: ethernet(destination, source, frames::EXPERIMENTAL, &vec![(length % 251) as u8; length - 14]),
+        let frame = |bytes: usize, ether_type, rest: &[u8]| {
+            let mut frame = ethernet(destination, source, ether_type, rest);
+            frame.resize(bytes, (bytes % 251) as u8);
+            frame
         };
-        lengths.map(case)
+        let plain =
+            lengths.map(|bytes| Case { name: format!("{bytes:04}"), frame: frame(bytes, frames::EXPERIMENTAL, &[]) });
+        // 1500 bytes behind two tags: as long as an MTU of 1500 allows.
+        let stacked = frame(1522, 0x88a8, &[0, 100, 0x81, 0, 0, 5, 0x88, 0xb5]);
+        plain.into_iter().chain([Case { name: "1522_qinq".to_owned(), frame: stacked }]).collect()
     };
     site.guest.sh("ip link set eth0 mtu 9000")?;
     deliver(site, Way::Out, "change.jumbo.out", &cases(Way::Out), rows)?;

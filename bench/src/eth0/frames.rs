@@ -186,7 +186,7 @@ pub(super) fn tags(way: Way) -> Vec<Case> {
         .map(|(index, (name, stack))| case(*name, tagged(stack, &filler(index * 11, 46))))
         .collect();
     cases.push(case("8021q.longest_1518", tagged(&[(0x8100, 5)], &filler(1, 1500))));
-    cases.push(case("8021q.shortest_18", tagged(&[(0x8100, 5)], &[])));
+    cases.push(case("8021q.shortest_60", tagged(&[(0x8100, 5)], &filler(2, 42))));
     cases
 }
 

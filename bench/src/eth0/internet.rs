@@ -96,7 +96,7 @@ pub(super) fn ping_from_peer(site: &Site, words: &str) -> Result<String, Topolog
 fn verdict(text: &str) -> String {
     let answers: Vec<_> = text.lines().filter(|line| line.contains("bytes from")).map(answer).collect();
     let errors =
-        text.lines().filter(|line| line.contains("error") || line.contains("too long") || line.starts_with("From"));
+        text.lines().filter(|line| line.contains("error:") || line.contains("too long") || line.starts_with("From"));
     let said: Vec<_> = answers.into_iter().chain(errors.map(str::to_owned)).collect();
     if said.is_empty() { "lost".to_owned() } else { said.join("; ") }
 }

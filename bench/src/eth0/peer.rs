@@ -19,7 +19,8 @@ impl Peer {
     /// Addresses the interface, which exists already, and brings it up.
     pub(super) fn new(netns: Netns) -> Result<Self, TopologyError> {
         let name = Self::INTERFACE;
-        netns.sh(&format!("ip link set {name} address 52:54:00:00:00:02"))?;
+        // Down: its link-local address comes from the one it has when it goes up.
+        netns.sh(&format!("ip link set {name} down address 52:54:00:00:00:02"))?;
         netns.disable_offloads(name)?;
         netns.add_addresses(name, &PEER_ADDRESSES)?;
         netns.sh("echo 0 >/proc/sys/net/ipv4/icmp_echo_ignore_broadcasts; echo 1 >/proc/sys/net/ipv4/tcp_ecn")?;

@@ -112,6 +112,12 @@ fn tap(host: &Netns, peer: &Netns) -> Result<Wire, TopologyError> {
     host.add_bridge("br0", &["tap1", "cable"])?;
     // The bridge's end cuts and finishes what the guest left to its card, as a physical card there would.
     host.disable_offloads("cable")?;
+    // Reserved addresses pass as over a wire, all that a bridge can be told to (not pause); IEEE 802.1D says to keep them.
+    for port in ["tap1", "cable"] {
+        host.sh(&format!("ip link set {port} type bridge_slave group_fwd_mask 0xfffd"))?;
+    }
+    // With br_netfilter a bridge parses IP, drops what is broken and cuts what trails.
+    host.sh("for file in /proc/sys/net/bridge/bridge-nf-call-*; do [ ! -e $file ] || echo 0 >$file; done")?;
     // The host itself stays silent.
     host.sh("for name in br0 tap1 cable; do echo 1 >/proc/sys/net/ipv6/conf/$name/disable_ipv6; done")?;
     Ok(Wire::Tap("tap1".to_owned()))
