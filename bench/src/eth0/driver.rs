@@ -66,10 +66,10 @@ pub(super) fn ethtool(site: &Site, prefix: &str, words: &str, rows: &mut Observa
     Ok(())
 }
 
-/// What the kernel has logged about the interface and its driver so far, without times.
+/// What the kernel has logged about the interface and its driver since the last call, without times.
 pub(super) fn log(site: &Site) -> Result<String, TopologyError> {
     let lines = site.ask(
-        "dmesg | grep -E 'eth0|virtio_net|NETDEV|virtqueue' | grep -v 'ommand line' | sed 's/^\\[ *[0-9.]*\\] //'",
+        "dmesg -c | grep -E 'eth0|virtio_net|NETDEV|virtqueue' | grep -v 'ommand line' | sed 's/^\\[ *[0-9.]*\\] //'",
     )?;
     Ok(lines.lines().collect::<Vec<_>>().join(" / "))
 }

@@ -11,8 +11,8 @@
 //! heading that names its cause; one that is new fails the test, and so does one that has gone, so that the file stays true.
 //! `docs/eth0.md` shows the same differences as a table and explains the causes.
 //!
-//! Sections, in the order they run: [`card`] and [`driver`] only read, [`wire`] sends single raw frames both ways, [`internet`]
-//! asks the peer's and the guest's real stacks, [`stream`] sends TCP, [`change`] alters the card's settings, and therefore comes
+//! Sections, in the order they run: `card` and `driver` only read, `wire` sends single raw frames both ways, `neighbour` and `internet`
+//! asks the peer's and the guest's real stacks, `stream` sends TCP, `change` and `ring` alters the card's settings, and therefore comes
 //! last.
 
 mod card;

@@ -75,7 +75,7 @@ fn caches(site: &Site, rows: &mut Observations) -> Result<(), TopologyError> {
     for (family, target, absent) in [("-4", "10.0.0.2", "10.0.0.77"), ("-6", "fd00::2", "fd00::77")] {
         let name = format!("neighbour.cache{family}");
         let found = site.ask(&format!(
-            "ip neighbour flush dev eth0; ping -q -c 1 -W 3 {target} >/dev/null; ip {family} neighbour show {target} | cut -d' ' -f1-4"
+            "ip neighbour flush dev eth0; ping -q -c 1 -W 3 {target} >/dev/null; ip {family} neighbour show {target} | cut -d' ' -f1-5"
         ))?;
         rows.record(format!("{name}.peer"), found);
         // Confirmed again after it went stale: a unicast question that something has to answer.
