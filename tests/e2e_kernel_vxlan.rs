@@ -143,12 +143,14 @@ impl Scene<'_> {
         let to_guest = |text: &str| text_frame(mac(1), BEHIND_1, text);
         let from_peer = self.underlay.peers[0];
         let without_flag = [&[0; 4][..], &(VNI << 8).to_be_bytes(), &to_guest("no I flag")].concat();
-        let cases: [(&str, Vec<u8>, &str); 5] = [
+        let jumbo = [&to_guest("jumbo")[..], &[0; 1500]].concat();
+        let cases: [(&str, Vec<u8>, &str); 6] = [
             (self.underlay.stranger, vxlan(VNI, &to_guest("stranger")), "networks/blue/unknown_vtep"),
             (from_peer, vxlan(VNI + 1, &to_guest("other VNI")), "underlays/fabric/unknown_vni"),
             (from_peer, b"anything but VXLAN".to_vec(), "underlays/fabric/bad_encapsulation"),
             (from_peer, without_flag, "underlays/fabric/bad_encapsulation"),
             (from_peer, vxlan(VNI, &to_guest("cut")[..13]), "networks/blue/too_short"),
+            (from_peer, vxlan(VNI, &jumbo), "networks/blue/too_long"),
         ];
         let capture = self.guest.capture("eth0").unwrap();
         for (from, datagram, reason) in &cases {

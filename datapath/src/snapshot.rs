@@ -8,6 +8,7 @@ use dreamwire_policy::SourceGuard;
 
 use crate::counters::{NetworkCounters, PortCounters};
 use crate::mac::Mac;
+use crate::stage::parse::ETHERNET_BYTES;
 use crate::vni::Vni;
 
 /// Index of a port in [`Snapshot::ports`]. Reused only after every worker has adopted a snapshot without it.
@@ -92,6 +93,17 @@ pub struct Tunnel {
     pub underlay: UnderlayId,
     /// The other VTEPs: the flood list, and the only sources that are believed.
     pub remotes: Vec<IpAddr>,
+}
+
+/// Bytes of two VLAN tags, which a frame may have beyond its network's MTU, as on any Ethernet that carries QinQ.
+const TAGS_BYTES: u32 = 8;
+
+impl Network {
+    /// The longest frame that the network carries.
+    #[inline]
+    pub fn frame_bytes_max(&self) -> u32 {
+        u32::from(self.mtu) + ETHERNET_BYTES as u32 + TAGS_BYTES
+    }
 }
 
 impl Snapshot {

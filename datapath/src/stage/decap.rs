@@ -58,6 +58,8 @@ pub(crate) fn decap(
             NextHop::Drop(DropReason::UnknownVtep)
         } else if inner.len() < ETHERNET_BYTES {
             NextHop::Drop(DropReason::TooShort)
+        } else if inner.len() as u64 > u64::from(network.frame_bytes_max()) {
+            NextHop::Drop(DropReason::TooLong)
         } else {
             NextHop::Undecided
         };

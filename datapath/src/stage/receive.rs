@@ -8,9 +8,6 @@ use crate::drop_reason::DropReason;
 use crate::offload::Offload;
 use crate::snapshot::{Network, Port, PortId};
 
-/// Bytes of two VLAN tags, which a frame may have beyond the network's MTU, as on any Ethernet that carries QinQ.
-const TAGS_BYTES: u32 = 8;
-
 /// Takes frames of `port` from `ring` into `burst` and counts them. Those that cannot be a frame of this network are
 /// marked as dropped.
 #[inline]
@@ -23,7 +20,7 @@ pub(crate) fn receive(
     network: &Network,
 ) -> Result<(), RingFault> {
     burst.length = ring.receive(&mut burst.frames)?;
-    let frame_bytes_max = u32::from(network.mtu) + ETHERNET_BYTES as u32 + TAGS_BYTES;
+    let frame_bytes_max = network.frame_bytes_max();
     let mut bytes = 0;
     for index in 0..burst.length {
         let frame = &burst.frames[index];
