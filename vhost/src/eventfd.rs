@@ -18,7 +18,7 @@ pub struct EventFd {
 
 impl EventFd {
     /// Takes a descriptor from a front-end. Fails if it is not an eventfd: a pipe or a socket in its place
-    /// could block the writer (FACTS: descriptors of the wrong kind). Sets `O_NONBLOCK`, which the kernel
+    /// could block the writer. Sets `O_NONBLOCK`, which the kernel
     /// keeps per open file: the front-end's copy becomes non-blocking with it, as QEMU's is already. The front-end may
     /// clear it again, so nothing here relies on it.
     pub fn from_front_end(descriptor: OwnedFd) -> io::Result<Self> {

@@ -1,7 +1,7 @@
 //! A frame as a ring gives and takes it: a private copy of its first bytes, and where the rest lies.
 
 /// Bytes at the start of a frame that are copied into private memory, and that alone are parsed. Ethernet, two VLAN
-/// tags, IPv6 and TCP with all options need 122; up to here a whole private copy costs nothing extra (FACTS 3.2).
+/// tags, IPv6 and TCP with all options need 122; up to here a whole private copy costs nothing extra.
 pub const HEADER_COPY_BYTES: usize = 128;
 
 /// `struct virtio_net_hdr` without `num_buffers` (VIRTIO 1.2 §5.1.6): what a guest says about a frame's checksum and

@@ -152,7 +152,7 @@ fn rings_stand_still_until_the_log_is_there() {
     assert_eq!(guest.port.owner.holds(), [0, 1]);
 }
 
-/// FACTS 3.1, gap 16: memory that comes while the log is on is logged.
+/// Memory that comes while the log is on is logged: vhost-user-backend 0.24 would not.
 #[test]
 fn memory_plugged_in_while_the_log_is_on_is_logged() {
     let mut guest = Migrating::start();

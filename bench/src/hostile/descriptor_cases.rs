@@ -134,7 +134,7 @@ pub(super) fn all() -> Vec<Case> {
             // More than the MTU: read, judged, dropped.
             full_rate(attack, Descriptor { address: 0x4000_0000, bytes: 60_000, flags: 0, next: 0 })
         }),
-        Case::new("polled_rings_without_descriptors", "FACTS 3.1 b 10", Outcome::Served, |attack| {
+        Case::new("polled_rings_without_descriptors", "vhost-user-backend 0.24", Outcome::Served, |attack| {
             let options = Options { kick_descriptors: false, call_descriptors: false, ..small() };
             let mut front_end = attack.connect(options)?;
             let at = front_end.take_memory(4096, 64)?;

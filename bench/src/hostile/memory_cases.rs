@@ -107,7 +107,7 @@ fn tables() -> Vec<Case> {
         lie("region_starts_inside_a_page", "DPDK f83e0199c8", REFUSED, 1, &INSIDE_A_PAGE, 1),
         lie("regions_overlap_in_the_guest", "DPDK 0fe99cf73e", REFUSED, 2, &SAME_GUEST, 2),
         lie("regions_overlap_in_the_front_end", "DPDK 0fe99cf73e", REFUSED, 2, &SAME_USER, 2),
-        Case::new("good_table_without_the_rings", "FACTS 3.1 b 14", Outcome::Contained, |attack| {
+        Case::new("good_table_without_the_rings", "vhost-user-backend 0.24", Outcome::Contained, |attack| {
             let mut front_end = attack.connect(small())?;
             let file = file(MIB)?;
             ask(&mut front_end, SET_MEM_TABLE, &table(1, &ONE), &[file.as_fd()]);

@@ -324,7 +324,7 @@ fn numbers() -> Vec<Case> {
         own("device_reset_while_it_runs", "DPDK 1c80a404fd", Outcome::Contained, |front_end| {
             ask(front_end, 34, &[], &[]);
         }),
-        own("owner_set_twice_and_reset", "FACTS 3.1 b 5", Outcome::Served, |front_end| {
+        own("owner_set_twice_and_reset", "vhost-user-backend 0.24", Outcome::Served, |front_end| {
             for request in [3, 4, 3, 3, 4] {
                 ask(front_end, request, &[], &[]);
             }

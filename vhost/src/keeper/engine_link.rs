@@ -124,7 +124,7 @@ impl EngineLink {
     }
 
     /// Tells the session what to do about the dirty log. Not the engine: its own log is slow while there is none, never
-    /// removed, and misses memory that comes later (FACTS 3.1, gaps 15 to 18).
+    /// removed, and misses memory that comes later.
     pub(super) fn set_logging(&self, logging: Logging) {
         self.session.set_logging(logging);
     }

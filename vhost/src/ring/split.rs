@@ -4,7 +4,7 @@
 //! parts of the ring were checked at set-up to lie whole and aligned in one mapped region, [`Memory`] keeps the
 //! regions mapped for as long as the ring lives, indices are masked by the ring's size, and no Rust reference to guest
 //! memory is made other than to an atomic. JUSTIFICATION: checked access through virtio-queue and vm-memory costs 180 ns
-//! a frame against 10 ns (FACTS 3.2).
+//! a frame against 10 ns.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
