@@ -25,6 +25,7 @@ pub struct Receive {
     scratch: Box<[u8]>,
     received: u64,
     torn: u64,
+    empty: u64,
 }
 
 impl Receive {
@@ -41,7 +42,15 @@ impl Receive {
             return Err(FrontEndError::Options(format!("receive buffers of {buffer_bytes} bytes hold no frame")));
         }
         let chains = Chains::new(ring, arena, shape, header_bytes, buffer_bytes)?;
-        Ok(Self { chains, mergeable, doorbell, scratch: vec![0; FRAME_BYTES_MAX].into(), received: 0, torn: 0 })
+        Ok(Self {
+            chains,
+            mergeable,
+            doorbell,
+            scratch: vec![0; FRAME_BYTES_MAX].into(),
+            received: 0,
+            torn: 0,
+            empty: 0,
+        })
     }
 
     /// The ring, for looking at.
@@ -63,6 +72,11 @@ impl Receive {
     /// ("atomically advancing idx"), but waited for here.
     pub fn torn(&self) -> u64 {
         self.torn
+    }
+
+    /// Buffers that came back with nothing in them.
+    pub fn empty(&self) -> u64 {
+        self.empty
     }
 
     /// Posts every buffer. Once, at the start.
@@ -109,6 +123,14 @@ impl Receive {
         while done < pending {
             let used = self.chains.ring.peek(done);
             let slot = self.chains.take_back(used.head)?;
+            if used.bytes == 0 {
+                // Nothing was written: a device that was killed in the middle of a burst gives buffers back so when it
+                // resumes. Drivers drop it as a short packet.
+                self.empty += 1;
+                self.post(slot);
+                done += 1;
+                continue;
+            }
             let bytes = self.written(used.bytes, self.chains.header_bytes)?;
             let offset = self.chains.buffer(slot).offset;
             let header = self.header(offset);

@@ -18,7 +18,7 @@ use crate::front_end::{BURST, FrontEnd, FrontEndError};
 const TURNS_PER_LOOK: u32 = 16;
 
 /// After this long without a frame nothing is under way any more.
-const QUIET: Duration = Duration::from_millis(5);
+const QUIET: Duration = Duration::from_millis(25);
 
 /// Draining longer than this means that the device never falls silent.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
