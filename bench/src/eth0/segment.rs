@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use super::Observations;
 use super::packet::{TCP, checksum, pseudo_header};
-use super::{Observations, Site};
-use crate::topology::{Frame, TopologyError};
+use crate::topology::Frame;
 
 /// Longest frame that fits a wire with MTU 1500.
 const FRAME_BYTES_MAX: usize = 1514;
@@ -58,11 +58,6 @@ pub(super) fn record(prefix: &str, frames: &[Frame], rows: &mut Observations) {
         rows.record(format!("{prefix}.syn.frame_bytes"), syn.frame_bytes);
         rows.record(format!("{prefix}.syn.checksum"), syn.checksum);
     }
-}
-
-/// Frames that the guest has sent, by its own account: one that its card cuts counts once.
-pub(super) fn sent_by_guest(site: &Site) -> Result<u64, TopologyError> {
-    Ok(site.ask("cat /sys/class/net/eth0/statistics/tx_packets")?.trim().parse().unwrap_or(0))
 }
 
 fn set(words: impl Iterator<Item = String>) -> String {
