@@ -14,6 +14,7 @@
 //! which one is decided once per burst or frame, never per descriptor.
 
 mod packed;
+mod position;
 mod recover;
 mod split;
 

@@ -36,7 +36,8 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::RingSetup;
-use super::packed::{DESCRIPTOR_BYTES, FLAG_NEXT, Position, is_used, lap, second_word};
+use super::packed::{DESCRIPTOR_BYTES, FLAG_NEXT, second_word};
+use super::position::{Position, is_used, lap};
 use crate::memory::Memory;
 
 /// A driver stands inside a chain for as long as it takes to write it, unless its processor was taken away.
