@@ -99,6 +99,12 @@ impl RawFrame {
         &self.header[..usize::from(self.header_bytes)]
     }
 
+    /// Leaves nothing of it but why.
+    #[cold]
+    pub(crate) fn refuse(&mut self, fault: FrameFault) {
+        (self.fault, self.header_bytes, self.frame_bytes, self.tail) = (Some(fault), 0, 0, Tail { first: 0, count: 0 });
+    }
+
     /// Bytes behind the private copy.
     #[inline]
     pub fn tail_bytes(&self) -> u32 {

@@ -6,7 +6,8 @@
 //!
 //! A front-end that can truncate the file behind it may do so: see [`crate::sigbus`] and [`Memory::is_truncated`].
 //!
-//! One of the files with unsafe code in this crate; the others are `sigbus.rs`, `dirty_log.rs`, `ring/split.rs` and `ring/packed.rs`.
+//! One of the files with unsafe code in this crate; the others are `sigbus.rs`, `dirty_log.rs`, `interrupt.rs` and those of
+//! `ring/`: `buffers.rs`, `split.rs`, `packed.rs`.
 
 use std::io;
 use std::marker::PhantomData;
@@ -76,6 +77,12 @@ impl Memory {
             .map(|region| (region.host + (address - region.start) as usize) as *mut u8)
     }
 
+    /// As [`Memory::translate`], for as many bytes as a descriptor can name.
+    #[inline]
+    pub(crate) fn segment(&self, address: u64, bytes: u32) -> Option<Segment> {
+        Some(Segment { host: self.translate(address, u64::from(bytes))? as usize, bytes })
+    }
+
     /// The guest-physical address of a segment's first byte; `None` if it does not lie in this memory. Segments never
     /// cross a region, so that the whole of it is there.
     pub(crate) fn guest_address(&self, segment: Segment) -> Option<u64> {
@@ -89,8 +96,8 @@ impl Memory {
     /// the bytes span regions that are neighbours for the guest but not here. `false` if any byte is not mapped.
     #[inline]
     pub(crate) fn segments(&self, address: u64, bytes: u32, mut take: impl FnMut(Segment) -> bool) -> bool {
-        if let Some(host) = self.translate(address, u64::from(bytes)) {
-            return take(Segment { host: host as usize, bytes });
+        if let Some(segment) = self.segment(address, bytes) {
+            return take(segment);
         }
         let Some(end) = address.checked_add(u64::from(bytes)) else { return false };
         let mut at = address;
@@ -108,6 +115,61 @@ impl Memory {
             at = stop;
         }
         true
+    }
+}
+
+const CACHE_LINE_BYTES: usize = 64;
+
+/// What a cache line is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    Read,
+    Write,
+}
+
+/// Asks for the cache line at `host`. A hint: it reads nothing, and an address that is not mapped does no harm.
+#[inline]
+pub(crate) fn prefetch(host: usize, wish: Wish) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: neither instruction accesses memory as the program sees it. PREFETCHW does nothing where a processor lacks it.
+    unsafe {
+        match wish {
+            Wish::Read => std::arch::asm!("prefetcht0 [{}]", in(reg) host, options(nostack, preserves_flags, readonly)),
+            Wish::Write => std::arch::asm!("prefetchw [{}]", in(reg) host, options(nostack, preserves_flags, readonly)),
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (host, wish);
+}
+
+/// Copies `bytes` bytes that do not overlap; up to 128 of them without a call, in blocks of fixed size of which the last
+/// one may cover bytes of the one before.
+///
+/// # Safety
+/// As for [`ptr::copy_nonoverlapping`].
+#[inline(always)]
+unsafe fn copy_short(from: *const u8, to: *mut u8, bytes: usize) {
+    /// The first and the last `N` of `bytes` bytes, `N <= bytes <= 2 * N`.
+    ///
+    /// # Safety
+    /// As for [`copy_short`].
+    #[inline(always)]
+    unsafe fn ends<const N: usize>(from: *const u8, to: *mut u8, bytes: usize) {
+        // SAFETY: both blocks lie inside the `bytes` bytes that the caller vouches for.
+        unsafe {
+            ptr::copy_nonoverlapping(from, to, N);
+            ptr::copy_nonoverlapping(from.add(bytes - N), to.add(bytes - N), N);
+        }
+    }
+    // SAFETY: the caller's promise, and each length fits its block.
+    unsafe {
+        match bytes {
+            64..=128 => ends::<64>(from, to, bytes),
+            32..64 => ends::<32>(from, to, bytes),
+            16..32 => ends::<16>(from, to, bytes),
+            8..16 => ends::<8>(from, to, bytes),
+            _ => ptr::copy_nonoverlapping(from, to, bytes),
+        }
     }
 }
 
@@ -144,10 +206,29 @@ impl Segment {
         // SAFETY: the source is `bytes` mapped bytes by the caller's promise, the length was just checked, and the
         // destination is private memory that cannot overlap guest memory. The guest may write to the source meanwhile:
         // the copy then holds some mix of old and new bytes, and every byte pattern is a valid u8.
-        unsafe { ptr::copy_nonoverlapping(self.host as *const u8, into.as_mut_ptr(), into.len()) }
+        unsafe { copy_short(self.host as *const u8, into.as_mut_ptr(), into.len()) }
         // What was copied is what is judged: the compiler must not take a later read of the copy for one of the source.
         // No instruction comes of it.
         compiler_fence(Ordering::SeqCst);
+    }
+
+    /// Copies private bytes in, to its start.
+    ///
+    /// # Safety
+    /// As for [`Segment::copy_out`].
+    #[inline]
+    pub(crate) unsafe fn copy_in(self, from: &[u8]) {
+        assert!(from.len() <= self.bytes as usize, "{} > {}", from.len(), self.bytes);
+        // SAFETY: as in `copy_out`, with the ends exchanged.
+        unsafe { copy_short(from.as_ptr(), self.host as *mut u8, from.len()) }
+    }
+
+    /// Asks for the cache lines of its first bytes, to be read or written soon. No access: any address will do.
+    #[inline]
+    pub(crate) fn prefetch(self, wish: Wish) {
+        // Net header and 64 bytes of frame lie in two lines. Of a longer one the processor finds the rest by itself.
+        prefetch(self.host, wish);
+        prefetch(self.host.wrapping_add(CACHE_LINE_BYTES), wish);
     }
 
     /// Copies `bytes` bytes from `source`, which may be the same guest's memory.
@@ -155,7 +236,7 @@ impl Segment {
     /// # Safety
     /// As for [`Segment::copy_out`], for both segments.
     #[inline]
-    unsafe fn copy_from(self, source: Segment, bytes: u32) {
+    pub(crate) unsafe fn copy_from(self, source: Segment, bytes: u32) {
         assert!(bytes <= self.bytes && bytes <= source.bytes);
         // SAFETY: both ranges are mapped by the caller's promise and long enough. `copy`, not `copy_nonoverlapping`:
         // a guest may post the same page for transmission and reception.
@@ -205,6 +286,12 @@ impl<'a> Payload<'a> {
     #[inline]
     pub fn bytes(&self) -> u32 {
         self.bytes
+    }
+
+    /// All of it, if it is in one piece.
+    #[inline]
+    pub(crate) fn single(&self) -> Option<Segment> {
+        self.rest.is_empty().then_some(self.first)
     }
 
     /// Copies everything into private memory.
@@ -297,6 +384,18 @@ mod tests {
         assert_eq!(&bytes, b"leftright");
         assert_eq!(segments.iter().map(|&s| memory.guest_address(s)).collect::<Vec<_>>(), [Some(0xffc), Some(0x1000)]);
         assert_eq!(memory.guest_address(Segment::EMPTY), None);
+    }
+
+    #[test]
+    fn every_length_is_copied_whole_and_no_byte_beside_it() {
+        let from: Vec<u8> = (1..=200).collect();
+        for bytes in 0..=200 {
+            let mut to = [0; 202];
+            // SAFETY: `from` has 200 bytes, `to` 201 behind its first.
+            unsafe { copy_short(from.as_ptr(), to[1..].as_mut_ptr(), bytes) };
+            assert_eq!(to[1..=bytes], from[..bytes]);
+            assert!(to[0] == 0 && to[bytes + 1..].iter().all(|&byte| byte == 0), "{bytes}");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! Both layouts of VIRTIO 1.2 are served, split (§2.7) and packed (§2.8, with RING_PACKED negotiated), behind one type:
 //! which one is decided once per burst or frame, never per descriptor.
 
+mod buffers;
 mod packed;
 mod position;
 mod recover;

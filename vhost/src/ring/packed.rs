@@ -28,14 +28,15 @@ use virtio_bindings::bindings::virtio_ring::{
     VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
 };
 
+use super::buffers::{Buffers, Take};
 use super::position::Position;
 use super::{
-    BURST, BURST_DESCRIPTORS_MAX, BURST_SEGMENTS_MAX, CHAIN_DESCRIPTORS_MAX, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX,
-    MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault, RingSetup, SendError,
+    BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
+    RingSetup, SendError,
 };
 use crate::dirty_log::RingLog;
-use crate::frame::{FrameFault, HEADER_COPY_BYTES, NetHeader, RawFrame, Tail};
-use crate::memory::{Memory, Payload, PayloadCursor, Segment};
+use crate::frame::{NetHeader, RawFrame};
+use crate::memory::{Memory, Payload, Segment, Wish};
 
 pub(super) const DESCRIPTOR_BYTES: u64 = 16;
 /// `struct pvirtq_event_suppress`: offset and wrap counter, flags.
@@ -68,6 +69,14 @@ impl Descriptor {
         let rest = u64::from_le(rest);
         Self { address: u64::from_le(address), bytes: rest as u32, id: (rest >> 32) as u16, flags: (rest >> 48) as u16 }
     }
+
+    /// The buffer of a chain that is this descriptor alone and that lies in one region.
+    #[inline]
+    fn single(self, memory: &Memory, direction: Direction) -> Option<Segment> {
+        let flags = if direction == Direction::DeviceWrites { FLAG_WRITE } else { 0 };
+        (self.flags & (FLAG_NEXT | FLAG_INDIRECT | FLAG_WRITE) == flags && self.bytes > 0)
+            .then(|| memory.segment(self.address, self.bytes))?
+    }
 }
 
 /// A chain that was taken.
@@ -77,6 +86,13 @@ struct Chain {
     id: u16,
     /// Descriptors of the ring that it takes up.
     slots: u16,
+}
+
+/// A chain of one descriptor and its buffer in one region, seen before it is needed.
+#[derive(Debug, Clone, Copy)]
+struct Simple {
+    id: u16,
+    buffer: Segment,
 }
 
 /// The ring's own table of descriptors, checked to lie whole in mapped memory.
@@ -104,18 +120,16 @@ enum Kicks {
 
 #[derive(Debug)]
 pub(super) struct PackedRing {
-    memory: Arc<Memory>,
+    buffers: Buffers,
     /// Guest-physical addresses, for whoever sets the ring up anew.
     addresses: (u64, u64, u64),
     table: Table,
     /// Host addresses of the driver's and the device's event suppression structure.
     driver_event: usize,
     device_event: usize,
-    net_header_bytes: u8,
     event_idx: bool,
     indirect: bool,
     mergeable: bool,
-    log: Option<RingLog>,
     kicks: Kicks,
     /// Next descriptor to take, and to use.
     next: Position,
@@ -126,9 +140,10 @@ pub(super) struct PackedRing {
     /// Chains taken by `receive` and not completed yet.
     taken: u16,
     chains: [Chain; BURST],
-    /// Pieces of guest memory of the burst (from the guest) or of the frame being written (to the guest).
-    segments: Box<[Segment]>,
-    segments_used: usize,
+    /// The chains at `next` and behind it, from `simple_at` up to `simple_end`.
+    simple: [Simple; BURST],
+    simple_at: usize,
+    simple_end: usize,
 }
 
 impl PackedRing {
@@ -156,20 +171,19 @@ impl PackedRing {
             table: Table { host: ring, size },
             driver_event: part("driver event suppression", setup.available, EVENT_BYTES, 4)?,
             device_event: part("device event suppression", setup.used, EVENT_BYTES, 4)?,
-            memory: Arc::clone(&setup.memory),
-            net_header_bytes: super::net_header_bytes(setup.features) as u8,
+            buffers: Buffers::new(setup),
             event_idx: super::event_idx(setup.features),
             indirect: super::indirect(setup.features),
             mergeable: super::mergeable(setup.features),
-            log: setup.log.clone(),
             kicks: Kicks::Unknown,
             next,
             first_staged: None,
             staged_slots: 0,
             taken: 0,
             chains: [Chain::default(); BURST],
-            segments: vec![Segment::EMPTY; BURST_SEGMENTS_MAX].into_boxed_slice(),
-            segments_used: 0,
+            simple: [Simple { id: 0, buffer: Segment::EMPTY }; BURST],
+            simple_at: 0,
+            simple_end: 0,
         })
     }
 
@@ -183,11 +197,11 @@ impl PackedRing {
     }
 
     pub(super) fn memory(&self) -> &Arc<Memory> {
-        &self.memory
+        &self.buffers.memory
     }
 
     pub(super) fn into_memory_and_log(self) -> (Arc<Memory>, Option<RingLog>) {
-        (self.memory, self.log)
+        (self.buffers.memory, self.buffers.log)
     }
 
     pub(super) fn addresses(&self) -> (u64, u64, u64) {
@@ -203,16 +217,26 @@ impl PackedRing {
     pub(super) fn receive(&mut self, frames: &mut [RawFrame]) -> Result<usize, RingFault> {
         debug_assert_eq!(self.taken, 0, "the last burst was not completed");
         let burst = frames.len().min(BURST);
-        self.segments_used = 0;
+        self.buffers.clear();
         let mut taken = 0;
         let mut visited = 0;
         let mut at = self.next;
-        for frame in &mut frames[..burst] {
-            if self.segments_used + CHAIN_SEGMENTS_MAX > BURST_SEGMENTS_MAX || visited >= BURST_DESCRIPTORS_MAX {
+        while taken < burst && self.buffers.has_room() {
+            // All usual chains at once, before any buffer is read: cache misses then overlap.
+            let simple = self.look_ahead(at, burst - taken, Direction::DeviceReads);
+            for index in 0..simple {
+                let Simple { id, buffer } = self.simple[index];
+                self.buffers.gather_one(buffer, &mut frames[taken]);
+                self.chains[taken] = Chain { id, slots: 1 };
+                taken += 1;
+            }
+            visited += simple;
+            at = at.after(simple as u16, self.table.size);
+            if taken == burst || !self.buffers.has_room() || visited >= BURST_DESCRIPTORS_MAX {
                 break;
             }
             let Some(first) = self.available(at) else { break };
-            let chain = self.gather(at, first, frame, &mut visited)?;
+            let chain = self.gather(at, first, &mut frames[taken], &mut visited)?;
             self.chains[taken] = chain;
             at = at.after(chain.slots, self.table.size);
             taken += 1;
@@ -221,15 +245,32 @@ impl PackedRing {
         Ok(taken)
     }
 
+    /// Notes the available chains from `at` on that are one descriptor each, up to `most` or to the first of another kind;
+    /// asks for the cache lines of their buffers. Returns how many.
+    #[inline]
+    fn look_ahead(&mut self, mut at: Position, most: usize, direction: Direction) -> usize {
+        let (wish, least) = match direction {
+            Direction::DeviceReads => (Wish::Read, self.buffers.net_header_bytes),
+            Direction::DeviceWrites => (Wish::Write, 0),
+        };
+        // No descriptor twice: a small ring could lap.
+        let most = most.min(usize::from(self.table.size));
+        for index in 0..most {
+            let simple = self.available(at).and_then(|descriptor| {
+                let buffer = descriptor.single(&self.buffers.memory, direction)?;
+                (buffer.bytes() >= least).then_some(Simple { id: descriptor.id, buffer })
+            });
+            let Some(simple) = simple else { return index };
+            simple.buffer.prefetch(wish);
+            self.simple[index] = simple;
+            at = at.after(1, self.table.size);
+        }
+        most
+    }
+
     #[inline]
     pub(super) fn payload(&self, frame: &RawFrame) -> Payload<'_> {
-        let first = usize::from(frame.tail.first);
-        let end = first + usize::from(frame.tail.count);
-        // A frame of another ring or burst would name segments that are not there: then it has no payload.
-        match self.segments[..self.segments_used].get(first..end) {
-            Some(segments) => Payload::segments(segments),
-            None => Payload::EMPTY,
-        }
+        self.buffers.payload(frame)
     }
 
     /// Stages the used descriptors of the burst. The device wrote nothing: length 0.
@@ -239,31 +280,45 @@ impl PackedRing {
             self.stage_used(self.chains[index], 0, 0);
         }
         self.taken = 0;
-        self.segments_used = 0;
+        self.buffers.clear();
     }
 
     #[inline]
     pub(super) fn send(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>) -> Result<(), SendError> {
-        let net_header_bytes = usize::from(self.net_header_bytes);
-        let need = net_header_bytes as u64 + header.len() as u64 + u64::from(payload.bytes());
+        if self.simple_at == self.simple_end {
+            self.simple_end = self.look_ahead(self.next, BURST, Direction::DeviceWrites);
+            self.simple_at = 0;
+        }
+        let need = u64::from(self.buffers.net_header_bytes) + header.len() as u64 + u64::from(payload.bytes());
+        let simple = self.simple[..self.simple_end].get(self.simple_at).copied();
+        let Some(Simple { id, buffer }) = simple.filter(|simple| need <= u64::from(simple.buffer.bytes())) else {
+            return self.send_merged(net, header, payload, need);
+        };
+        self.buffers.fill_one(buffer, net, header, payload);
+        // At most the buffer's bytes.
+        self.stage_used(Chain { id, slots: 1 }, need as u32, FLAG_WRITE);
+        self.simple_at += 1;
+        Ok(())
+    }
+
+    /// [`PackedRing::send`] in the general way: into as many chains as it takes, of any number of pieces.
+    fn send_merged(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>, need: u64) -> Result<(), SendError> {
         let mut chains = [(Chain::default(), 0u32); MERGED_CHAINS_MAX];
         let mut count = 0;
         let mut room = 0u64;
         let mut visited = 0;
         let mut at = self.next;
-        self.segments_used = 0;
+        self.buffers.clear();
         while room < need {
             if count > 0 && (!self.mergeable || count == MERGED_CHAINS_MAX) {
                 return Err(SendError::BufferTooSmall);
             }
             let Some(first) = self.available(at) else { return Err(SendError::Full) };
-            if self.segments_used + CHAIN_SEGMENTS_MAX > BURST_SEGMENTS_MAX
-                || visited >= usize::from(CHAIN_DESCRIPTORS_MAX)
-            {
+            if !self.buffers.has_room() || visited >= usize::from(CHAIN_DESCRIPTORS_MAX) {
                 return Err(SendError::BufferTooSmall);
             }
             let (chain, bytes) = self.room_in(at, first, &mut visited).map_err(SendError::Fault)?;
-            if count == 0 && bytes < net_header_bytes as u64 {
+            if count == 0 && bytes < u64::from(self.buffers.net_header_bytes) {
                 return Err(SendError::BufferTooSmall);
             }
             // A chain's room can exceed what is still needed, and even u32; what is written cannot.
@@ -273,30 +328,12 @@ impl PackedRing {
             room += bytes;
         }
         // From here on nothing can fail: the frame is written whole.
-        let net = net.to_bytes(count as u16);
-        let header_payloads = [Payload::private(&net[..net_header_bytes]), Payload::private(header), payload];
-        let mut segments = self.segments[..self.segments_used].iter();
-        let mut into = Segment::EMPTY;
-        for piece in header_payloads {
-            let mut cursor = PayloadCursor::new(piece);
-            let mut left = piece.bytes();
-            while left > 0 {
-                if into.bytes() == 0 {
-                    into = *segments.next().expect("the chains have room for the whole frame");
-                    continue;
-                }
-                let before = into.bytes();
-                // SAFETY: the segments were checked against `self.memory`, which is alive.
-                into = unsafe { cursor.copy_into(into) };
-                left -= before - into.bytes();
-            }
-        }
-        if let Some(log) = &self.log {
-            log.written(&self.memory, &self.segments[..self.segments_used], need);
-        }
+        self.buffers.fill(net, count as u16, header, payload);
         for &(chain, bytes) in &chains[..count] {
             self.stage_used(chain, bytes, FLAG_WRITE);
         }
+        // What was noted is used now, or lies elsewhere.
+        (self.simple_at, self.simple_end) = (0, 0);
         Ok(())
     }
 
@@ -308,7 +345,7 @@ impl PackedRing {
         // Release: pairs with the driver's read barrier after it reads the flags; the descriptors behind and the
         // buffers written before are visible with it (§2.8.15).
         self.second_word_at(index).store(word, Ordering::Release);
-        if self.log.is_some() {
+        if self.buffers.log.is_some() {
             self.log_used(index, slots);
         }
         // The store must be visible before the driver's wish is read, or both sides wait for the other (§2.8.21.3.1 for
@@ -351,7 +388,7 @@ impl PackedRing {
     /// be copied before.
     #[cold]
     fn log_used(&self, first: u16, slots: u32) {
-        let Some(RingLog { log, used_address: Some(_) }) = &self.log else { return };
+        let Some(RingLog { log, used_address: Some(_) }) = &self.buffers.log else { return };
         let to_the_end = u32::from(self.table.size - first);
         let mark = |index: u16, slots: u32| {
             log.mark(self.addresses.0 + DESCRIPTOR_BYTES * u64::from(index), DESCRIPTOR_BYTES * u64::from(slots));
@@ -363,9 +400,9 @@ impl PackedRing {
     /// Both halves in one store: drivers read them in one load.
     fn write_device_event(&self, flags: u16) {
         let word = u32::from(self.next.bits()) | u32::from(flags) << 16;
-        // SAFETY: the structure was checked at set-up: 4 bytes, aligned to 4, mapped while `self.memory` lives.
+        // SAFETY: the structure was checked at set-up: 4 bytes, aligned to 4, mapped while `self.buffers.memory` lives.
         unsafe { AtomicU32::from_ptr(self.device_event as *mut u32) }.store(word.to_le(), Ordering::Relaxed);
-        if let Some(RingLog { log, used_address: Some(_) }) = &self.log {
+        if let Some(RingLog { log, used_address: Some(_) }) = &self.buffers.log {
             log.mark(self.addresses.2, EVENT_BYTES);
         }
     }
@@ -389,107 +426,31 @@ impl PackedRing {
             return None;
         }
         let address = (self.table.host + usize::from(at.index) * DESCRIPTOR_BYTES as usize) as *mut u64;
-        // SAFETY: `at.index` is below the size, the table is 16-byte aligned and mapped while `self.memory` lives.
+        // SAFETY: `at.index` is below the size, the table is 16-byte aligned and mapped while `self.buffers.memory` lives.
         let address = unsafe { AtomicU64::from_ptr(address) }.load(Ordering::Relaxed);
         Some(Descriptor::from_words(address, rest))
     }
 
-    /// Copies a chain's net header and first bytes into `frame` and notes where the rest lies.
-    #[inline]
+    /// A frame out of the chain at `at`, whose first descriptor was read.
     fn gather(
         &mut self,
         at: Position,
-        head: Descriptor,
+        first: Descriptor,
         frame: &mut RawFrame,
         visited: &mut usize,
     ) -> Result<Chain, RingFault> {
-        let net_header_bytes = usize::from(self.net_header_bytes);
-        let mut net = [0u8; NetHeader::BYTES];
-        let mut net_bytes = 0;
-        let mut header_bytes = 0;
-        let mut tail_bytes = 0u64;
-        let first = self.segments_used;
-        let segments = &mut self.segments;
-        let mut used = first;
-        let (chain, whole) = walk(
-            &self.memory,
-            self.table,
-            self.indirect,
-            at.index,
-            head,
-            Direction::DeviceReads,
-            visited,
-            |mut segment: Segment| {
-                if net_bytes < net_header_bytes {
-                    let bytes = segment.bytes().min((net_header_bytes - net_bytes) as u32);
-                    let end = net_bytes + bytes as usize;
-                    // SAFETY: the segment was checked against `self.memory`, which is alive.
-                    unsafe { segment.copy_out(&mut net[net_bytes..end]) };
-                    net_bytes = end;
-                    segment = segment.skip(bytes);
-                }
-                if segment.bytes() > 0 && header_bytes < HEADER_COPY_BYTES {
-                    let bytes = segment.bytes().min((HEADER_COPY_BYTES - header_bytes) as u32);
-                    let end = header_bytes + bytes as usize;
-                    // SAFETY: as above.
-                    unsafe { segment.copy_out(&mut frame.header[header_bytes..end]) };
-                    header_bytes = end;
-                    segment = segment.skip(bytes);
-                }
-                if segment.bytes() > 0 {
-                    if used - first == CHAIN_SEGMENTS_MAX {
-                        return false;
-                    }
-                    tail_bytes += u64::from(segment.bytes());
-                    segments[used] = segment;
-                    used += 1;
-                }
-                true
-            },
-        )?;
-        let bytes = header_bytes as u64 + tail_bytes;
-        frame.net = NetHeader::from_bytes(&net);
-        if !whole || bytes > u64::from(FRAME_BYTES_MAX) {
-            (frame.fault, frame.header_bytes, frame.frame_bytes) = (Some(FrameFault::TooLarge), 0, 0);
-            frame.tail = Tail::default();
-            return Ok(chain);
-        }
-        frame.fault = (net_bytes < net_header_bytes).then_some(FrameFault::NoHeader);
-        frame.header_bytes = header_bytes as u16;
-        frame.frame_bytes = bytes as u32;
-        frame.tail = Tail { first: first as u16, count: (used - first) as u16 };
-        self.segments_used = used;
-        Ok(chain)
+        let (table, indirect) = (self.table, self.indirect);
+        self.buffers.gather(frame, |memory, take| {
+            walk(memory, table, indirect, (at.index, first), Direction::DeviceReads, visited, take)
+        })
     }
 
     /// Notes the segments of a chain that the device may write to; returns the chain and their bytes.
-    #[inline]
-    fn room_in(&mut self, at: Position, head: Descriptor, visited: &mut usize) -> Result<(Chain, u64), RingFault> {
-        let first = self.segments_used;
-        let segments = &mut self.segments;
-        let mut used = first;
-        let mut room = 0u64;
-        // A chain of more pieces than the maximum is used as far as it was noted.
-        let (chain, _) = walk(
-            &self.memory,
-            self.table,
-            self.indirect,
-            at.index,
-            head,
-            Direction::DeviceWrites,
-            visited,
-            |segment: Segment| {
-                if used - first == CHAIN_SEGMENTS_MAX {
-                    return false;
-                }
-                room += u64::from(segment.bytes());
-                segments[used] = segment;
-                used += 1;
-                true
-            },
-        )?;
-        self.segments_used = used;
-        Ok((chain, room))
+    fn room_in(&mut self, at: Position, first: Descriptor, visited: &mut usize) -> Result<(Chain, u64), RingFault> {
+        let (table, indirect) = (self.table, self.indirect);
+        self.buffers.note(|memory, take| {
+            walk(memory, table, indirect, (at.index, first), Direction::DeviceWrites, visited, take)
+        })
     }
 
     /// Gives the chain at `next` back; the driver sees nothing of it before `publish`.
@@ -517,7 +478,7 @@ impl PackedRing {
         debug_assert!(index < self.table.size);
         let word = self.table.host + usize::from(index) * DESCRIPTOR_BYTES as usize + 8;
         // SAFETY: every index here comes from a `Position`, which stays below the size; the table is 16-byte aligned and
-        // mapped while `self.memory` lives.
+        // mapped while `self.buffers.memory` lives.
         unsafe { AtomicU64::from_ptr(word as *mut u64) }
     }
 
@@ -551,20 +512,17 @@ unsafe fn descriptor(table: usize, index: u16) -> Descriptor {
 /// Walks the chain whose first descriptor `head` was read at `at`, giving each non-empty segment to `take`. Returns the
 /// chain, and false if `take` once did, after which it is not asked again. Every descriptor is read once and counted in
 /// `visited`; a chain has at most as many as its table, or as the limit.
-#[inline]
-#[allow(clippy::too_many_arguments, reason = "the ring's fields, of which the caller borrows some mutably")]
 fn walk(
     memory: &Memory,
     table: Table,
     indirect: bool,
-    at: u16,
-    head: Descriptor,
+    (at, head): (u16, Descriptor),
     direction: Direction,
     visited: &mut usize,
-    mut take: impl FnMut(Segment) -> bool,
+    take: Take<'_>,
 ) -> Result<(Chain, bool), RingFault> {
     if head.flags & FLAG_INDIRECT != 0 {
-        let whole = walk_indirect(memory, indirect, at, head, direction, visited, take)?;
+        let whole = walk_indirect(memory, indirect, (at, head), direction, visited, take)?;
         return Ok((Chain { id: head.id, slots: 1 }, whole));
     }
     let most = table.size.min(CHAIN_DESCRIPTORS_MAX);
@@ -576,7 +534,7 @@ fn walk(
             return Err(RingFault::Indirect { index });
         }
         if whole {
-            whole = take_buffer(memory, entry, index, direction, &mut take)?;
+            whole = take_buffer(memory, entry, index, direction, take)?;
         }
         if entry.flags & FLAG_NEXT == 0 {
             return Ok((Chain { id: entry.id, slots }, whole));
@@ -594,15 +552,13 @@ fn walk(
 
 /// As [`walk`], for the table that `head` at `at` refers to. Its descriptors follow one another; of their flags only
 /// WRITE means something, the device ignores the others (§2.8.7).
-#[inline]
 fn walk_indirect(
     memory: &Memory,
     indirect: bool,
-    at: u16,
-    head: Descriptor,
+    (at, head): (u16, Descriptor),
     direction: Direction,
     visited: &mut usize,
-    mut take: impl FnMut(Segment) -> bool,
+    take: Take<'_>,
 ) -> Result<bool, RingFault> {
     let entries = head.bytes / DESCRIPTOR_BYTES as u32;
     let is_whole = u64::from(head.bytes).is_multiple_of(DESCRIPTOR_BYTES);
@@ -620,7 +576,7 @@ fn walk_indirect(
         *visited += 1;
         // SAFETY: the table has `entries` entries, and was just found to be mapped.
         let entry = unsafe { descriptor(host as usize, index) };
-        if !take_buffer(memory, entry, index, direction, &mut take)? {
+        if !take_buffer(memory, entry, index, direction, take)? {
             return Ok(false);
         }
     }
@@ -628,13 +584,12 @@ fn walk_indirect(
 }
 
 /// Gives the segments of one descriptor's buffer to `take`; false if that wants no more.
-#[inline]
 fn take_buffer(
     memory: &Memory,
     entry: Descriptor,
     index: u16,
     direction: Direction,
-    take: &mut impl FnMut(Segment) -> bool,
+    take: Take<'_>,
 ) -> Result<bool, RingFault> {
     if (entry.flags & FLAG_WRITE != 0) != (direction == Direction::DeviceWrites) {
         return Err(RingFault::Direction { index });

@@ -13,13 +13,14 @@ use virtio_bindings::bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
 };
 
+use super::buffers::{Buffers, Take};
 use super::{
-    BURST, BURST_DESCRIPTORS_MAX, BURST_SEGMENTS_MAX, CHAIN_DESCRIPTORS_MAX, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX,
-    MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault, RingSetup, SendError,
+    BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
+    RingSetup, SendError,
 };
 use crate::dirty_log::RingLog;
-use crate::frame::{FrameFault, HEADER_COPY_BYTES, NetHeader, RawFrame, Tail};
-use crate::memory::{Memory, Payload, PayloadCursor, Segment};
+use crate::frame::{NetHeader, RawFrame};
+use crate::memory::{Memory, Payload, Segment, Wish, prefetch};
 
 const DESCRIPTOR_BYTES: u64 = 16;
 const FLAG_NEXT: u16 = VRING_DESC_F_NEXT as u16;
@@ -35,6 +36,26 @@ struct Descriptor {
     bytes: u32,
     flags: u16,
     next: u16,
+}
+
+impl Descriptor {
+    const NONE: Descriptor = Descriptor { address: 0, bytes: 0, flags: 0, next: 0 };
+
+    /// The buffer of a chain that is this descriptor alone and that lies in one region.
+    #[inline]
+    fn single(self, memory: &Memory, direction: Direction) -> Option<Segment> {
+        let flags = if direction == Direction::DeviceWrites { FLAG_WRITE } else { 0 };
+        (self.flags & (FLAG_NEXT | FLAG_INDIRECT | FLAG_WRITE) == flags && self.bytes > 0)
+            .then(|| memory.segment(self.address, self.bytes))?
+    }
+}
+
+/// A buffer to be written to, seen before it is needed.
+#[derive(Debug, Clone, Copy)]
+struct Posted {
+    head: u16,
+    /// Empty: to be looked at in the general way.
+    buffer: Segment,
 }
 
 /// A descriptor table that was checked to lie whole in mapped memory.
@@ -53,7 +74,7 @@ enum Direction {
 
 #[derive(Debug)]
 pub(super) struct SplitRing {
-    memory: Arc<Memory>,
+    buffers: Buffers,
     /// Guest-physical addresses, for whoever sets the ring up anew.
     addresses: (u64, u64, u64),
     /// Host addresses of descriptor table, available ring and used ring.
@@ -61,7 +82,6 @@ pub(super) struct SplitRing {
     available: usize,
     used: usize,
     size: u16,
-    net_header_bytes: u8,
     event_idx: bool,
     indirect: bool,
     mergeable: bool,
@@ -76,10 +96,9 @@ pub(super) struct SplitRing {
     /// Chains taken by `receive` and not completed yet, and their heads.
     taken: u16,
     heads: [u16; BURST],
-    /// Pieces of guest memory of the burst (from the guest) or of the frame being written (to the guest).
-    segments: Box<[Segment]>,
-    segments_used: usize,
-    log: Option<RingLog>,
+    /// Entry `index` of the available ring at `index % BURST`, for indices from `next_avail` up to `posted_end`.
+    posted: [Posted; BURST],
+    posted_end: u16,
 }
 
 impl SplitRing {
@@ -105,9 +124,8 @@ impl SplitRing {
             descriptors: part("descriptor table", setup.descriptors, DESCRIPTOR_BYTES * entries, 16)?,
             available: part("available ring", setup.available, 4 + 2 * entries + event_bytes, 2)?,
             used: part("used ring", setup.used, 4 + 8 * entries + event_bytes, 4)?,
-            memory: Arc::clone(&setup.memory),
+            buffers: Buffers::new(setup),
             size,
-            net_header_bytes: super::net_header_bytes(setup.features) as u8,
             event_idx,
             indirect: super::indirect(setup.features),
             mergeable: super::mergeable(setup.features),
@@ -117,9 +135,8 @@ impl SplitRing {
             published_used: setup.next_used,
             taken: 0,
             heads: [0; BURST],
-            segments: vec![Segment::EMPTY; BURST_SEGMENTS_MAX].into_boxed_slice(),
-            segments_used: 0,
-            log: setup.log.clone(),
+            posted: [Posted { head: 0, buffer: Segment::EMPTY }; BURST],
+            posted_end: setup.next_avail,
         })
     }
 
@@ -136,11 +153,11 @@ impl SplitRing {
     }
 
     pub(super) fn memory(&self) -> &Arc<Memory> {
-        &self.memory
+        &self.buffers.memory
     }
 
     pub(super) fn into_memory_and_log(self) -> (Arc<Memory>, Option<RingLog>) {
-        (self.memory, self.log)
+        (self.buffers.memory, self.buffers.log)
     }
 
     pub(super) fn addresses(&self) -> (u64, u64, u64) {
@@ -157,16 +174,35 @@ impl SplitRing {
         let ready = usize::from(self.refresh_available(BURST as u16)?);
         let burst = ready.min(frames.len()).min(BURST);
         for index in 0..burst {
-            self.heads[index] = self.available_entry(self.next_avail.wrapping_add(index as u16))?;
+            let head = self.available_entry(self.next_avail.wrapping_add(index as u16))?;
+            self.heads[index] = head;
+            prefetch(self.descriptors + usize::from(head) * DESCRIPTOR_BYTES as usize, Wish::Read);
         }
-        self.segments_used = 0;
+        // All first descriptors and where they lead to, before any buffer: cache misses then overlap.
+        let mut first = [(Descriptor::NONE, None); BURST];
+        for (first, &head) in first.iter_mut().zip(&self.heads[..burst]) {
+            // SAFETY: every head was checked to be below the size.
+            let descriptor = unsafe { descriptor(self.descriptors, head) };
+            let buffer = descriptor.single(&self.buffers.memory, Direction::DeviceReads);
+            if let Some(buffer) = buffer {
+                buffer.prefetch(Wish::Read);
+            }
+            *first = (descriptor, buffer.filter(|buffer| buffer.bytes() >= self.buffers.net_header_bytes));
+        }
+        self.buffers.clear();
         let mut taken = 0;
         let mut visited = 0;
-        for frame in &mut frames[..burst] {
-            if self.segments_used + CHAIN_SEGMENTS_MAX > BURST_SEGMENTS_MAX || visited >= BURST_DESCRIPTORS_MAX {
+        for (frame, &(descriptor, buffer)) in frames[..burst].iter_mut().zip(&first) {
+            if !self.buffers.has_room() || visited >= BURST_DESCRIPTORS_MAX {
                 break;
             }
-            self.gather(self.heads[taken], frame, &mut visited)?;
+            match buffer {
+                Some(buffer) => {
+                    visited += 1;
+                    self.buffers.gather_one(buffer, frame);
+                }
+                None => self.gather(self.heads[taken], descriptor, frame, &mut visited)?,
+            }
             taken += 1;
         }
         self.taken = taken as u16;
@@ -176,13 +212,7 @@ impl SplitRing {
 
     #[inline]
     pub(super) fn payload(&self, frame: &RawFrame) -> Payload<'_> {
-        let first = usize::from(frame.tail.first);
-        let end = first + usize::from(frame.tail.count);
-        // A frame of another ring or burst would name segments that are not there: then it has no payload.
-        match self.segments[..self.segments_used].get(first..end) {
-            Some(segments) => Payload::segments(segments),
-            None => Payload::EMPTY,
-        }
+        self.buffers.payload(frame)
     }
 
     /// Stages the used entries of the burst. The device wrote nothing: length 0.
@@ -192,18 +222,55 @@ impl SplitRing {
             self.stage_used(self.heads[index], 0);
         }
         self.taken = 0;
-        self.segments_used = 0;
+        self.buffers.clear();
     }
 
     #[inline]
     pub(super) fn send(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>) -> Result<(), SendError> {
-        let net_header_bytes = usize::from(self.net_header_bytes);
-        let need = net_header_bytes as u64 + header.len() as u64 + u64::from(payload.bytes());
+        if self.next_avail == self.posted_end {
+            self.look_ahead().map_err(SendError::Fault)?;
+        }
+        let Posted { head, buffer } = self.posted[usize::from(self.next_avail) % BURST];
+        let need = u64::from(self.buffers.net_header_bytes) + header.len() as u64 + u64::from(payload.bytes());
+        if need > u64::from(buffer.bytes()) {
+            return self.send_merged(net, header, payload, need);
+        }
+        self.buffers.fill_one(buffer, net, header, payload);
+        // At most the buffer's bytes.
+        self.stage_used(head, need as u32);
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Notes the next buffers that the guest has posted and asks for their cache lines.
+    fn look_ahead(&mut self) -> Result<(), RingFault> {
+        let ready = self.refresh_available(1)?.min(BURST as u16);
+        self.posted[usize::from(self.next_avail) % BURST].buffer = Segment::EMPTY;
+        for index in 0..ready {
+            let index = self.next_avail.wrapping_add(index);
+            let mut posted = Posted { head: 0, buffer: Segment::EMPTY };
+            // What is wrong with an entry is found when it is used.
+            if let Ok(head) = self.available_entry(index) {
+                // SAFETY: the head was just checked.
+                let descriptor = unsafe { descriptor(self.descriptors, head) };
+                if let Some(buffer) = descriptor.single(&self.buffers.memory, Direction::DeviceWrites) {
+                    buffer.prefetch(Wish::Write);
+                    posted = Posted { head, buffer };
+                }
+            }
+            self.posted[usize::from(index) % BURST] = posted;
+        }
+        self.posted_end = self.next_avail.wrapping_add(ready);
+        Ok(())
+    }
+
+    /// [`SplitRing::send`] in the general way: into as many chains as it takes, of any number of pieces.
+    fn send_merged(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>, need: u64) -> Result<(), SendError> {
         let mut chains = [(0u16, 0u32); MERGED_CHAINS_MAX];
         let mut count = 0;
         let mut room = 0u64;
         let mut visited = 0;
-        self.segments_used = 0;
+        self.buffers.clear();
         while room < need {
             if count > 0 && (!self.mergeable || count == MERGED_CHAINS_MAX) {
                 return Err(SendError::BufferTooSmall);
@@ -213,13 +280,11 @@ impl SplitRing {
                 return Err(SendError::Full);
             }
             let head = self.available_entry(self.next_avail.wrapping_add(count as u16)).map_err(SendError::Fault)?;
-            if self.segments_used + CHAIN_SEGMENTS_MAX > BURST_SEGMENTS_MAX
-                || visited >= usize::from(CHAIN_DESCRIPTORS_MAX)
-            {
+            if !self.buffers.has_room() || visited >= usize::from(CHAIN_DESCRIPTORS_MAX) {
                 return Err(SendError::BufferTooSmall);
             }
             let bytes = self.room_in(head, &mut visited).map_err(SendError::Fault)?;
-            if count == 0 && bytes < net_header_bytes as u64 {
+            if count == 0 && bytes < u64::from(self.buffers.net_header_bytes) {
                 return Err(SendError::BufferTooSmall);
             }
             // A chain's room can exceed what is still needed, and even u32; what is written cannot.
@@ -228,31 +293,15 @@ impl SplitRing {
             room += bytes;
         }
         // From here on nothing can fail: the frame is written whole.
-        let net = net.to_bytes(count as u16);
-        let header_payloads = [Payload::private(&net[..net_header_bytes]), Payload::private(header), payload];
-        let mut segments = self.segments[..self.segments_used].iter();
-        let mut into = Segment::EMPTY;
-        for piece in header_payloads {
-            let mut cursor = PayloadCursor::new(piece);
-            let mut left = piece.bytes();
-            while left > 0 {
-                if into.bytes() == 0 {
-                    into = *segments.next().expect("the chains have room for the whole frame");
-                    continue;
-                }
-                let before = into.bytes();
-                // SAFETY: the segments were checked against `self.memory`, which is alive.
-                into = unsafe { cursor.copy_into(into) };
-                left -= before - into.bytes();
-            }
-        }
-        if let Some(log) = &self.log {
-            log.written(&self.memory, &self.segments[..self.segments_used], need);
-        }
+        self.buffers.fill(net, count as u16, header, payload);
         for &(head, bytes) in &chains[..count] {
             self.stage_used(head, bytes);
         }
         self.next_avail = self.next_avail.wrapping_add(count as u16);
+        if self.posted_end.wrapping_sub(self.next_avail) > BURST as u16 {
+            // It went beyond what was noted.
+            self.posted_end = self.next_avail;
+        }
         Ok(())
     }
 
@@ -264,13 +313,13 @@ impl SplitRing {
             return false;
         }
         self.published_used = new;
-        if self.log.is_some() {
+        if self.buffers.log.is_some() {
             self.log_used_entries(old, new);
         }
         // Release: pairs with the driver's read barrier after it reads the used index; the entries and buffers
         // written before are visible with it (§2.7.8).
         self.used_u16(2).store(new, Ordering::Release);
-        if let Some(log) = &self.log {
+        if let Some(log) = &self.buffers.log {
             log.used(2, 2);
         }
         // The store of the used index must be visible before the driver's wish is read, or both sides wait for the
@@ -289,7 +338,7 @@ impl SplitRing {
         if self.event_idx {
             let avail_event = 4 + 8 * usize::from(self.size);
             self.used_u16(avail_event).store(self.next_avail, Ordering::Relaxed);
-            if let Some(log) = &self.log {
+            if let Some(log) = &self.buffers.log {
                 log.used(avail_event as u64, 2);
             }
         } else {
@@ -310,7 +359,7 @@ impl SplitRing {
 
     fn write_flags(&self, flags: u16) {
         self.used_u16(0).store(flags, Ordering::Relaxed);
-        if let Some(log) = &self.log {
+        if let Some(log) = &self.buffers.log {
             log.used(0, 2);
         }
     }
@@ -318,7 +367,7 @@ impl SplitRing {
     /// Logs the used entries with indices from `old` to `new`, before the guest can see them.
     #[cold]
     fn log_used_entries(&self, old: u16, new: u16) {
-        let Some(log) = &self.log else { return };
+        let Some(log) = &self.buffers.log else { return };
         let first = old & (self.size - 1);
         // At most two runs: up to the end of the ring, and from its start.
         let count = new.wrapping_sub(old);
@@ -362,94 +411,35 @@ impl SplitRing {
         Ok(head)
     }
 
-    /// Copies a chain's net header and first bytes into `frame` and notes where the rest lies.
-    #[inline]
-    fn gather(&mut self, head: u16, frame: &mut RawFrame, visited: &mut usize) -> Result<(), RingFault> {
-        let net_header_bytes = usize::from(self.net_header_bytes);
-        let mut net = [0u8; NetHeader::BYTES];
-        let mut net_bytes = 0;
-        let mut header_bytes = 0;
-        let mut tail_bytes = 0u64;
-        let first = self.segments_used;
-        let segments = &mut self.segments;
-        let mut used = first;
-        let whole = walk(
-            &self.memory,
-            Table { host: self.descriptors, size: self.size },
-            self.indirect,
-            head,
-            Direction::DeviceReads,
-            visited,
-            |mut segment: Segment| {
-                if net_bytes < net_header_bytes {
-                    let bytes = segment.bytes().min((net_header_bytes - net_bytes) as u32);
-                    let end = net_bytes + bytes as usize;
-                    // SAFETY: the segment was checked against `self.memory`, which is alive.
-                    unsafe { segment.copy_out(&mut net[net_bytes..end]) };
-                    net_bytes = end;
-                    segment = segment.skip(bytes);
-                }
-                if segment.bytes() > 0 && header_bytes < HEADER_COPY_BYTES {
-                    let bytes = segment.bytes().min((HEADER_COPY_BYTES - header_bytes) as u32);
-                    let end = header_bytes + bytes as usize;
-                    // SAFETY: as above.
-                    unsafe { segment.copy_out(&mut frame.header[header_bytes..end]) };
-                    header_bytes = end;
-                    segment = segment.skip(bytes);
-                }
-                if segment.bytes() > 0 {
-                    if used - first == CHAIN_SEGMENTS_MAX {
-                        return false;
-                    }
-                    tail_bytes += u64::from(segment.bytes());
-                    segments[used] = segment;
-                    used += 1;
-                }
-                true
-            },
-        )?;
-        let bytes = header_bytes as u64 + tail_bytes;
-        frame.net = NetHeader::from_bytes(&net);
-        if !whole || bytes > u64::from(FRAME_BYTES_MAX) {
-            (frame.fault, frame.header_bytes, frame.frame_bytes) = (Some(FrameFault::TooLarge), 0, 0);
-            frame.tail = Tail::default();
-            return Ok(());
-        }
-        frame.fault = (net_bytes < net_header_bytes).then_some(FrameFault::NoHeader);
-        frame.header_bytes = header_bytes as u16;
-        frame.frame_bytes = bytes as u32;
-        frame.tail = Tail { first: first as u16, count: (used - first) as u16 };
-        self.segments_used = used;
-        Ok(())
+    /// A frame out of the chain at `head`, whose first descriptor was read.
+    fn gather(
+        &mut self,
+        head: u16,
+        first: Descriptor,
+        frame: &mut RawFrame,
+        visited: &mut usize,
+    ) -> Result<(), RingFault> {
+        let (table, indirect) = (self.table(), self.indirect);
+        self.buffers.gather(frame, |memory, take| {
+            let whole = walk(memory, table, indirect, (head, first), Direction::DeviceReads, visited, take)?;
+            Ok(((), whole))
+        })
     }
 
     /// Notes the segments of a chain that the device may write to; returns their bytes.
-    #[inline]
     fn room_in(&mut self, head: u16, visited: &mut usize) -> Result<u64, RingFault> {
-        let first = self.segments_used;
-        let segments = &mut self.segments;
-        let mut used = first;
-        let mut room = 0u64;
-        // A chain of more pieces than the maximum is used as far as it was noted.
-        walk(
-            &self.memory,
-            Table { host: self.descriptors, size: self.size },
-            self.indirect,
-            head,
-            Direction::DeviceWrites,
-            visited,
-            |segment: Segment| {
-                if used - first == CHAIN_SEGMENTS_MAX {
-                    return false;
-                }
-                room += u64::from(segment.bytes());
-                segments[used] = segment;
-                used += 1;
-                true
-            },
-        )?;
-        self.segments_used = used;
-        Ok(room)
+        let (table, indirect) = (self.table(), self.indirect);
+        // SAFETY: the head was checked to be below the size.
+        let first = unsafe { descriptor(table.host, head) };
+        let noted = self.buffers.note(|memory, take| {
+            let whole = walk(memory, table, indirect, (head, first), Direction::DeviceWrites, visited, take)?;
+            Ok(((), whole))
+        })?;
+        Ok(noted.1)
+    }
+
+    fn table(&self) -> Table {
+        Table { host: self.descriptors, size: self.size }
     }
 
     /// Writes a used entry that the guest does not see yet.
@@ -468,14 +458,14 @@ impl SplitRing {
     #[inline]
     fn available_u16(&self, at: usize) -> &AtomicU16 {
         debug_assert!(at + 2 <= 6 + 2 * usize::from(self.size));
-        // SAFETY: callers stay in the available ring, which is 2-byte aligned and mapped while `self.memory` lives.
+        // SAFETY: callers stay in the available ring, which is 2-byte aligned and mapped while `self.buffers.memory` lives.
         unsafe { AtomicU16::from_ptr((self.available + at) as *mut u16) }
     }
 
     #[inline]
     fn used_u16(&self, at: usize) -> &AtomicU16 {
         debug_assert!(at + 2 <= 6 + 8 * usize::from(self.size));
-        // SAFETY: callers stay in the used ring, which is 4-byte aligned and mapped while `self.memory` lives.
+        // SAFETY: callers stay in the used ring, which is 4-byte aligned and mapped while `self.buffers.memory` lives.
         unsafe { AtomicU16::from_ptr((self.used + at) as *mut u16) }
     }
 }
@@ -504,32 +494,24 @@ unsafe fn descriptor(table: usize, index: u16) -> Descriptor {
     }
 }
 
-/// Walks the chain at `head`, giving each non-empty segment to `take`. Returns false if `take` did, which ends the walk.
-/// Every descriptor is read once and counted in `visited`; a chain has at most as many as its table, or as the limit.
-#[inline]
+/// Walks the chain whose head, index and descriptor, was read, giving each non-empty segment to `take`. Returns false if
+/// `take` did, which ends the walk. Every descriptor is read once and counted in `visited`; a chain has at most as many as
+/// its table, or as the limit.
 fn walk(
     memory: &Memory,
     mut table: Table,
     indirect: bool,
-    head: u16,
+    (head, first): (u16, Descriptor),
     direction: Direction,
     visited: &mut usize,
-    mut take: impl FnMut(Segment) -> bool,
+    take: Take<'_>,
 ) -> Result<bool, RingFault> {
-    let mut index = head;
+    let (mut index, mut entry) = (head, first);
     let mut left = table.size.min(CHAIN_DESCRIPTORS_MAX);
     let mut in_indirect = false;
     loop {
-        if index >= table.size {
-            return Err(RingFault::DescriptorIndex { index, size: table.size });
-        }
-        if left == 0 {
-            return Err(RingFault::Loop { head });
-        }
         left -= 1;
         *visited += 1;
-        // SAFETY: `index < table.size`; the ring's table was checked at set-up, an indirect one below.
-        let entry = unsafe { descriptor(table.host, index) };
         if entry.flags & FLAG_INDIRECT != 0 {
             // §2.7.5.3.1: never nested, never with NEXT, and only if negotiated. It may have more descriptors than the
             // ring (Linux makes such); indices are 16 bits wide and reach no further than the largest ring's.
@@ -543,28 +525,36 @@ fn walk(
                 .ok_or(RingFault::BufferAddress { address: entry.address, bytes: entry.bytes })?;
             table = Table { host: host as usize, size: entries.min(u32::from(RING_SIZE_MAX)) as u16 };
             (left, index, in_indirect) = (table.size.min(CHAIN_DESCRIPTORS_MAX), 0, true);
-            continue;
-        }
-        let writes = entry.flags & FLAG_WRITE != 0;
-        if writes != (direction == Direction::DeviceWrites) {
-            return Err(RingFault::Direction { index });
-        }
-        if entry.bytes > 0 {
-            let mut wanted = true;
-            let mapped = memory.segments(entry.address, entry.bytes, |segment| {
-                wanted = take(segment);
-                wanted
-            });
-            if !wanted {
-                return Ok(false);
+        } else {
+            let writes = entry.flags & FLAG_WRITE != 0;
+            if writes != (direction == Direction::DeviceWrites) {
+                return Err(RingFault::Direction { index });
             }
-            if !mapped {
-                return Err(RingFault::BufferAddress { address: entry.address, bytes: entry.bytes });
+            if entry.bytes > 0 {
+                let mut wanted = true;
+                let mapped = memory.segments(entry.address, entry.bytes, |segment| {
+                    wanted = take(segment);
+                    wanted
+                });
+                if !wanted {
+                    return Ok(false);
+                }
+                if !mapped {
+                    return Err(RingFault::BufferAddress { address: entry.address, bytes: entry.bytes });
+                }
             }
+            if entry.flags & FLAG_NEXT == 0 {
+                return Ok(true);
+            }
+            index = entry.next;
         }
-        if entry.flags & FLAG_NEXT == 0 {
-            return Ok(true);
+        if index >= table.size {
+            return Err(RingFault::DescriptorIndex { index, size: table.size });
         }
-        index = entry.next;
+        if left == 0 {
+            return Err(RingFault::Loop { head });
+        }
+        // SAFETY: `index < table.size`; the ring's table was checked at set-up, an indirect one above.
+        entry = unsafe { descriptor(table.host, index) };
     }
 }

@@ -1,0 +1,52 @@
+//! What one frame costs a worker, with guests in the same thread: no other core, so nothing but instructions and warm caches.
+//!
+//! ```text
+//! DREAMWIRE_TURN_ROUNDS=200000 cargo test --release -p dreamwire-datapath --test turn_cost -- --nocapture
+//! ```
+//! Only the turns are timed, not the guests. The quickest of many slices is shown: what disturbs a machine only adds.
+
+mod common;
+
+use std::time::Instant;
+
+use common::*;
+use dreamwire_datapath::mac::Mac;
+
+/// Rounds over which one slice is averaged.
+const SLICE: u32 = 64;
+
+fn rounds() -> u32 {
+    std::env::var("DREAMWIRE_TURN_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2 * SLICE)
+}
+
+/// The quickest slice of turns, in ns per frame. `frames` are sent by station 0 in every round.
+fn cost(lan: &mut Lan, frames: &[Vec<u8>]) -> f64 {
+    lan.send(1, &frame(Mac::BROADCAST, lan.stations[1].mac(), 60, 0));
+    lan.received(0);
+    let mut best = f64::MAX;
+    for _ in 0..rounds() / SLICE {
+        let mut spent = 0;
+        for _ in 0..SLICE {
+            frames.iter().for_each(|frame| lan.stations[0].send(frame));
+            let start = Instant::now();
+            let taken = lan.run();
+            spent += start.elapsed().as_nanos();
+            assert_eq!(taken, frames.len());
+            assert_eq!(lan.received(1).len(), frames.len());
+        }
+        best = best.min(spent as f64 / f64::from(SLICE) / frames.len() as f64);
+    }
+    best
+}
+
+#[test]
+fn a_frame_from_guest_to_guest() {
+    for bytes in [64, 512, 1514] {
+        let mut lan = Lan::new(2, 1);
+        let (to, from) = (lan.stations[1].mac(), lan.stations[0].mac());
+        let mut udp = udp(to, from, 7);
+        udp.resize(bytes, 0);
+        let frames = vec![udp; usize::from(RING_SIZE)];
+        println!("guest to guest, {bytes} B: {:.1} ns a frame", cost(&mut lan, &frames));
+    }
+}
