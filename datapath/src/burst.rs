@@ -39,7 +39,6 @@ pub struct Burst {
     pub(crate) frames: Box<[RawFrame]>,
     pub(crate) networks: [NetworkId; BURST],
     pub(crate) origins: [Origin; BURST],
-    pub(crate) flow_hashes: [u32; BURST],
     /// What the sender left undone.
     pub(crate) offloads: [Offload; BURST],
     pub(crate) next_hops: [NextHop; BURST],
@@ -54,7 +53,6 @@ impl Default for Burst {
             frames: vec![RawFrame::EMPTY; BURST].into_boxed_slice(),
             networks: [NetworkId(0); BURST],
             origins: [Origin::Port(PortId(0)); BURST],
-            flow_hashes: [0; BURST],
             offloads: [Offload::NONE; BURST],
             next_hops: [NextHop::Undecided; BURST],
             datagrams: [0; BURST],

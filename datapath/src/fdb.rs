@@ -28,6 +28,13 @@ pub const LEARNED_PER_TUNNEL_MAX: u32 = 16384;
 /// An entry is written to again only after this long, so that a steady flow leaves its cache line clean.
 const REFRESH_NS: u64 = 1_000_000_000;
 
+/// How often [`Fdb::learn`] has to hear of a station that sends, in ns, for an entry of `age_ns` never to be forgotten: it
+/// may go unwritten for that long twice.
+#[inline]
+pub fn refresh_ns(age_ns: u64) -> u64 {
+    REFRESH_NS.min(age_ns / 4)
+}
+
 /// Buckets looked at by one [`Fdb::sweep`].
 const SWEEP_BUCKETS: usize = 256;
 
@@ -81,6 +88,7 @@ pub struct Fdb {
     by_port: Box<[u16]>,
     by_tunnel: Box<[u32]>,
     sweep_at: usize,
+    epoch: u64,
 }
 
 /// Network and address in one word. Never zero, which marks a free place: a station's address is not zero.
@@ -104,6 +112,7 @@ impl Default for Fdb {
             by_port: vec![0; PORTS_MAX].into_boxed_slice(),
             by_tunnel: vec![0; NETWORKS_MAX].into_boxed_slice(),
             sweep_at: 0,
+            epoch: 1,
         }
     }
 }
@@ -115,14 +124,26 @@ impl Fdb {
         (self.hasher.hash_one(key) >> 32) as usize % BUCKETS
     }
 
-    /// Where `mac` was last seen in `network`, unless that was too long ago.
+    /// Rises with every address that comes, moves or goes: what was looked up at the same epoch still holds, until it
+    /// grows old. Never zero.
     #[inline]
-    pub fn lookup(&self, network: NetworkId, mac: Mac, now_ns: u64) -> Option<Location> {
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Makes everything that was looked up before be looked up again.
+    pub fn renew(&mut self) {
+        self.epoch += 1;
+    }
+
+    /// Where `mac` was last seen in `network` and when that is forgotten (ns), unless it was too long ago.
+    #[inline]
+    pub fn lookup(&self, network: NetworkId, mac: Mac, now_ns: u64) -> Option<(Location, u64)> {
         let key = key(network, mac);
         let bucket = self.bucket(key);
         let way = self.keys[bucket].iter().position(|&other| other == key)?;
         let entry = &self.entries[bucket][way];
-        (entry.expires_ns > now_ns).then_some(entry.location)
+        (entry.expires_ns > now_ns).then_some((entry.location, entry.expires_ns))
     }
 
     /// Notes that station `mac` of `network` was seen at `location`.
@@ -134,7 +155,7 @@ impl Fdb {
         if let Some(way) = self.keys[bucket].iter().position(|&other| other == key) {
             let entry = &self.entries[bucket][way];
             if entry.location == location {
-                if now_ns.saturating_sub(entry.seen_ns) >= REFRESH_NS || entry.expires_ns <= now_ns {
+                if now_ns.saturating_sub(entry.seen_ns) >= refresh_ns(age_ns) || entry.expires_ns <= now_ns {
                     self.entries[bucket][way] = Entry { location, seen_ns: now_ns, expires_ns: now_ns + age_ns };
                 }
                 return Learned::Known;
@@ -153,6 +174,7 @@ impl Fdb {
         let free = (0..WAYS).find(|&way| self.keys[bucket][way] == 0 || self.entries[bucket][way].expires_ns <= now_ns);
         let Some(way) = free.filter(|_| within_quota) else { return Learned::Refused };
         self.forget(bucket, way);
+        self.epoch += 1;
         self.keys[bucket][way] = key;
         self.entries[bucket][way] = entry;
         self.count(key, entry.location, 1);
@@ -163,6 +185,7 @@ impl Fdb {
     fn forget(&mut self, bucket: usize, way: usize) {
         let key = std::mem::take(&mut self.keys[bucket][way]);
         if key != 0 {
+            self.epoch += 1;
             self.count(key, self.entries[bucket][way].location, -1);
         }
     }
@@ -243,10 +266,10 @@ mod tests {
         let mut fdb = Fdb::default();
         assert_eq!(fdb.learn(NET, mac(1), port(1), 0, AGE), Learned::New);
         assert_eq!(fdb.learn(NET, mac(1), port(1), 5, AGE), Learned::Known);
-        assert_eq!(fdb.lookup(NET, mac(1), 5), Some(port(1)));
+        assert_eq!(fdb.lookup(NET, mac(1), 5), Some((port(1), AGE)));
         let vtep = Location::Vtep("192.0.2.2".parse().unwrap());
         assert_eq!(fdb.learn(NET, mac(1), vtep, 6, AGE), Learned::New);
-        assert_eq!(fdb.lookup(NET, mac(1), 6), Some(vtep));
+        assert_eq!(fdb.lookup(NET, mac(1), 6), Some((vtep, 6 + AGE)));
         assert_eq!(fdb.by_port[1], 0);
         assert_eq!(fdb.lookup(NetworkId(4), mac(1), 6), None, "networks do not see each other's stations");
     }
@@ -258,7 +281,7 @@ mod tests {
         fdb.learn(NET, mac(2), port(1), 0, AGE);
         fdb.learn(NET, mac(2), port(1), AGE / 2, AGE);
         assert_eq!(fdb.lookup(NET, mac(1), AGE), None);
-        assert_eq!(fdb.lookup(NET, mac(2), AGE), Some(port(1)));
+        assert_eq!(fdb.lookup(NET, mac(2), AGE), Some((port(1), AGE / 2 + AGE)));
         for _ in 0..BUCKETS / SWEEP_BUCKETS {
             fdb.sweep(AGE);
         }
@@ -272,7 +295,22 @@ mod tests {
         let age = REFRESH_NS / 4;
         fdb.learn(NET, mac(1), port(1), 0, age);
         fdb.learn(NET, mac(1), port(1), 2 * age, age);
-        assert_eq!(fdb.lookup(NET, mac(1), 2 * age), Some(port(1)));
+        assert_eq!(fdb.lookup(NET, mac(1), 2 * age), Some((port(1), 3 * age)));
+    }
+
+    #[test]
+    fn the_epoch_rises_when_an_address_comes_moves_or_goes_and_only_then() {
+        let mut fdb = Fdb::default();
+        let mut last = fdb.epoch();
+        let mut rose = |fdb: &Fdb| std::mem::replace(&mut last, fdb.epoch()) < fdb.epoch();
+        fdb.learn(NET, mac(1), port(1), 0, AGE);
+        assert!(rose(&fdb));
+        fdb.learn(NET, mac(1), port(1), REFRESH_NS, AGE);
+        assert!(!rose(&fdb), "a refresh changes no answer");
+        fdb.learn(NET, mac(1), port(2), REFRESH_NS, AGE);
+        assert!(rose(&fdb));
+        fdb.retain(|_, _, _| false);
+        assert!(rose(&fdb));
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod claim;
 pub mod counters;
 pub mod drop_reason;
 pub mod fdb;
+mod flow_cache;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod mac;

@@ -134,7 +134,7 @@ impl Offload {
     /// Whether there is nothing to do.
     #[inline]
     pub(crate) fn is_none(&self) -> bool {
-        *self == Self::NONE
+        self.checksum.is_none() && self.large.is_none()
     }
 
     /// Whether a receiver with the negotiated `features` takes the frame as it is.

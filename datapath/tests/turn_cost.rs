@@ -43,6 +43,10 @@ fn cost(lan: &mut Lan, frames: &[Vec<u8>]) -> f64 {
 fn a_frame_from_guest_to_guest() {
     for bytes in [64, 512, 1514] {
         let mut lan = Lan::new(2, 1);
+        // With EVENT_IDX, so that a guest that polls is not notified of each burst.
+        for station in 0..2 {
+            (0..2).for_each(|queue| lan.change_ring(station, queue, |setup| setup.features |= F_EVENT_IDX));
+        }
         let (to, from) = (lan.stations[1].mac(), lan.stations[0].mac());
         let mut udp = udp(to, from, 7);
         udp.resize(bytes, 0);

@@ -1,10 +1,9 @@
-//! The parse stage: what the later stages need to know of a frame's headers, from the private copy alone.
+//! What the stages need to know of a frame's headers, from the private copy alone.
 
 use std::hash::{BuildHasher, Hasher};
 
 use foldhash::fast::RandomState;
 
-use crate::burst::{Burst, NextHop};
 use crate::mac::Mac;
 
 /// Ethernet II header: destination, source, EtherType.
@@ -21,16 +20,6 @@ pub(crate) const ETHERTYPE_QINQ: u16 = 0x88a8;
 pub(crate) const ETHERTYPE_IPV4: u16 = 0x0800;
 pub(crate) const ETHERTYPE_ARP: u16 = 0x0806;
 pub(crate) const ETHERTYPE_IPV6: u16 = 0x86dd;
-
-/// Sets the flow hash of every frame that goes on.
-#[inline]
-pub(crate) fn parse(burst: &mut Burst, hasher: &RandomState) {
-    for index in 0..burst.length {
-        if burst.next_hops[index] == NextHop::Undecided {
-            burst.flow_hashes[index] = flow_hash(hasher, burst.frames[index].headers());
-        }
-    }
-}
 
 /// Destination address. The copy holds a whole Ethernet header.
 #[inline]

@@ -21,11 +21,11 @@ pub(crate) fn receive(
 ) -> Result<(), RingFault> {
     burst.length = ring.receive(&mut burst.frames)?;
     let frame_bytes_max = network.frame_bytes_max();
+    burst.networks[..burst.length].fill(port.network);
+    burst.origins[..burst.length].fill(Origin::Port(id));
     let mut bytes = 0;
     for index in 0..burst.length {
         let frame = &burst.frames[index];
-        burst.networks[index] = port.network;
-        burst.origins[index] = Origin::Port(id);
         bytes += u64::from(frame.frame_bytes);
         burst.next_hops[index] = if frame.fault.is_some() {
             NextHop::Drop(DropReason::BadChain)

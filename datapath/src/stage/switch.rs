@@ -2,7 +2,8 @@
 
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
-use crate::fdb::{Fdb, Learned, Location};
+use crate::fdb::{Fdb, Learned, Location, refresh_ns};
+use crate::flow_cache::{self, FlowCache};
 use crate::mac::Mac;
 use crate::snapshot::{Network, Snapshot};
 use crate::stage::parse;
@@ -11,42 +12,68 @@ use crate::stage::parse;
 /// table 8-1 pass, as over a wire.
 const PAUSE: Mac = Mac([0x01, 0x80, 0xc2, 0x00, 0x00, 0x01]);
 
-/// Sets the next hop of every frame that has none.
+/// Sets the next hop of every frame that has none. `tag` gives what `cache` keeps apart beside the stations.
 #[inline]
-pub(crate) fn switch(burst: &mut Burst, snapshot: &Snapshot, fdb: &mut Fdb, now_ns: u64) {
+pub(crate) fn switch<T: Copy + Eq>(
+    burst: &mut Burst,
+    snapshot: &Snapshot,
+    fdb: &mut Fdb,
+    cache: &mut FlowCache<T>,
+    tag: impl Fn(&Burst, usize) -> T,
+    now_ns: u64,
+) {
     for index in 0..burst.length {
         if burst.next_hops[index] != NextHop::Undecided {
             continue;
         }
-        let header = burst.frames[index].headers();
-        let (source, destination) = (parse::source(header), parse::destination(header));
-        let id = burst.networks[index];
-        let origin = burst.origins[index];
-        let Some(network) = snapshot.network(id) else {
-            burst.next_hops[index] = NextHop::Drop(DropReason::Removed);
-            continue;
-        };
-        burst.next_hops[index] = if !source.is_station() {
-            NextHop::Drop(DropReason::BadSource)
-        } else if destination == PAUSE {
-            NextHop::Drop(DropReason::Reserved)
-        } else {
-            if network.learning && !network.static_macs.contains_key(&source) {
-                let location = match origin {
-                    Origin::Port(port) => Location::Port(port),
-                    Origin::Vtep(vtep) => Location::Vtep(vtep),
-                };
-                if fdb.learn(id, source, location, now_ns, network.age_ns) == Learned::Refused {
-                    network.counters.learn_refused.add(1);
+        let stations = flow_cache::stations(burst.frames[index].headers());
+        let tag = tag(burst, index);
+        burst.next_hops[index] = match cache.get(stations, tag, fdb.epoch(), now_ns) {
+            Some(next_hop) => next_hop,
+            None => {
+                let (next_hop, until_ns) = decide(burst, index, snapshot, fdb, now_ns);
+                if matches!(next_hop, NextHop::Port(_) | NextHop::Vtep(_)) {
+                    cache.put(stations, tag, fdb.epoch(), until_ns, next_hop);
                 }
+                next_hop
             }
-            let known = || match network.static_macs.get(&destination) {
-                Some(&port) => Some(Location::Port(port)),
-                None => fdb.lookup(id, destination, now_ns),
-            };
-            next_hop(network, origin, if destination.is_group() { None } else { known() })
         };
     }
+}
+
+/// Learns where frame `index` came from and decides where it goes. That holds until the returned time (ns), unless the
+/// FDB's epoch rises before.
+fn decide(burst: &Burst, index: usize, snapshot: &Snapshot, fdb: &mut Fdb, now_ns: u64) -> (NextHop, u64) {
+    let header = burst.frames[index].headers();
+    let (source, destination) = (parse::source(header), parse::destination(header));
+    let (id, origin) = (burst.networks[index], burst.origins[index]);
+    let Some(network) = snapshot.network(id) else { return (NextHop::Drop(DropReason::Removed), 0) };
+    if !source.is_station() {
+        return (NextHop::Drop(DropReason::BadSource), 0);
+    }
+    if destination == PAUSE {
+        return (NextHop::Drop(DropReason::Reserved), 0);
+    }
+    let mut until_ns = u64::MAX;
+    if network.learning && !network.static_macs.contains_key(&source) {
+        let location = match origin {
+            Origin::Port(port) => Location::Port(port),
+            Origin::Vtep(vtep) => Location::Vtep(vtep),
+        };
+        // One that could not be learned is tried again with each frame, and each time counted.
+        until_ns = now_ns + refresh_ns(network.age_ns);
+        if fdb.learn(id, source, location, now_ns, network.age_ns) == Learned::Refused {
+            network.counters.learn_refused.add(1);
+            until_ns = now_ns;
+        }
+    }
+    let known = match network.static_macs.get(&destination) {
+        _ if destination.is_group() => None,
+        Some(&port) => Some((Location::Port(port), u64::MAX)),
+        None => fdb.lookup(id, destination, now_ns),
+    };
+    let (location, expires_ns) = known.map_or((None, now_ns), |(location, expires_ns)| (Some(location), expires_ns));
+    (next_hop(network, origin, location), until_ns.min(expires_ns))
 }
 
 /// Where a frame from `origin` goes whose destination is at `location`, if known.
@@ -100,12 +127,13 @@ mod tests {
     struct Bench {
         snapshot: Snapshot,
         fdb: Fdb,
+        cache: FlowCache<Option<Origin>>,
         burst: Burst,
     }
 
     impl Bench {
         fn new() -> Self {
-            Self { snapshot: snapshot(), fdb: Fdb::default(), burst: Burst::default() }
+            Self { snapshot: snapshot(), fdb: Fdb::default(), cache: FlowCache::default(), burst: Burst::default() }
         }
 
         fn switch(&mut self, origin: Origin, source: Mac, destination: Mac) -> NextHop {
@@ -117,7 +145,7 @@ mod tests {
             self.burst.origins[0] = origin;
             self.burst.next_hops[0] = NextHop::Undecided;
             self.burst.length = 1;
-            switch(&mut self.burst, &self.snapshot, &mut self.fdb, 0);
+            switch(&mut self.burst, &self.snapshot, &mut self.fdb, &mut self.cache, |_, _| Some(origin), 0);
             self.burst.next_hops[0]
         }
     }

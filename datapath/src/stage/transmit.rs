@@ -38,40 +38,56 @@ impl<'a> Tails<'a> {
 /// Sends or counts every frame of `burst`. `outlets` must be flushed afterwards.
 #[inline]
 pub(crate) fn transmit(burst: &Burst, tails: Tails<'_>, snapshot: &Snapshot, outlets: &mut Outlets) {
-    for index in 0..burst.length {
-        let frame = || {
-            let frame = &burst.frames[index];
-            Outgoing {
-                network: burst.networks[index],
-                flow_hash: burst.flow_hashes[index],
-                offload: burst.offloads[index],
-                header: frame.headers(),
-                payload: tails.payload(frame, burst.datagrams[index]),
+    let frame = |index: usize| {
+        let frame = &burst.frames[index];
+        Outgoing {
+            network: burst.networks[index],
+            offload: &burst.offloads[index],
+            header: frame.headers(),
+            payload: if frame.tail_bytes() == 0 {
+                Payload::EMPTY
+            } else {
+                tails.payload(frame, burst.datagrams[index])
+            },
+        }
+    };
+    let mut index = 0;
+    while index < burst.length {
+        let next_hop = burst.next_hops[index];
+        let first = index;
+        index += 1;
+        match next_hop {
+            NextHop::Port(port) => {
+                // Frames in a row for one port share what has to be looked up for it.
+                while index < burst.length && burst.next_hops[index] == next_hop {
+                    index += 1;
+                }
+                outlets.send_to_port(snapshot, port, (first..index).map(frame));
             }
-        };
-        match burst.next_hops[index] {
-            NextHop::Port(port) => outlets.send_to_port(snapshot, port, frame()),
-            NextHop::Vtep(vtep) => outlets.send_to_vtep(snapshot, vtep, frame()),
-            NextHop::Flood => {
-                let (frame, origin) = (frame(), burst.origins[index]);
-                let Some(network) = snapshot.network(frame.network) else { continue };
-                let mut copies = 0;
-                for &port in network.ports.iter().filter(|&&port| origin != Origin::Port(port)) {
-                    outlets.send_to_port(snapshot, port, frame);
-                    copies += 1;
-                }
-                for &vtep in flood_list(network, origin) {
-                    outlets.send_to_vtep(snapshot, vtep, frame);
-                    copies += 1;
-                }
-                match copies {
-                    0 => count_drop(snapshot, burst, index, DropReason::NoDestination),
-                    _ => network.counters.flood_copies.add(copies - 1),
-                }
-            }
-            NextHop::Drop(reason) => count_drop(snapshot, burst, index, reason),
+            NextHop::Vtep(vtep) => outlets.send_to_vtep(snapshot, vtep, frame(first)),
+            NextHop::Flood => flood(burst, first, frame(first), snapshot, outlets),
+            NextHop::Drop(reason) => count_drop(snapshot, burst, first, reason),
             NextHop::Undecided => unreachable!("the switch stage decides on every frame"),
         }
+    }
+}
+
+/// Sends frame `index` to everybody else in its network.
+fn flood(burst: &Burst, index: usize, frame: Outgoing<'_>, snapshot: &Snapshot, outlets: &mut Outlets) {
+    let origin = burst.origins[index];
+    let Some(network) = snapshot.network(frame.network) else { return };
+    let mut copies = 0;
+    for &port in network.ports.iter().filter(|&&port| origin != Origin::Port(port)) {
+        outlets.send_to_port(snapshot, port, std::iter::once(frame));
+        copies += 1;
+    }
+    for &vtep in flood_list(network, origin) {
+        outlets.send_to_vtep(snapshot, vtep, frame);
+        copies += 1;
+    }
+    match copies {
+        0 => count_drop(snapshot, burst, index, DropReason::NoDestination),
+        _ => network.counters.flood_copies.add(copies - 1),
     }
 }
 

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use dreamwire_vhost::frame::NetHeader;
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{Ring, SendError};
+use foldhash::fast::RandomState;
 
 use super::fault_log::FaultLog;
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
 use crate::offload::Offload;
 use crate::pieces::Pieces;
-use crate::snapshot::{NetworkId, PORTS_MAX, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use crate::stage::parse::flow_hash;
 use crate::underlay::SocketTx;
 
 /// One guest's receiveqs.
@@ -44,14 +46,31 @@ struct Uplink {
 pub(crate) struct Outgoing<'a> {
     /// The network that it is in.
     pub(crate) network: NetworkId,
-    /// Chooses queue and outer source port.
-    pub(crate) flow_hash: u32,
     /// What its sender left undone.
-    pub(crate) offload: Offload,
+    pub(crate) offload: &'a Offload,
     /// The private copy of its first bytes.
     pub(crate) header: &'a [u8],
     /// The rest.
     pub(crate) payload: Payload<'a>,
+}
+
+/// What went into one queue and is not counted yet.
+#[derive(Default)]
+struct Tally {
+    pair: u16,
+    frames: u64,
+    bytes: u64,
+}
+
+impl Tally {
+    /// Counts it, and starts anew with queue pair `next`.
+    #[inline]
+    fn settle(&mut self, port: &Port, next: u16) {
+        if self.frames > 0 {
+            port.counters.rings[usize::from(2 * self.pair)].traffic.add(self.frames, self.bytes);
+        }
+        *self = Self { pair: next, frames: 0, bytes: 0 };
+    }
 }
 
 /// See the module's text.
@@ -64,6 +83,8 @@ pub(crate) struct Outlets {
     /// By underlay.
     uplinks: Vec<Option<Uplink>>,
     pieces: Pieces,
+    /// Seeds the hash that chooses a flow's queue and outer source port.
+    hasher: RandomState,
     /// Here, because here receiveqs are found broken.
     pub(super) fault_log: FaultLog,
 }
@@ -75,6 +96,7 @@ impl Default for Outlets {
             touched: Vec::with_capacity(PORTS_MAX),
             uplinks: (0..UNDERLAYS_MAX).map(|_| None).collect(),
             pieces: Pieces::default(),
+            hasher: RandomState::default(),
             fault_log: FaultLog::default(),
         }
     }
@@ -124,54 +146,69 @@ impl Outlets {
         self.uplinks[usize::from(id.0)] = None;
     }
 
-    /// Sends one frame to a port, or counts at that port why not. What the receiver cannot do itself is done first.
+    /// Sends frames to a port, or counts at that port why not. What the receiver cannot do itself is done first.
     #[inline]
-    pub(crate) fn send_to_port(&mut self, snapshot: &Snapshot, id: PortId, frame: Outgoing<'_>) {
-        let Some(network) = snapshot.network(frame.network) else { return };
+    pub(crate) fn send_to_port<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        id: PortId,
+        frames: impl ExactSizeIterator<Item = Outgoing<'a>>,
+    ) {
+        let Self { sinks, touched, pieces, hasher, fault_log, .. } = self;
+        let sinks = &mut sinks[usize::from(id.0)];
         let Some(port) = snapshot.port(id) else {
-            network.counters.drops.add(DropReason::Removed, 1);
-            return;
-        };
-        let Some((pair, sink)) = self.sinks[usize::from(id.0)].choose(frame.flow_hash) else {
-            port.counters.drops.add(DropReason::PortDown, 1);
-            return;
-        };
-        // The port may have fewer queues in this snapshot than its guest still has rings here.
-        let Some(counters) = port.counters.rings.get(usize::from(2 * pair)) else {
-            port.counters.drops.add(DropReason::PortDown, 1);
-            return;
-        };
-        let was_broken = sink.ring.is_broken();
-        let ring = &mut sink.ring;
-        let (mut sent, mut fault) = (0, None);
-        let mut send = |net: NetHeader, header: &[u8], payload: Payload<'_>| match ring.send(net, header, payload) {
-            Ok(()) => {
-                counters.traffic.add(1, header.len() as u64 + u64::from(payload.bytes()));
-                sent += 1;
+            for network in frames.filter_map(|frame| snapshot.network(frame.network)) {
+                network.counters.drops.add(DropReason::Removed, 1);
             }
-            Err(error) => {
-                port.counters.drops.add(refusal(error), 1);
-                if let SendError::Fault(found) = error {
-                    fault = Some(found);
+            return;
+        };
+        let mut tally = Tally::default();
+        for frame in frames {
+            // The port may have fewer queues in this snapshot than its guest still has rings here.
+            let chosen = sinks.choose(|| flow_hash(hasher, frame.header));
+            let chosen = chosen.filter(|(pair, _)| usize::from(2 * pair) < port.counters.rings.len());
+            let Some((pair, sink)) = chosen else {
+                port.counters.drops.add(DropReason::PortDown, 1);
+                continue;
+            };
+            if pair != tally.pair {
+                tally.settle(port, pair);
+            }
+            let was_broken = sink.ring.is_broken();
+            let ring = &mut sink.ring;
+            let mut fault = None;
+            let mut send = |net: NetHeader, header: &[u8], payload: Payload<'_>| match ring.send(net, header, payload) {
+                Ok(()) => {
+                    tally.frames += 1;
+                    tally.bytes += header.len() as u64 + u64::from(payload.bytes());
+                }
+                Err(error) => {
+                    port.counters.drops.add(refusal(error), 1);
+                    if let SendError::Fault(found) = error {
+                        fault = Some(found);
+                    }
+                }
+            };
+            if frame.offload.is_none() {
+                send(NetHeader::default(), frame.header, frame.payload);
+            } else if frame.offload.suits(sink.features) {
+                send(frame.offload.to_net_header(), frame.header, frame.payload);
+            } else {
+                let finished = |header: &[u8], payload: Payload<'_>| send(NetHeader::default(), header, payload);
+                let count = pieces.cut(*frame.offload, frame.header, frame.payload, finished);
+                if let Some(network) = snapshot.network(frame.network) {
+                    network.counters.cut_copies.add(count - 1);
                 }
             }
-        };
-        if frame.offload.is_none() {
-            send(NetHeader::default(), frame.header, frame.payload);
-        } else if frame.offload.suits(sink.features) {
-            send(frame.offload.to_net_header(), frame.header, frame.payload);
-        } else {
-            let finished = |header: &[u8], payload: Payload<'_>| send(NetHeader::default(), header, payload);
-            let count = self.pieces.cut(frame.offload, frame.header, frame.payload, finished);
-            network.counters.cut_copies.add(count - 1);
+            if tally.frames > 0 && !sink.touched {
+                sink.touched = true;
+                touched.push((id, pair));
+            }
+            if let Some(fault) = fault.filter(|_| !was_broken) {
+                fault_log.report(snapshot, id, 2 * pair, fault);
+            }
         }
-        if sent > 0 && !sink.touched {
-            sink.touched = true;
-            self.touched.push((id, pair));
-        }
-        if let Some(fault) = fault.filter(|_| !was_broken) {
-            self.fault_log.report(snapshot, id, 2 * pair, fault);
-        }
+        tally.settle(port, 0);
     }
 
     /// Sends one frame to another host, or counts at the network why not. A tunnel carries finished frames only.
@@ -185,18 +222,19 @@ impl Outlets {
             network.counters.drops.add(DropReason::Removed, 1);
             return;
         };
+        let flow_hash = flow_hash(&self.hasher, frame.header);
         let mut send = |header: &[u8], payload: Payload<'_>| {
             if uplink.tx.is_full() {
                 uplink.flush(snapshot);
             }
-            if let Err(reason) = uplink.tx.stage(frame.network, vni, vtep, frame.flow_hash, header, payload) {
+            if let Err(reason) = uplink.tx.stage(frame.network, vni, vtep, flow_hash, header, payload) {
                 network.counters.drops.add(reason, 1);
             }
         };
         if frame.offload.is_none() {
             send(frame.header, frame.payload);
         } else {
-            let count = self.pieces.cut(frame.offload, frame.header, frame.payload, send);
+            let count = self.pieces.cut(*frame.offload, frame.header, frame.payload, send);
             network.counters.cut_copies.add(count - 1);
         }
     }
@@ -229,12 +267,12 @@ impl Outlets {
 impl Sinks {
     /// The receiveq of a flow. One flow, one queue: its frames stay in order.
     #[inline]
-    fn choose(&mut self, flow_hash: u32) -> Option<(u16, &mut Sink)> {
+    fn choose(&mut self, flow_hash: impl FnOnce() -> u32) -> Option<(u16, &mut Sink)> {
         let pair = match self.enabled[..] {
             [] => return None,
             [only] => only,
             // A hash of 32 bits times the number of queues, shifted back: an even spread without a division.
-            ref several => several[((u64::from(flow_hash) * several.len() as u64) >> 32) as usize],
+            ref several => several[((u64::from(flow_hash()) * several.len() as u64) >> 32) as usize],
         };
         Some((pair, self.rings[usize::from(pair)].as_mut()?))
     }

@@ -5,17 +5,17 @@ use std::sync::Arc;
 
 use dreamwire_vhost::frame::{HEADER_COPY_BYTES, RawFrame};
 use dreamwire_vhost::ring::Ring;
-use foldhash::fast::RandomState;
 
 use super::RingRow;
 use super::outlets::Outlets;
 use crate::burst::{Burst, NextHop, Origin};
 use crate::counters::{UnderlayCounters, WorkerCounters};
 use crate::fdb::{Fdb, FdbRow, Location};
+use crate::flow_cache::FlowCache;
 use crate::offload::Offload;
-use crate::snapshot::{Network, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use crate::snapshot::{Network, NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
 use crate::stage::decap::decap;
-use crate::stage::parse::{ETHERNET_BYTES, parse};
+use crate::stage::parse::ETHERNET_BYTES;
 use crate::stage::police::police;
 use crate::stage::receive::receive;
 use crate::stage::switch::switch;
@@ -34,6 +34,7 @@ struct Source {
     port: PortId,
     queue: u16,
     ring: Ring,
+    flows: FlowCache<()>,
     kicks: u32,
     kicked_but_empty: bool,
 }
@@ -55,6 +56,7 @@ impl Source {
 struct Inlet {
     id: UnderlayId,
     rx: SocketRx,
+    flows: FlowCache<Option<(NetworkId, Origin)>>,
     counters: Arc<UnderlayCounters>,
 }
 
@@ -67,7 +69,8 @@ pub struct Worker {
     outlets: Outlets,
     fdb: Fdb,
     burst: Burst,
-    hasher: RandomState,
+    /// For frames that are made here.
+    own_flows: FlowCache<Option<PortId>>,
     counters: Arc<WorkerCounters>,
     now_ns: u64,
     /// When old addresses were last looked for.
@@ -84,7 +87,7 @@ impl Worker {
             outlets: Outlets::default(),
             fdb: Fdb::default(),
             burst: Burst::default(),
-            hasher: RandomState::default(),
+            own_flows: FlowCache::default(),
             counters,
             now_ns: 0,
             swept_ns: 0,
@@ -117,7 +120,7 @@ impl Worker {
 
     #[inline]
     fn turn_source(&mut self, index: usize) -> usize {
-        let Self { snapshot, sources, outlets, fdb, burst, hasher, now_ns, .. } = self;
+        let Self { snapshot, sources, outlets, fdb, burst, now_ns, .. } = self;
         let source = &mut sources[index];
         let Some((port, network)) = source.place(snapshot) else { return 0 };
         if let Err(fault) = receive(burst, &mut source.ring, source.queue, source.port, port, network) {
@@ -127,9 +130,8 @@ impl Worker {
         if burst.length == 0 {
             return 0;
         }
-        parse(burst, hasher);
         police(burst, port);
-        switch(burst, snapshot, fdb, *now_ns);
+        switch(burst, snapshot, fdb, &mut source.flows, |_, _| (), *now_ns);
         transmit(burst, Tails::Ring(&source.ring), snapshot, outlets);
         outlets.flush(snapshot);
         if source.ring.complete() {
@@ -140,12 +142,12 @@ impl Worker {
 
     #[inline]
     fn turn_inlet(&mut self, index: usize) -> usize {
-        let Self { snapshot, inlets, outlets, fdb, burst, hasher, now_ns, .. } = self;
+        let Self { snapshot, inlets, outlets, fdb, burst, now_ns, .. } = self;
         let inlet = &mut inlets[index];
         let datagrams = decap(burst, inlet.id, &mut inlet.rx, &inlet.counters, snapshot);
         if burst.length > 0 {
-            parse(burst, hasher);
-            switch(burst, snapshot, fdb, *now_ns);
+            let tag = |burst: &Burst, index: usize| Some((burst.networks[index], burst.origins[index]));
+            switch(burst, snapshot, fdb, &mut inlet.flows, tag, *now_ns);
             transmit(burst, Tails::Datagrams(&inlet.rx), snapshot, outlets);
             outlets.flush(snapshot);
         }
@@ -156,7 +158,7 @@ impl Worker {
     /// switched like the guest's own. At most [`HEADER_COPY_BYTES`] and at least an Ethernet header; another is ignored, as
     /// is one for a port that the snapshot does not have.
     pub fn originate(&mut self, id: PortId, frame: &[u8]) {
-        let Self { snapshot, outlets, fdb, burst, hasher, now_ns, .. } = self;
+        let Self { snapshot, outlets, fdb, burst, now_ns, .. } = self;
         let Some(port) = snapshot.port(id).filter(|port| snapshot.network(port.network).is_some()) else { return };
         if !(ETHERNET_BYTES..=HEADER_COPY_BYTES).contains(&frame.len()) {
             return;
@@ -171,9 +173,8 @@ impl Worker {
         burst.offloads[0] = Offload::NONE;
         burst.next_hops[0] = NextHop::Undecided;
         port.counters.originated.add(1);
-        parse(burst, hasher);
         police(burst, port);
-        switch(burst, snapshot, fdb, *now_ns);
+        switch(burst, snapshot, fdb, &mut self.own_flows, |_, _| Some(id), *now_ns);
         transmit(burst, Tails::None, snapshot, outlets);
         outlets.flush(snapshot);
     }
@@ -182,6 +183,7 @@ impl Worker {
     pub fn adopt(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
         let old = std::mem::replace(&mut self.snapshot, snapshot);
         let snapshot = &self.snapshot;
+        self.fdb.renew();
         self.fdb.retain(|network, mac, location| {
             snapshot.network(network).is_some_and(|known| {
                 !known.static_macs.contains_key(&mac)
@@ -208,7 +210,8 @@ impl Worker {
         if queue.is_multiple_of(2) {
             self.outlets.attach(port, queue / 2, ring);
         } else {
-            self.sources.push(Source { port, queue, ring, kicks: 0, kicked_but_empty: false });
+            let flows = FlowCache::default();
+            self.sources.push(Source { port, queue, ring, flows, kicks: 0, kicked_but_empty: false });
         }
         replaced
     }
@@ -225,7 +228,7 @@ impl Worker {
     /// Takes an underlay over.
     pub fn add_underlay(&mut self, id: UnderlayId, driver: SocketUnderlay) {
         let (rx, tx, counters) = driver.into_halves();
-        self.inlets.push(Inlet { id, rx, counters: Arc::clone(&counters) });
+        self.inlets.push(Inlet { id, rx, flows: FlowCache::default(), counters: Arc::clone(&counters) });
         self.outlets.add_uplink(id, tx, counters);
     }
 
