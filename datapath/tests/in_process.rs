@@ -543,3 +543,28 @@ fn a_ring_attached_twice_is_one_source() {
     assert!(lan.worker.detach(PortId(0), 1).is_some());
     assert!(lan.worker.detach(PortId(0), 1).is_none());
 }
+
+#[test]
+fn a_guest_that_was_silent_for_long_is_heard_among_busy_ones() {
+    let mut lan = Lan::new(40, 1);
+    let all: Vec<_> = (0..40u8).map(|station| mac(station + 1)).collect();
+    // Long enough for all to count as idle; then every one of them speaks once, to the next.
+    (0..3000).for_each(|_| assert_eq!(lan.worker.turn(0), 0));
+    for station in 0..40 {
+        lan.stations[station].send(&frame(all[(station + 1) % 40], all[station], 60, 0));
+        // Station 0 is never silent meanwhile: no turn is empty.
+        let mut turns = 0;
+        while lan.received((station + 1) % 40).is_empty() {
+            lan.stations[0].send(&frame(all[0], all[0], 60, 0));
+            lan.worker.turn(0);
+            turns += 1;
+            assert!(turns < 20, "station {station} was not heard");
+        }
+    }
+    // Detached in any order, each gives back its own ring.
+    for station in [39, 0, 20, 1, 38] {
+        assert!(lan.worker.detach(PortId(station), 1).is_some());
+        assert!(lan.worker.detach(PortId(station), 1).is_none());
+        assert!(lan.worker.ring_rows().iter().all(|row| row.port != PortId(station) || row.queue == 0));
+    }
+}
