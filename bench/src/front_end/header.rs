@@ -34,6 +34,10 @@ pub mod feature {
     pub const HOST_TSO4: u64 = 1 << 11;
     /// The device takes large TCP/IPv6 frames.
     pub const HOST_TSO6: u64 = 1 << 12;
+    /// The device takes large TCP frames with ECN.
+    pub const HOST_ECN: u64 = 1 << 13;
+    /// The device takes large UDP datagrams to be fragmented.
+    pub const HOST_UFO: u64 = 1 << 14;
     /// A received frame may span several buffers.
     pub const MRG_RXBUF: u64 = 1 << 15;
     /// More than one queue pair.
@@ -52,6 +56,8 @@ pub mod feature {
     pub const RING_PACKED: u64 = 1 << 34;
     /// Buffers are used in the order in which they became available.
     pub const IN_ORDER: u64 = 1 << 35;
+    /// The device takes large UDP datagrams to be cut into datagrams.
+    pub const HOST_USO: u64 = 1 << 56;
 }
 
 /// Length of the header that a driver and device with these features exchange, bytes (VIRTIO 1.2 §5.1.6.1:

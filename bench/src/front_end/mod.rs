@@ -305,7 +305,11 @@ impl FrontEnd {
             0 => (pair.receive.ring(), pair.receive.doorbell()),
             _ => (pair.transmit.ring(), pair.transmit.doorbell()),
         };
-        RawDriver::new(self.memory.clone(), ring.layout(), doorbell.clone())
+        let (memory, layout, doorbell) = (self.memory.clone(), ring.layout(), doorbell.clone());
+        match ring {
+            Ring::Split(_) => RawDriver::new(memory, layout, doorbell),
+            Ring::Packed(ring) => RawDriver::packed_at(memory, layout, doorbell, ring.next_offer()),
+        }
     }
 
     /// `bytes` of guest memory that neither ring nor buffer uses, for mischief: its offset.

@@ -145,6 +145,11 @@ impl PackedRing {
         &self.memory
     }
 
+    /// Where the next chain goes.
+    pub fn next_offer(&self) -> Position {
+        self.available
+    }
+
     /// Where the device goes on, as far as it has been looked at.
     pub fn position(&self) -> Position {
         self.used

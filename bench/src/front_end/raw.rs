@@ -7,9 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::doorbell::Doorbell;
-use super::layout::{Descriptor, RingLayout, Used};
+use super::layout::{DESC_NEXT, Descriptor, RingLayout, Used};
 use super::memory::GuestMemory;
-use super::packed::Position;
+use super::packed::{DESC_AVAIL, DESC_USED, Position};
+
+/// One descriptor of a chain: address, length, flags.
+pub type Piece = (u64, u32, u16);
 
 /// Direct access to one ring's memory and eventfds.
 #[derive(Clone, Debug)]
@@ -17,12 +20,96 @@ pub struct RawDriver {
     memory: Arc<GuestMemory>,
     layout: RingLayout,
     doorbell: Doorbell,
+    /// Where the next chain goes: a place in a packed ring; of a split ring's descriptor table the index.
+    next: Position,
+    is_packed: bool,
 }
 
 impl RawDriver {
-    /// A handle on the ring at `layout`.
+    /// A handle on the split ring at `layout`.
     pub fn new(memory: Arc<GuestMemory>, layout: RingLayout, doorbell: Doorbell) -> Self {
-        Self { memory, layout, doorbell }
+        Self { memory, layout, doorbell, next: Position::START, is_packed: false }
+    }
+
+    /// A handle on the packed ring at `layout`, whose driver goes on at `next`.
+    pub fn packed_at(memory: Arc<GuestMemory>, layout: RingLayout, doorbell: Doorbell, next: Position) -> Self {
+        Self { memory, layout, doorbell, next, is_packed: true }
+    }
+
+    /// Whether the ring is packed.
+    pub fn is_packed(&self) -> bool {
+        self.is_packed
+    }
+
+    /// Where the next chain goes.
+    pub fn next(&self) -> Position {
+        self.next
+    }
+
+    /// SET_VRING_BASE's number for a ring that begins where the next chain goes: nothing is in flight.
+    pub fn base(&self) -> u32 {
+        let bits = u32::from(self.next.bits());
+        if self.is_packed { bits | bits << 16 } else { u32::from(self.next.index) }
+    }
+
+    /// As a driver that has reset its ring: empty, at the start.
+    pub fn restart(&mut self) {
+        self.next = Position::START;
+        self.set_driver_event(0);
+        self.memory.store_u32(self.layout.used_ring, 0);
+        if self.is_packed {
+            (0..self.layout.size).for_each(|index| self.write_descriptor(index, Descriptor::default()));
+        }
+    }
+
+    /// Writes a chain where the ring goes on, makes it available and kicks. NEXT is added between the pieces; whether
+    /// the device is done with what was there is not looked at.
+    pub fn submit_chain(&mut self, pieces: &[Piece]) {
+        self.submit_chain_as(self.next.index, pieces);
+    }
+
+    /// The same with a buffer id of one's own, which a packed ring has.
+    pub fn submit_chain_as(&mut self, id: u16, pieces: &[Piece]) {
+        let head = self.next;
+        let mut written = Vec::with_capacity(pieces.len());
+        for (number, &(address, bytes, flags)) in (1..).zip(pieces) {
+            let next = if number < pieces.len() { DESC_NEXT } else { 0 };
+            written.push((self.next, address, bytes, flags | next));
+            self.next = self.next.after(1, self.layout.size);
+        }
+        // The first one last: with it the device sees all of them.
+        for (at, address, bytes, flags) in written.into_iter().rev() {
+            if self.is_packed {
+                self.write_packed(at, address, bytes, id, flags);
+            } else {
+                let next = at.after(1, self.layout.size).index;
+                self.write_descriptor(at.index, Descriptor { address, bytes, flags, next });
+            }
+        }
+        if self.is_packed { self.doorbell.kick() } else { self.submit(head.index) }
+    }
+
+    /// The next chain goes `count` descriptors further on, at most a whole ring.
+    pub fn skip(&mut self, count: u16) {
+        self.next = self.next.after(count, self.layout.size);
+    }
+
+    /// Whether the device has given back `count` chains since the ring's start. Each had one descriptor, and no more than
+    /// a ring of them was under way.
+    pub fn has_used(&self, count: u32) -> bool {
+        if self.is_packed {
+            let last =
+                Position::after_start(((count - 1) % (2 * u32::from(self.layout.size))) as u16, self.layout.size);
+            return self.packed(last.index).2 & (DESC_AVAIL | DESC_USED) == last.used_flags();
+        }
+        // u16 wraps: it is ahead by less than half of them, or behind.
+        self.used_index().wrapping_sub(count as u16) < 1 << 15
+    }
+
+    /// Overwrites a packed ring's descriptor's flags alone.
+    pub fn set_packed_flags(&self, index: u16, flags: u16) {
+        // Release: as in `write_packed_as`.
+        self.memory.store_u16(self.layout.descriptor(index) + 14, flags, Ordering::Release);
     }
 
     /// All of guest memory.
@@ -60,12 +147,17 @@ impl RawDriver {
 
     /// Writes a packed ring's descriptor at `at`, available there. `flags`: NEXT, WRITE, INDIRECT.
     pub fn write_packed(&self, at: Position, address: u64, bytes: u32, id: u16, flags: u16) {
-        let offset = self.layout.descriptor(at.index);
+        self.write_packed_as(at.index, address, bytes, id, flags | at.available_flags());
+    }
+
+    /// Writes a packed ring's descriptor with any flags.
+    pub fn write_packed_as(&self, index: u16, address: u64, bytes: u32, id: u16, flags: u16) {
+        let offset = self.layout.descriptor(index);
         self.memory.store_u64(offset, address);
         self.memory.store_u32(offset + 8, bytes);
         self.memory.store_u16(offset + 12, id, Ordering::Relaxed);
         // Release: pairs with the device's acquire load of the flags.
-        self.memory.store_u16(offset + 14, flags | at.available_flags(), Ordering::Release);
+        self.memory.store_u16(offset + 14, flags, Ordering::Release);
     }
 
     /// A packed ring's descriptor at `index` as it lies there: length, id, flags.

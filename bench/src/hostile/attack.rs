@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::front_end::layout::{Descriptor, RingLayout};
+use crate::front_end::layout::RingLayout;
 use crate::front_end::memory::GuestMemory;
 use crate::front_end::{FrontEnd, FrontEndError, Options, RawDriver};
 
@@ -188,43 +188,50 @@ pub fn eventfd(flags: EfdFlags) -> Result<EventFd, Failure> {
     Ok(EventFd::from_flags(flags | EfdFlags::EFD_CLOEXEC)?)
 }
 
-/// Lets the "driver" of ring `index` reset it: stop, empty rings, start from 0.
-pub fn reset_ring(front_end: &mut FrontEnd, index: u32) -> Result<(), Failure> {
-    let raw = front_end.raw(index as usize);
-    let memory = front_end.memory().clone();
-    let mut doorbell = raw.clone();
-    let doorbell = doorbell.doorbell();
-    let number = u64::from(index).to_le_bytes();
-    let mut tell =
-        |request: u32, body: &[u8], descriptors: &[BorrowedFd<'_>]| match ask(front_end, request, body, descriptors) {
-            Some(0) => Ok(()),
-            other => Err(Failure::Wrong(format!("request {request} of a reset was answered {other:?}"))),
-        };
-    // GET_VRING_BASE answers with ring and index: what is the first word of ring 0 at 0 is 0, others are not.
-    let stopped = tell(11, &ring_number(index, 0), &[]);
-    if let Err(Failure::Wrong(text)) = &stopped
-        && text.contains("None")
-    {
-        return stopped;
-    }
-    raw.set_available_index(0);
-    raw.set_available_flags(0);
-    raw.set_used_index(0);
-    tell(8, &ring_number(index, u32::from(raw.layout().size)), &[])?;
-    tell(10, &ring_number(index, 0), &[])?;
-    tell(9, &ring_addresses(index, raw.layout(), &memory), &[])?;
-    tell(13, &number, &[doorbell.call_fd()])?;
-    tell(12, &number, &[doorbell.kick_fd()])?;
-    tell(18, &ring_number(index, 1), &[])
+/// Lets the "driver" of ring `index` reset it: stop, empty rings, start anew. Returns a handle on the new ring.
+pub fn reset_ring(front_end: &mut FrontEnd, index: u32) -> Result<RawDriver, Failure> {
+    let mut raw = front_end.raw(index as usize);
+    stop_ring(front_end, index)?;
+    raw.restart();
+    let base = raw.base();
+    start_ring(front_end, &mut raw, index, base)?;
+    Ok(raw)
 }
 
-/// Writes a frame with an empty header to `offset` and submits it as the chain at descriptor 0.
+/// GET_VRING_BASE.
+pub fn stop_ring(front_end: &mut FrontEnd, index: u32) -> Result<u64, Failure> {
+    let stopped = ask(front_end, 11, &ring_number(index, 0), &[]);
+    stopped.ok_or_else(|| Failure::Wrong(format!("ring {index} was not stopped")))
+}
+
+/// SET_VRING_NUM to SET_VRING_ENABLE with whatever is in the ring, SET_VRING_BASE with `base`.
+pub fn start_ring(front_end: &mut FrontEnd, raw: &mut RawDriver, index: u32, base: u32) -> Result<(), Failure> {
+    let (layout, memory) = (raw.layout(), front_end.memory().clone());
+    let doorbell = raw.doorbell();
+    let number = u64::from(index).to_le_bytes();
+    let messages: [(u32, Vec<u8>, &[BorrowedFd<'_>]); 6] = [
+        (8, ring_number(index, u32::from(layout.size)), &[]),
+        (10, ring_number(index, base), &[]),
+        (9, ring_addresses(index, layout, &memory), &[]),
+        (13, number.to_vec(), &[doorbell.call_fd()]),
+        (12, number.to_vec(), &[doorbell.kick_fd()]),
+        (18, ring_number(index, 1), &[]),
+    ];
+    for (request, body, descriptors) in messages {
+        match ask(front_end, request, &body, descriptors) {
+            Some(0) => {}
+            other => return Err(Failure::Wrong(format!("request {request} of a start was answered {other:?}"))),
+        }
+    }
+    Ok(())
+}
+
+/// Writes a frame with an empty header to `offset` and submits it as a chain of one descriptor.
 pub fn submit_frame(raw: &mut RawDriver, offset: usize, frame: &[u8]) {
     raw.memory().write(offset, &[0; 12]);
     raw.memory().write(offset + 12, frame);
     let address = raw.memory().guest_address(offset);
-    raw.write_descriptor(0, Descriptor { address, bytes: 12 + frame.len() as u32, flags: 0, next: 0 });
-    raw.submit(0);
+    raw.submit_chain(&[(address, 12 + frame.len() as u32, 0)]);
 }
 
 /// An eventfd as a plain borrowed descriptor.

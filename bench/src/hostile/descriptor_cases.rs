@@ -12,8 +12,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::attack::{ask, borrowed, eventfd, frame, small, submit_frame};
-use super::{Attack, Case, Failure, Outcome};
-use crate::front_end::layout::Descriptor;
+use super::{Attack, Card, Case, Failure, Outcome};
+use crate::front_end::raw::Piece;
 use crate::front_end::{FrontEnd, Options};
 
 /// Longest that a storm lasts.
@@ -127,13 +127,6 @@ pub(super) fn all() -> Vec<Case> {
             attack.hold(front_end);
             Ok(())
         }),
-        Case::new("zero_length_chains_at_full_rate", "not in any peer", Outcome::Served, |attack| {
-            full_rate(attack, Descriptor::default())
-        }),
-        Case::new("large_frames_at_full_rate_to_nobody", "not in any peer", Outcome::Served, |attack| {
-            // More than the MTU: read, judged, dropped.
-            full_rate(attack, Descriptor { address: 0x4000_0000, bytes: 60_000, flags: 0, next: 0 })
-        }),
         Case::new("polled_rings_without_descriptors", "vhost-user-backend 0.24", Outcome::Served, |attack| {
             let options = Options { kick_descriptors: false, call_descriptors: false, ..small() };
             let mut front_end = attack.connect(options)?;
@@ -144,21 +137,32 @@ pub(super) fn all() -> Vec<Case> {
             Ok(())
         }),
     ]);
+    cases.extend(Card::LAYOUTS.into_iter().flat_map(full_rate));
     cases
 }
 
-/// A ring in which all descriptors are `descriptor`, offered over and over.
-fn full_rate(attack: &mut Attack<'_>, descriptor: Descriptor) -> Result<(), Failure> {
-    let front_end = attack.connect(Options { ring_size: 256, ..small() })?;
+fn full_rate(card: Card) -> Vec<Case> {
+    let case = |name, piece| {
+        card.case(name, "not in any peer", Outcome::Served, move |attack| offer_all_the_time(attack, card, piece))
+    };
+    vec![
+        case("zero_length_chains_at_full_rate", (0, 0, 0)),
+        // More than the MTU: read, judged, dropped.
+        case("large_frames_at_full_rate_to_nobody", (0x4000_0000, 60_000, 0)),
+    ]
+}
+
+/// A ring full of one buffer, over and over.
+fn offer_all_the_time(attack: &mut Attack<'_>, card: Card, piece: Piece) -> Result<(), Failure> {
+    let front_end = attack.connect(Options { ring_size: 256, ..card.options() })?;
     let mut raw = front_end.raw(1);
-    for index in 0..256 {
-        raw.write_descriptor(index, descriptor);
-        raw.write_available_entry(index, index);
-    }
-    let end = Instant::now() + STORM;
+    let (end, mut sent) = (Instant::now() + STORM, 0);
     while Instant::now() < end {
-        raw.set_available_index(raw.used_index().wrapping_add(256));
-        raw.doorbell().kick();
+        // Half of the ring is under way while the other half is written.
+        if sent < 256 || raw.has_used(sent - 128) {
+            (0..128).for_each(|_| raw.submit_chain(&[piece]));
+            sent += 128;
+        }
     }
     attack.hold(front_end);
     Ok(())

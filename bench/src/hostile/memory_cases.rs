@@ -8,8 +8,8 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::attack::{Failure, PATIENCE, ask, frame, ring_addresses, small, submit_frame, words};
-use super::{Attack, Case, Outcome};
-use crate::front_end::layout::{DESC_NEXT, Descriptor};
+use super::{Attack, Card, Case, Outcome};
+use crate::front_end::layout::{DESC_NEXT, DESC_WRITE, Descriptor};
 use crate::front_end::{FrontEnd, Options};
 
 const SET_MEM_TABLE: u32 = 5;
@@ -49,6 +49,7 @@ pub(super) fn all() -> Vec<Case> {
     cases.extend(slots());
     cases.extend(wrong_files());
     cases.extend(neighbours());
+    cases.extend(Card::LAYOUTS.into_iter().flat_map(truncated_under_a_ring));
     cases.extend(truncated());
     cases
 }
@@ -265,72 +266,67 @@ fn split_in_the_middle(attack: &mut Attack<'_>) -> Result<(FrontEnd, usize), Fai
 const TRUNCATED: Outcome = Outcome::Lost("its memory file was truncated");
 
 /// Not in any peer: the file is cut under the mapping, and the next access is a SIGBUS.
-fn truncated() -> Vec<Case> {
-    const CLASS: &str = "not in any peer (SIGBUS)";
-    let options = || Options { seal: false, ..small() };
+const SIGBUS: &str = "not in any peer (SIGBUS)";
+
+fn truncated_under_a_ring(card: Card) -> Vec<Case> {
     vec![
-        Case::new("memory_file_truncated_to_nothing", CLASS, TRUNCATED, move |attack| {
-            let front_end = served(attack)?;
+        card.case("memory_file_truncated_to_nothing", SIGBUS, TRUNCATED, move |attack| {
+            let front_end = served(attack, card)?;
             let mut raw = front_end.raw(1);
             front_end.memory().file()?.set_len(0)?;
             raw.doorbell().kick();
             attack.hold(front_end);
             Ok(())
         }),
-        Case::new("memory_file_truncated_behind_the_rings", CLASS, TRUNCATED, move |attack| {
-            let mut front_end = served(attack)?;
+        card.case("memory_file_truncated_behind_the_rings", SIGBUS, TRUNCATED, move |attack| {
+            let mut front_end = served(attack, card)?;
             let at = front_end.take_memory(64 << 10, 4096)?;
             let mut raw = front_end.raw(1);
             let address = front_end.memory().guest_address(at);
-            raw.write_descriptor(0, Descriptor { address, bytes: 1000, flags: 0, next: 0 });
             front_end.memory().file()?.set_len(at as u64)?;
-            raw.submit(0);
+            raw.submit_chain(&[(address, 1000, 0)]);
             attack.hold(front_end);
             Ok(())
         }),
-        Case::new("memory_file_truncated_under_a_tail", CLASS, TRUNCATED, move |attack| {
-            let mut front_end = served(attack)?;
+        card.case("memory_file_truncated_under_a_tail", SIGBUS, TRUNCATED, move |attack| {
+            let mut front_end = served(attack, card)?;
             let at = front_end.take_memory(64 << 10, 4096)?;
             let mut raw = front_end.raw(1);
             let address = front_end.memory().guest_address(at);
             raw.memory().write(at + 4096 - 212, &[&[0; 12][..], &frame(200, 1)].concat());
-            raw.write_descriptor(0, Descriptor { address: address + 4096 - 212, bytes: 1000, flags: 0, next: 0 });
             front_end.memory().file()?.set_len(at as u64 + 4096)?;
-            raw.submit(0);
+            raw.submit_chain(&[(address + 4096 - 212, 1000, 0)]);
             attack.hold(front_end);
             Ok(())
         }),
-        Case::new("memory_file_truncated_under_a_receiveq", CLASS, TRUNCATED, move |attack| {
-            let mut front_end = attack.connect(Options { fill_receive: false, ..options() })?;
+        card.case("memory_file_truncated_under_a_receiveq", SIGBUS, TRUNCATED, move |attack| {
+            let options = Options { seal: false, fill_receive: false, ..card.options() };
+            let mut front_end = attack.connect(options)?;
             let at = front_end.take_memory(64 << 10, 4096)?;
             let mut raw = front_end.raw(0);
             let address = front_end.memory().guest_address(at);
-            let flags = crate::front_end::layout::DESC_WRITE;
-            raw.write_descriptor(0, Descriptor { address, bytes: 2048, flags, next: 0 });
-            raw.submit(0);
+            raw.submit_chain(&[(address, 2048, DESC_WRITE)]);
             front_end.memory().file()?.set_len(at as u64)?;
             attack.friend_sends(&frame(1000, 1))?;
             attack.hold(front_end);
             Ok(())
         }),
-        Case::new("memory_file_truncated_while_it_is_used", CLASS, TRUNCATED, move |attack| {
-            let mut front_end = attack.connect(options())?;
+        card.case("memory_file_truncated_while_it_is_used", SIGBUS, TRUNCATED, move |attack| {
+            let mut front_end = attack.connect(Options { seal: false, ..card.options() })?;
             let at = front_end.take_memory(64 << 10, 4096)?;
             // Its own pages go as well, so whoever drives the ring keeps to the part that stays.
             let rest = at as u64;
             let mut raw = front_end.raw(1);
             let address = front_end.memory().guest_address(at);
-            for index in 0..64 {
-                raw.write_descriptor(index, Descriptor { address, bytes: 1000, flags: 0, next: 0 });
-                raw.write_available_entry(index, index);
-            }
             let cut = Instant::now() + Duration::from_millis(20);
             let end = cut + Duration::from_millis(50);
             let memory_file = front_end.memory().file()?;
-            let mut is_cut = false;
+            let (mut is_cut, mut sent) = (false, 0);
             while Instant::now() < end {
-                raw.set_available_index(raw.used_index().wrapping_add(64));
-                raw.doorbell().kick();
+                if sent == 0 || raw.has_used(sent) {
+                    (0..32).for_each(|_| raw.submit_chain(&[(address, 1000, 0)]));
+                    sent += 32;
+                }
                 if !is_cut && Instant::now() > cut {
                     memory_file.set_len(rest)?;
                     is_cut = true;
@@ -339,7 +335,13 @@ fn truncated() -> Vec<Case> {
             attack.hold(front_end);
             Ok(())
         }),
-        Case::new("memory_file_truncated_before_the_addresses", CLASS, Outcome::Contained, move |attack| {
+    ]
+}
+
+fn truncated() -> Vec<Case> {
+    let options = || Options { seal: false, ..small() };
+    vec![
+        Case::new("memory_file_truncated_before_the_addresses", SIGBUS, Outcome::Contained, move |attack| {
             let stream = attack.dial()?;
             let mut front_end = FrontEnd::prepare(stream, options())?;
             let memory = front_end.memory().clone();
@@ -358,7 +360,7 @@ fn truncated() -> Vec<Case> {
             attack.hold(front_end);
             Ok(())
         }),
-        Case::new("memory_file_truncated_and_made_long_again", CLASS, Outcome::Contained, move |attack| {
+        Case::new("memory_file_truncated_and_made_long_again", SIGBUS, Outcome::Contained, move |attack| {
             let mut front_end = attack.connect(options())?;
             let at = front_end.take_memory(64 << 10, 4096)?;
             let file = front_end.memory().file()?;
@@ -371,7 +373,7 @@ fn truncated() -> Vec<Case> {
             attack.hold(front_end);
             Ok(())
         }),
-        Case::new("holes_punched_into_the_memory_file", CLASS, Outcome::Served, move |attack| {
+        Case::new("holes_punched_into_the_memory_file", SIGBUS, Outcome::Served, move |attack| {
             let mut front_end = attack.connect(options())?;
             let at = front_end.take_memory(64 << 10, 4096)?;
             let file = front_end.memory().file()?;
@@ -393,8 +395,8 @@ fn truncated() -> Vec<Case> {
 }
 
 /// A session with unsealed memory whose transmitq is in use already.
-fn served(attack: &mut Attack<'_>) -> Result<FrontEnd, Failure> {
-    let mut front_end = attack.connect(Options { seal: false, ..small() })?;
+fn served(attack: &mut Attack<'_>, card: Card) -> Result<FrontEnd, Failure> {
+    let mut front_end = attack.connect(Options { seal: false, ..card.options() })?;
     let first = frame(60, 0x7a7a);
     front_end.send_burst(&[&first])?;
     attack.friend_receives(&first)?;

@@ -1,30 +1,38 @@
 //! The corpus of hostile guests and front-ends: each line of this field's history (CVEs, fixes in DPDK, QEMU and
 //! rust-vmm) as a case that any vhost-user back-end can be put to.
 //!
-//! Theory of operation. A [`Target`] serves two pairs of ports. Over one pair a [`Witness`] carries traffic at a steady
+//! Theory of operation. A [`Target`] serves two pairs of ports, and one more with a card of two queue pairs. Over one pair a [`Witness`] carries traffic at a steady
 //! rate and compares every frame; nothing that happens at the other pair may cost it one. At the other pair each [`Case`]
 //! connects as `bad`, does its worst, and keeps what it holds open. The [`runner`] then looks at what became of it,
 //! lets the "VM" reset its rings or reconnect, and exchanges a frame with `friend`, the port on the other side. Around
 //! all cases the target's descriptors and memory are counted.
 //!
-//! A case is a row of a table: a name, where it comes from, what to do, what dreamwire does about it ([`Outcome`]). For
-//! another target the outcome is only observed ([`Verdict`]).
+//! A case is a row of a table: a name, where it comes from, what to do, what dreamwire does about it ([`Outcome`]), and of
+//! some what it counts ([`Tally`]). For another target the outcome is only observed ([`Verdict`]). What means the same to
+//! split and packed rings, to one pair and to two, is one row and a case of each [`Card`].
 //!
-//! Limits: split rings; one queue pair. A case lasts a second at most.
+//! Limits: two queue pairs at most. A case lasts a second at most.
 
 pub mod attack;
+mod card;
 mod descriptor_cases;
 mod memory_cases;
 mod message_cases;
+mod offload_cases;
+mod packed_cases;
 mod race_cases;
 mod receive_cases;
 pub mod runner;
+mod split_cases;
+mod tally;
 pub mod target;
 mod transmit_cases;
 pub mod witness;
 
 pub use attack::{Attack, Failure};
+pub use card::Card;
 pub use runner::{Report, Verdict, run};
+pub use tally::Tally;
 pub use target::Target;
 pub use witness::Witness;
 
@@ -54,10 +62,14 @@ pub struct Case {
     pub name: String,
     /// The CVE or commit that it comes from.
     pub class: &'static str,
+    /// Of a [`Target`].
+    pub port: &'static str,
     /// What is done.
     pub attack: Deed,
     /// What dreamwire makes of it.
     pub outcome: Outcome,
+    /// What it counts meanwhile, where that is part of the outcome.
+    pub tally: Option<Tally>,
 }
 
 impl std::fmt::Debug for Case {
@@ -73,14 +85,17 @@ impl Case {
         outcome: Outcome,
         attack: impl Fn(&mut Attack<'_>) -> Result<(), Failure> + Send + 'static,
     ) -> Self {
-        Self { name: name.into(), class, attack: Box::new(attack), outcome }
+        Self { name: name.into(), class, port: "bad", attack: Box::new(attack), outcome, tally: None }
     }
 }
 
 /// All cases.
 pub fn corpus() -> Vec<Case> {
-    let tables: [fn() -> Vec<Case>; 6] = [
+    let tables: [fn() -> Vec<Case>; 9] = [
         transmit_cases::all,
+        split_cases::all,
+        packed_cases::all,
+        offload_cases::all,
         receive_cases::all,
         message_cases::all,
         memory_cases::all,

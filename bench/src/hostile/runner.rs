@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use super::attack::{Attack, PATIENCE, ask, frame, receives, reset_ring, small, submit_frame};
+use super::tally::Counted;
 use super::target::Target;
 use super::witness::{Testimony, Witness};
 use super::{Case, Failure, Outcome};
@@ -105,16 +106,19 @@ pub fn run(
     let is_dreamwire = scene.target.is_dreamwire();
     if is_dreamwire {
         for case in cases.iter().step_by(WARM_UP_STEP) {
-            let mut attack = Attack::new(scene.target.socket("bad"), &mut scene.friend);
+            let mut attack = Attack::new(scene.target.socket(case.port), &mut scene.friend);
             let _ = (case.attack)(&mut attack);
             let _ = attack.held();
         }
-        recover(&mut scene).map_err(|problem| Failure::Wrong(format!("after the first round: {problem}")))?;
+        recover(&mut scene, "bad").map_err(|problem| Failure::Wrong(format!("after the first round: {problem}")))?;
         settle(&scene.target);
         report.descriptors.0 = scene.target.descriptors();
         report.private_kib.0 = scene.target.private_kib();
     }
     for case in cases {
+        if !scene.target.has(case.port) {
+            continue;
+        }
         let row = put_to(case, &mut scene);
         progress(&row);
         let is_over = matches!(row.verdict, Verdict::Hung(_) | Verdict::Crashed(_));
@@ -136,10 +140,11 @@ pub fn run(
     Ok(report)
 }
 
-/// Until the attacked port's last session is gone with its threads.
+/// Until the attacked ports' last sessions are gone with their threads.
 fn settle(target: &Target) {
     let deadline = Instant::now() + PATIENCE;
-    while target.view().is_ok_and(|view| view.connected) && Instant::now() < deadline {
+    let is_connected = |port| target.view(port).is_ok_and(|view| view.connected);
+    while (is_connected("bad") || is_connected("pairs")) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(20));
     }
     std::thread::sleep(FRESH);
@@ -147,8 +152,9 @@ fn settle(target: &Target) {
 
 fn put_to(case: &Case, scene: &mut Scene) -> Row {
     let began = Instant::now();
-    let before = scene.target.view().map(|view| view.connections).unwrap_or(0);
-    let mut attack = Attack::new(scene.target.socket("bad"), &mut scene.friend);
+    let before = scene.target.view(case.port).map(|view| view.connections).unwrap_or(0);
+    let counted = case.tally.map(|_| count(&scene.target, case.port));
+    let mut attack = Attack::new(scene.target.socket(case.port), &mut scene.friend);
     let mut problem = match (case.attack)(&mut attack) {
         Err(Failure::Wrong(text)) => Some(text),
         Err(error) if !matches!(case.outcome, Outcome::Contained | Outcome::Disconnected(_)) => Some(error.to_string()),
@@ -157,23 +163,25 @@ fn put_to(case: &Case, scene: &mut Scene) -> Row {
     let is_closed = attack.held().is_some_and(|front_end| ask(front_end, 1, &[], &[]).is_none());
     let mut verdict = if is_closed { Verdict::Disconnected } else { Verdict::Survived };
     if scene.target.is_dreamwire() {
-        match observe(&scene.target, case.outcome, before) {
+        match observe(&scene.target, case, before) {
             Ok(seen) => verdict = seen.unwrap_or(verdict),
             Err(text) => problem = problem.or(Some(text)),
         }
-        if let (Outcome::Quarantined(_), Some(front_end)) = (case.outcome, attack.held())
-            && let Err(error) = reset_and_send(front_end)
-        {
-            problem = problem.or(Some(format!("not served again after its driver's reset: {error}")));
+        if let (Some(tally), Some(before)) = (case.tally, counted) {
+            let judged = before.and_then(|before| {
+                let after = count(&scene.target, case.port)?;
+                tally.judge(&after.0.since(&before.0), &after.1.since(&before.1))
+            });
+            problem = problem.or(judged.err());
         }
         if let Outcome::Quarantined(_) = case.outcome
-            && let Err(error) = attack.friend_receives(&frame(100, RESET_FRAME))
+            && let Err(error) = reset_and_exchange(&mut attack)
         {
             problem = problem.or(Some(format!("not served again after its driver's reset: {error}")));
         }
     }
     drop(attack);
-    if let Err(text) = recover(scene) {
+    if let Err(text) = recover(scene, case.port) {
         verdict = Verdict::Hung(format!("a new front-end is not served: {text}"));
     } else if !scene.witness.goes_on(HUNG) {
         verdict = Verdict::Hung("other ports stand still".into());
@@ -198,14 +206,21 @@ fn ended(target: &mut Target, verdict: &Verdict) -> Option<String> {
     }
 }
 
+/// The attacked port's counters, and those of the port on the other side.
+fn count(target: &Target, port: &str) -> Result<(Counted, Counted), String> {
+    let counted = |port| target.counted(port).map_err(|error| error.to_string());
+    Ok((counted(port)?, counted("friend")?))
+}
+
 /// Waits until dreamwire says what the table says.
-fn observe(target: &Target, outcome: Outcome, connections_before: u64) -> Result<Option<Verdict>, String> {
+fn observe(target: &Target, case: &Case, connections_before: u64) -> Result<Option<Verdict>, String> {
+    let outcome = case.outcome;
     let deadline = Instant::now() + PATIENCE;
     if matches!(outcome, Outcome::Served | Outcome::Contained) {
         std::thread::sleep(FRESH);
     }
     loop {
-        let view = target.view().map_err(|error| error.to_string())?;
+        let view = target.view(case.port).map_err(|error| error.to_string())?;
         let quarantined_for = |words: &str| view.quarantined.iter().any(|reason| reason.contains(words));
         let verdict = match outcome {
             Outcome::Served if view.connected && view.quarantined.is_empty() => Some(Verdict::Survived),
@@ -238,26 +253,34 @@ fn observe(target: &Target, outcome: Outcome, connections_before: u64) -> Result
     }
 }
 
-/// Tells the frame after a reset from others.
+/// Tells the frames after a reset, one of each transmitq, from others.
 const RESET_FRAME: u64 = 0x5e5e_7e5e;
 
-/// The "VM" resets its card on the same connection.
-fn reset_and_send(front_end: &mut FrontEnd) -> Result<(), Failure> {
-    for index in [0, 1] {
-        reset_ring(front_end, index)?;
-    }
+/// The "VM" resets its card on the same connection, and sends.
+fn reset_and_exchange(attack: &mut Attack<'_>) -> Result<(), Failure> {
+    let gone = || Failure::Wrong("its session is gone".into());
+    let front_end = attack.held().ok_or_else(gone)?;
     let at = front_end.take_memory(4096, 64)?;
-    submit_frame(&mut front_end.raw(1), at, &frame(100, RESET_FRAME));
+    let pairs = front_end.pairs().len() as u32;
+    let mut transmitqs = Vec::new();
+    for pair in 0..pairs {
+        reset_ring(front_end, 2 * pair)?;
+        transmitqs.push(reset_ring(front_end, 2 * pair + 1)?);
+    }
+    for (number, transmitq) in (RESET_FRAME..).zip(&mut transmitqs) {
+        submit_frame(transmitq, at, &frame(100, number));
+        attack.friend_receives(&frame(100, number))?;
+    }
     Ok(())
 }
 
 /// A new front-end at the attacked port sends a frame and receives one.
-fn recover(scene: &mut Scene) -> Result<(), String> {
+fn recover(scene: &mut Scene, port: &str) -> Result<(), String> {
     static NUMBER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1 << 32);
     let deadline = Instant::now() + 2 * PATIENCE;
     loop {
         let mut attempt = || -> Result<(), Failure> {
-            let mut front_end = FrontEnd::connect(&scene.target.socket("bad"), small())?;
+            let mut front_end = FrontEnd::connect(&scene.target.socket(port), small())?;
             // Relaxed: only different numbers are wanted.
             let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let (out, back) = (frame(100, number), frame(200, number));

@@ -1,5 +1,5 @@
 //! What is attacked: a dreamwire daemon, or DPDK's testpmd over its vhost driver. Four ports: two innocent, `bad`, and
-//! `friend` on bad's other side.
+//! `friend` on bad's other side. dreamwire has a fifth beside `bad`: `pairs`, which has two queue pairs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::Failure;
+use super::tally::Counted;
 use crate::topology::{Daemon, DaemonSpec, http_get};
 use crate::traffic::Testpmd;
 use crate::traffic::testpmd::TestpmdOptions;
@@ -31,6 +32,10 @@ network = "bad"
 [[port]]
 name = "friend"
 network = "bad"
+[[port]]
+name = "pairs"
+network = "bad"
+queues = 2
 "#;
 
 /// A running target; it ends when dropped.
@@ -82,7 +87,12 @@ impl Target {
         matches!(self, Self::Dreamwire(_))
     }
 
-    /// The socket of `good1`, `good2`, `bad` or `friend`.
+    /// Whether it has that port.
+    pub fn has(&self, port: &str) -> bool {
+        self.is_dreamwire() || port != "pairs"
+    }
+
+    /// The socket of `good1`, `good2`, `bad`, `friend` or `pairs`.
     pub fn socket(&self, port: &str) -> PathBuf {
         match self {
             Self::Dreamwire(daemon) => daemon.path(&format!("{port}.sock")),
@@ -122,19 +132,21 @@ impl Target {
         line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok()).unwrap_or(0)
     }
 
-    /// What dreamwire says about `bad`, on the API and on the statistics socket, which must agree about quarantine.
+    /// What dreamwire says about the attacked port, on the API and on the statistics socket, which must agree about
+    /// quarantine.
     ///
     /// # Errors
     /// When it does not answer, or the sockets differ.
-    pub fn view(&self) -> Result<View, Failure> {
+    pub fn view(&self, name: &str) -> Result<View, Failure> {
         let Self::Dreamwire(daemon) = self else { return Ok(View::default()) };
-        let port = get(&daemon.path("api.sock"), "/v1/ports/bad")?;
+        let path = format!("/v1/ports/{name}");
+        let port = get(&daemon.path("api.sock"), &path)?;
         let stats = get(&daemon.path("stats.sock"), "/stats")?;
-        let listed = stats["ports"].as_array().into_iter().flatten().find(|port| port["name"] == "bad");
-        let listed = listed.ok_or_else(|| Failure::Wrong("the statistics have no port bad".into()))?;
+        let listed = stats["ports"].as_array().into_iter().flatten().find(|port| port["name"] == name);
+        let listed = listed.ok_or_else(|| Failure::Wrong(format!("the statistics have no port {name}")))?;
         let quarantined = reasons(&port);
         if !reasons(listed).iter().all(|reason| quarantined.contains(reason))
-            && reasons(&get(&daemon.path("api.sock"), "/v1/ports/bad")?) != reasons(listed)
+            && reasons(&get(&daemon.path("api.sock"), &path)?) != reasons(listed)
         {
             return Err(Failure::Wrong(format!("the sockets differ: {quarantined:?} and {:?}", reasons(listed))));
         }
@@ -146,6 +158,22 @@ impl Target {
             last_end: text(&session["last_end"]),
             warnings: session["warnings"].as_array().into_iter().flatten().map(text).collect(),
             quarantined: reasons(listed),
+        })
+    }
+
+    /// What dreamwire has counted at a port so far.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub(super) fn counted(&self, name: &str) -> Result<Counted, Failure> {
+        let Self::Dreamwire(daemon) = self else { return Ok(Counted::default()) };
+        let port = get(&daemon.path("api.sock"), &format!("/v1/ports/{name}"))?;
+        let number = |value: &Value| value.as_u64().unwrap_or(0);
+        let drops = port["drops"].as_object().into_iter().flatten();
+        Ok(Counted {
+            received: number(&port["rx"]["frames"]),
+            sent: number(&port["tx"]["frames"]),
+            drops: drops.map(|(reason, count)| (reason.clone(), number(count))).collect(),
         })
     }
 
