@@ -4,112 +4,15 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
+use common::pair::*;
 use common::*;
-use dreamwire_vhost::eventfd::EventFd;
-use dreamwire_vhost::frame::{FrameFault, NetHeader, RawFrame};
-use dreamwire_vhost::memory::Payload;
+use dreamwire_vhost::frame::FrameFault;
 use dreamwire_vhost::ring::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX, MERGED_CHAINS_MAX, Ring,
     RingError, RingFault, RingSetup, SendError,
 };
 
-const FEATURES: u64 = F_VERSION_1 | F_INDIRECT;
-const SIZE: u16 = 256;
-
-/// Two regions that are neighbours for the guest, then a hole, then a third.
-const LEFT_END: u64 = 0x10_0000;
-const RIGHT_END: u64 = 0x20_0000;
-const BUFFER: u64 = 0x4_0000;
-const TABLE: u64 = 0x3_0000;
-const OTHER_FRAME: &[u8] = b"a frame of the ring beside it";
-
-/// A hostile ring and a sound one in the same memory.
-struct Bench {
-    guest: Guest,
-    ring: GuestRing,
-    device: Ring,
-    error: EventFd,
-    other: GuestRing,
-    other_device: Ring,
-}
-
-impl Bench {
-    fn new(features: u64) -> Self {
-        Self::with_size(features, SIZE)
-    }
-
-    fn with_size(features: u64, size: u16) -> Self {
-        let guest = Guest::new(&[(0, LEFT_END as usize), (LEFT_END, 0x10_0000), (0x40_0000, 0x1000)]);
-        let ring = GuestRing::new(&guest, 0, size, 0);
-        let other = GuestRing::new(&guest, 0x2_0000, SIZE, 0);
-        let error = EventFd::new().expect("a descriptor");
-        let mut setup = ring.setup(features);
-        setup.error = Some(error.try_clone().expect("a descriptor"));
-        let (device, other_device) = (Ring::new(setup).expect("a descriptor"), other.open(features));
-        Self { guest, ring, device, error, other, other_device }
-    }
-
-    #[track_caller]
-    fn assert_stopped(&mut self, fault: RingFault) {
-        assert_eq!(self.device.fault(), Some(fault));
-        assert!(self.error.drain(), "the error eventfd is signalled");
-        assert_eq!(self.device.receive(&mut frames()), Err(fault), "it stays stopped");
-        assert!(!self.device.complete(), "nothing to tell the guest");
-        assert!(!self.device.enable_kicks());
-        assert_eq!((self.device.next_avail(), self.device.next_used()), (0, 0));
-        assert_eq!(self.ring.used_index(), 0);
-        assert!(!self.error.drain(), "once");
-    }
-
-    /// The guest's transmitq is found to have `fault`, and the one beside it works.
-    #[track_caller]
-    fn assert_receive_fault(mut self, fault: RingFault) {
-        assert_eq!(self.device.receive(&mut frames()), Err(fault));
-        self.assert_stopped(fault);
-        self.guest.write(0x5_0000, &[0; 12]);
-        self.guest.write(0x5_000c, OTHER_FRAME);
-        self.other.descriptor(0, 0x5_0000, 12 + OTHER_FRAME.len() as u32, 0, 0);
-        self.other.post(0);
-        let mut frames = frames();
-        assert_eq!(self.other_device.receive(&mut frames), Ok(1));
-        assert_eq!(frame_bytes(&self.other_device, &frames[0]), OTHER_FRAME);
-    }
-
-    /// The guest's receiveq is found to have `fault`, and the one beside it works.
-    #[track_caller]
-    fn assert_send_fault(mut self, fault: RingFault) {
-        assert_eq!(send(&mut self.device, OTHER_FRAME), Err(SendError::Fault(fault)));
-        self.assert_stopped(fault);
-        assert_eq!(send(&mut self.device, OTHER_FRAME), Err(SendError::Fault(fault)), "it stays stopped");
-        self.other.descriptor(0, 0x5_0000, 2048, WRITE, 0);
-        self.other.post(0);
-        assert_eq!(send(&mut self.other_device, OTHER_FRAME), Ok(()));
-        self.other_device.flush();
-        assert_eq!(self.other.used_entry(0), (0, 12 + OTHER_FRAME.len() as u32));
-        assert_eq!(self.guest.read(0x5_000c, OTHER_FRAME.len()), OTHER_FRAME);
-    }
-
-    /// The posted chain is taken as one frame with this fault; the ring goes on, the chain is given back.
-    #[track_caller]
-    fn assert_frame_fault(mut self, fault: FrameFault) {
-        let mut frames = frames();
-        assert_eq!(self.device.receive(&mut frames), Ok(1));
-        assert_eq!(frames[0].fault, Some(fault));
-        assert_eq!(frame_bytes(&self.device, &frames[0]), b"");
-        self.device.complete();
-        assert_eq!((self.ring.used_index(), self.ring.used_entry(0)), (1, (0, 0)));
-        assert_eq!(self.device.fault(), None);
-        assert_eq!(self.device.next_avail(), 1);
-    }
-}
-
-fn send(ring: &mut Ring, frame: &[u8]) -> Result<(), SendError> {
-    ring.send(NetHeader::default(), frame, Payload::EMPTY)
-}
+type Bench = Pair<GuestRing>;
 
 // The available ring.
 
@@ -126,7 +29,7 @@ fn an_available_index_of_size_and_one_more_is_a_fault_both_ways() {
         let bench = Bench::new(FEATURES);
         bench.ring.set_available_index(SIZE + 1);
         let fault = RingFault::AvailableIndex { index: SIZE + 1, next: 0, size: SIZE };
-        if receive { bench.assert_receive_fault(fault) } else { bench.assert_send_fault(fault) }
+        bench.assert_fault(receive, fault);
     }
 }
 
@@ -165,7 +68,7 @@ fn a_head_outside_the_table_is_a_fault_both_ways() {
         let mut bench = Bench::new(FEATURES);
         bench.ring.post(head);
         let fault = RingFault::DescriptorIndex { index: head, size: SIZE };
-        if receive { bench.assert_receive_fault(fault) } else { bench.assert_send_fault(fault) }
+        bench.assert_fault(receive, fault);
     }
 }
 
@@ -203,7 +106,7 @@ fn a_descriptor_that_names_itself_is_a_loop() {
             bench.ring.descriptor(7, BUFFER, bytes, flags, 7);
             bench.ring.post(7);
             let fault = RingFault::Loop { head: 7 };
-            if receive { bench.assert_receive_fault(fault) } else { bench.assert_send_fault(fault) }
+            bench.assert_fault(receive, fault);
         }
     }
 }
@@ -244,7 +147,7 @@ fn a_next_of_65535_is_a_fault() {
         bench.ring.descriptor(0, BUFFER, 4, flags, 65535);
         bench.ring.post(0);
         let fault = RingFault::DescriptorIndex { index: 65535, size: SIZE };
-        if receive { bench.assert_receive_fault(fault) } else { bench.assert_send_fault(fault) }
+        bench.assert_fault(receive, fault);
     }
 }
 
@@ -434,7 +337,7 @@ fn a_buffer_outside_memory_is_a_fault_both_ways() {
             bench.ring.descriptor(0, address, bytes, if receive { 0 } else { WRITE }, 0);
             bench.ring.post(0);
             let fault = RingFault::BufferAddress { address, bytes };
-            if receive { bench.assert_receive_fault(fault) } else { bench.assert_send_fault(fault) }
+            bench.assert_fault(receive, fault);
         }
     }
 }
@@ -617,76 +520,5 @@ fn a_ring_that_cannot_be_served_is_refused_at_the_start() {
     for address in [2, LEFT_END - 4] {
         let setup = RingSetup { used: address, ..ring.setup(FEATURES) };
         assert_eq!(Ring::new(setup).unwrap_err(), RingError::Address { part: "used ring", address, bytes: 2052 });
-    }
-}
-
-/// The guest writes while the device reads: descriptors flip between a sound buffer and every kind of broken one, and
-/// the frame's first bytes are rewritten all the time. Whatever the device saw, it saw once: the header copy is what is
-/// delivered, whatever the guest's memory says by then.
-#[test]
-fn a_guest_that_writes_meanwhile_changes_nothing_that_was_judged() {
-    let guest = Guest::new(&[(0, LEFT_END as usize), (LEFT_END, 0x10_0000)]);
-    let receiver_guest = Guest::new(&[(0, 0x10_0000)]);
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut ring = GuestRing::new(&guest, 0, 64, 0);
-    let mut seen = [0u32; 2];
-    std::thread::scope(|scope| {
-        let writer = (guest.clone(), ring.clone(), Arc::clone(&stop));
-        scope.spawn(move || {
-            let (guest, ring, stop) = writer;
-            let mut round = 0u64;
-            while !stop.load(Ordering::Relaxed) {
-                round = round.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                let dice = (round >> 33) as u32;
-                let index = (dice % 64) as u16;
-                match dice >> 8 & 63 {
-                    0 => ring.descriptor(index, u64::MAX, dice, NEXT, dice as u16),
-                    1 => ring.descriptor(index, BUFFER, 1000, WRITE | INDIRECT, index),
-                    2..8 => ring.descriptor(index, BUFFER, dice & 0xffff, 0, 0),
-                    _ => ring.descriptor(index, BUFFER, 12 + 600, 0, 0),
-                }
-                guest.write(BUFFER, &[dice as u8; 12 + 600]);
-            }
-        });
-        let deadline = Instant::now() + Duration::from_millis(300);
-        let mut frames = frames();
-        let mut device = ring.open(FEATURES);
-        while Instant::now() < deadline {
-            while ring.available_index.wrapping_sub(device.next_avail()) < 32 {
-                let head = ring.available_index % 64;
-                ring.post(head);
-            }
-            let Ok(count) = device.receive(&mut frames) else {
-                // The driver resets its device.
-                seen[1] += 1;
-                ring = GuestRing::new(&guest, 0, 64, 0);
-                device = ring.open(FEATURES);
-                continue;
-            };
-            deliver(&device, &frames[..count], &receiver_guest);
-            seen[0] += count as u32;
-            device.complete();
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
-    assert!(seen[0] > 0 && seen[1] > 0, "frames {}, faults {}", seen[0], seen[1]);
-}
-
-/// Sends each frame into a ring of another guest and compares what arrives with the header copy.
-fn deliver(device: &Ring, frames: &[RawFrame], guest: &Guest) {
-    let mut ring = GuestRing::new(guest, 0, 64, 0);
-    let mut receiver = ring.open(FEATURES);
-    for (index, frame) in frames.iter().enumerate() {
-        let judged = frame.headers().to_vec();
-        assert!(frame.frame_bytes <= FRAME_BYTES_MAX);
-        assert_eq!(device.payload(frame).bytes(), frame.tail_bytes());
-        let head = index as u16;
-        let into = 0x1_0000;
-        ring.descriptor(head, into, 0x1_1000, WRITE, 0);
-        ring.post(head);
-        assert_eq!(receiver.send(NetHeader::default(), frame.headers(), device.payload(frame)), Ok(()));
-        receiver.flush();
-        assert_eq!(ring.used_entry(head), (u32::from(head), 12 + frame.frame_bytes));
-        assert_eq!(guest.read(into + 12, judged.len()), judged, "what was judged is what was sent");
     }
 }

@@ -3,116 +3,18 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
 use common::packed::*;
+use common::pair::*;
 use common::*;
-use dreamwire_vhost::eventfd::EventFd;
-use dreamwire_vhost::frame::{FrameFault, NetHeader};
-use dreamwire_vhost::memory::Payload;
+use dreamwire_vhost::frame::FrameFault;
 use dreamwire_vhost::ring::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX, MERGED_CHAINS_MAX, Ring,
     RingError, RingFault, RingSetup, SendError,
 };
 
-const FEATURES: u64 = F_VERSION_1 | F_INDIRECT;
-const SIZE: u16 = 256;
+const START: u16 = <PackedGuestRing as Driver>::START;
 
-/// Two regions that are neighbours for the guest, then a hole, then a third.
-const LEFT_END: u64 = 0x10_0000;
-const RIGHT_END: u64 = 0x20_0000;
-const BUFFER: u64 = 0x4_0000;
-const TABLE: u64 = 0x3_0000;
-const OTHER_FRAME: &[u8] = b"a frame of the ring beside it";
-const START: u16 = 0x8000;
-
-/// A hostile ring and a sound one in the same memory.
-struct Bench {
-    guest: Guest,
-    ring: PackedGuestRing,
-    device: Ring,
-    error: EventFd,
-    other: PackedGuestRing,
-    other_device: Ring,
-}
-
-impl Bench {
-    fn new(features: u64) -> Self {
-        Self::with_size(features, SIZE)
-    }
-
-    fn with_size(features: u64, size: u16) -> Self {
-        let guest = Guest::new(&[(0, LEFT_END as usize), (LEFT_END, 0x10_0000), (0x40_0000, 0x1000)]);
-        let ring = PackedGuestRing::new(&guest, 0, size, 0);
-        let other = PackedGuestRing::new(&guest, 0x2_0000, SIZE, 0);
-        let error = EventFd::new().expect("a descriptor");
-        let mut setup = ring.setup(features);
-        setup.error = Some(error.try_clone().expect("a descriptor"));
-        let (device, other_device) = (Ring::new(setup).expect("a sound ring"), other.open(features));
-        Self { guest, ring, device, error, other, other_device }
-    }
-
-    /// Stopped at the start, with nothing given back.
-    #[track_caller]
-    fn assert_stopped(&mut self, fault: RingFault) {
-        assert_eq!(self.device.fault(), Some(fault));
-        assert!(self.error.drain(), "the error eventfd is signalled");
-        assert_eq!(self.device.receive(&mut frames()), Err(fault), "it stays stopped");
-        assert!(!self.device.complete(), "nothing to tell the guest");
-        assert!(!self.device.enable_kicks());
-        assert_eq!((self.device.next_avail(), self.device.next_used()), (START, START));
-        assert_eq!(self.ring.reap(|_| 1), None, "nothing was used");
-        assert!(!self.error.drain(), "once");
-    }
-
-    #[track_caller]
-    fn assert_receive_fault(mut self, fault: RingFault) {
-        assert_eq!(self.device.receive(&mut frames()), Err(fault));
-        self.assert_stopped(fault);
-        self.guest.write(0x5_0000, &[0; 12]);
-        self.guest.write(0x5_000c, OTHER_FRAME);
-        self.other.post(0, &[(0x5_0000, 12 + OTHER_FRAME.len() as u32, 0)]);
-        let mut frames = frames();
-        assert_eq!(self.other_device.receive(&mut frames), Ok(1));
-        assert_eq!(frame_bytes(&self.other_device, &frames[0]), OTHER_FRAME);
-    }
-
-    #[track_caller]
-    fn assert_send_fault(mut self, fault: RingFault) {
-        assert_eq!(send(&mut self.device, OTHER_FRAME), Err(SendError::Fault(fault)));
-        self.assert_stopped(fault);
-        assert_eq!(send(&mut self.device, OTHER_FRAME), Err(SendError::Fault(fault)), "it stays stopped");
-        self.other.post(0, &[(0x5_0000, 2048, WRITE)]);
-        assert_eq!(send(&mut self.other_device, OTHER_FRAME), Ok(()));
-        self.other_device.flush();
-        assert_eq!(self.other.reap(|_| 1), Some((0, 12 + OTHER_FRAME.len() as u32)));
-        assert_eq!(self.guest.read(0x5_000c, OTHER_FRAME.len()), OTHER_FRAME);
-    }
-
-    #[track_caller]
-    fn assert_fault(self, receive: bool, fault: RingFault) {
-        if receive { self.assert_receive_fault(fault) } else { self.assert_send_fault(fault) }
-    }
-
-    /// The posted chain is taken as one frame with this fault; the ring goes on, the chain is given back.
-    #[track_caller]
-    fn assert_frame_fault(mut self, fault: FrameFault) {
-        let mut frames = frames();
-        assert_eq!(self.device.receive(&mut frames), Ok(1));
-        assert_eq!(frames[0].fault, Some(fault));
-        assert_eq!(frame_bytes(&self.device, &frames[0]), b"");
-        self.device.complete();
-        assert_eq!(self.ring.reap(|_| 1), Some((0, 0)));
-        assert_eq!(self.device.fault(), None);
-        assert_eq!(self.device.next_avail(), self.ring.next.bits());
-    }
-}
-
-fn send(ring: &mut Ring, frame: &[u8]) -> Result<(), SendError> {
-    ring.send(NetHeader::default(), frame, Payload::EMPTY)
-}
+type Bench = Pair<PackedGuestRing>;
 
 // Availability.
 
@@ -552,60 +454,4 @@ fn a_ring_that_cannot_be_served_is_refused_at_the_start() {
         let error = RingError::Address { part: "device event suppression", address, bytes: 4 };
         assert_eq!(Ring::new(RingSetup { used: address, ..ring.setup(FEATURES) }).unwrap_err(), error);
     }
-}
-
-/// The guest writes while the device reads and gives back: whatever it writes, the device stays inside its memory, takes
-/// bursts of bounded length, and what it judged is what it delivers.
-#[test]
-fn a_guest_that_writes_meanwhile_changes_nothing_that_was_judged() {
-    let guest = Guest::new(&[(0, LEFT_END as usize), (LEFT_END, 0x10_0000)]);
-    let receiver_guest = Guest::new(&[(0, 0x10_0000)]);
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut seen = [0u32; 2];
-    std::thread::scope(|scope| {
-        let (writer, stopped) = (PackedGuestRing::new(&guest, 0, 64, 0), Arc::clone(&stop));
-        let ring = writer.clone();
-        scope.spawn(move || {
-            let mut round = 0u64;
-            while !stopped.load(Ordering::Relaxed) {
-                round = round.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                let dice = (round >> 33) as u32;
-                let index = (dice % 64) as u16;
-                let lap = if dice >> 16 & 1 == 0 { AVAIL } else { USED };
-                match dice >> 8 & 63 {
-                    0 => writer.write(index, u64::MAX, dice, index, NEXT | lap),
-                    1 => writer.write(index, BUFFER, 1000, index, WRITE | INDIRECT | lap),
-                    2 => writer.write(index, BUFFER, 100, index, NEXT | lap),
-                    3..8 => writer.write(index, BUFFER, dice & 0xffff, index, lap),
-                    _ => writer.write(index, BUFFER, 12 + 600, index, lap),
-                }
-                writer.guest.write(BUFFER, &[dice as u8; 12 + 600]);
-            }
-        });
-        let deadline = Instant::now() + Duration::from_millis(300);
-        let mut frames = frames();
-        let mut device = ring.open(FEATURES);
-        while Instant::now() < deadline {
-            let Ok(count) = device.receive(&mut frames) else {
-                seen[1] += 1;
-                device = ring.open(FEATURES);
-                continue;
-            };
-            let mut to = PackedGuestRing::new(&receiver_guest, 0, 64, 0);
-            let mut receiver = to.open(FEATURES);
-            for frame in &frames[..count] {
-                let judged = frame.headers().to_vec();
-                to.post(3, &[(0x1_0000, 0x1_1000, WRITE)]);
-                assert_eq!(receiver.send(NetHeader::default(), frame.headers(), device.payload(frame)), Ok(()));
-                receiver.flush();
-                assert_eq!(to.reap(|_| 1), Some((3, 12 + frame.frame_bytes)));
-                assert_eq!(receiver_guest.read(0x1_000c, judged.len()), judged, "what was judged is what was sent");
-            }
-            seen[0] += count as u32;
-            device.complete();
-            assert!(device.next_avail() & 0x7fff < 64);
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
-    assert!(seen[0] > 0 && seen[1] > 0, "frames {}, faults {}", seen[0], seen[1]);
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod packed;
+pub(crate) mod pair;
 
 use std::sync::Arc;
 
