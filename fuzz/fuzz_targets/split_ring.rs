@@ -1,6 +1,8 @@
 //! See `harness/split_ring.rs`.
 #![no_main]
 
+#[path = "../harness/guest.rs"]
+mod guest;
 #[path = "../harness/split_ring.rs"]
 mod harness;
 
