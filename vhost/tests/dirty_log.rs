@@ -276,6 +276,21 @@ fn descriptors_of_a_packed_ring_are_logged_where_they_are_if_at_all() {
     }
 }
 
+/// A frame in the last and the first descriptor of a packed ring, which lie in two pages: both are marked.
+#[test]
+fn descriptors_on_both_sides_of_the_end_of_a_packed_ring_are_logged() {
+    let guest = Guest::new(&REGIONS);
+    let mut driver = Driver::new(&guest, 0x1_4f00, Some(u32::from(SIZE) - 1));
+    let log = log(8);
+    let ring_log = RingLog { log: Arc::clone(&log), used_address: driver.used_address() };
+    let mut ring = driver.open(F_VERSION_1 | F_MERGEABLE, Some(ring_log));
+    driver.post(&[(0x3000, 100, WRITE)]);
+    driver.post(&[(0x3100, 100, WRITE)]);
+    ring.send(NetHeader::default(), &[1; 150], Payload::EMPTY).unwrap();
+    ring.flush();
+    assert_eq!(marked(&log), [3, 0x14, 0x15].into());
+}
+
 /// CVE-2020-10722: a log smaller than the memory, and log addresses from anywhere.
 #[test]
 fn a_log_too_short_and_absurd_log_addresses_lose_bits_and_nothing_else() {
