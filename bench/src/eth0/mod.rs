@@ -36,6 +36,7 @@ mod wire;
 pub use document::write_table;
 pub use expected::{Expected, Judgement};
 pub use observations::{Difference, Observations, differences};
+pub use segment::Segment;
 pub use site::{Kind, Site};
 
 use crate::topology::TopologyError;

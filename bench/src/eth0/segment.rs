@@ -10,24 +10,77 @@ use crate::topology::Frame;
 const FRAME_BYTES_MAX: usize = 1514;
 const ETHERNET_BYTES: usize = 14;
 
-/// One frame of a TCP connection, read.
-struct Segment {
-    frame_bytes: usize,
-    payload_bytes: usize,
-    /// Of IPv4.
-    id: Option<u16>,
+/// One frame of a TCP connection, read. It may be longer than its wire's MTU allows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segment {
+    /// Bytes of the frame, Ethernet header included.
+    pub frame_bytes: usize,
+    /// What TCP carries.
+    pub payload: Vec<u8>,
+    /// IPv4's identification.
+    pub id: Option<u16>,
+    /// Of its first byte.
+    pub sequence: u32,
+    /// TCP's control bits, FIN lowest (RFC 9293 §3.1).
+    pub flags: u8,
+    /// TCP's: `good`, `bad`, or `pending` where it is left to the receiver's side.
+    pub checksum: &'static str,
+    /// Of the IPv4 header; IPv6 has none to be bad.
+    pub header_checksum_good: bool,
     ecn: u8,
-    sequence: u32,
-    flags: u8,
     mss: Option<u16>,
-    checksum: &'static str,
-    header_checksum_good: bool,
+}
+
+impl Segment {
+    /// Reads a TCP segment over IPv4 without options, or IPv6; another frame is none.
+    #[must_use]
+    pub fn read(frame: &Frame) -> Option<Self> {
+        let packet = frame.bytes.get(ETHERNET_BYTES..)?;
+        let (header_bytes, ends, total, id, ecn) = match packet.first()? >> 4 {
+            4 => {
+                let total = usize::from(u16::from_be_bytes([*packet.get(2)?, *packet.get(3)?]));
+                let id = u16::from_be_bytes([packet[4], *packet.get(5)?]);
+                (20, [packet.get(12..16)?, packet.get(16..20)?], total, Some(id), packet[1] & 3)
+            }
+            6 => {
+                let total = 40 + usize::from(u16::from_be_bytes([*packet.get(4)?, *packet.get(5)?]));
+                (40, [packet.get(8..24)?, packet.get(24..40)?], total, None, packet[1] >> 4 & 3)
+            }
+            _ => return None,
+        };
+        // Longer than the header's field can say: an aggregate as the kernel keeps it.
+        let total = if packet.len() > usize::from(u16::MAX) { packet.len() } else { total };
+        let segment = packet.get(header_bytes..total)?;
+        let offset_bytes = usize::from(*segment.get(12)? >> 4) * 4;
+        let sum = checksum(segment, pseudo_header(ends, TCP, segment.len()));
+        let good = if frame.checksum_pending {
+            "pending"
+        } else if sum == 0 {
+            "good"
+        } else {
+            "bad"
+        };
+        Some(Self {
+            frame_bytes: frame.bytes.len(),
+            payload: segment.get(offset_bytes..)?.to_vec(),
+            id,
+            ecn,
+            sequence: u32::from_be_bytes(segment[4..8].try_into().expect("four bytes")),
+            flags: segment[13],
+            mss: segment
+                .get(20..24)
+                .filter(|option| option[..2] == [2, 4])
+                .map(|option| u16::from_be_bytes([option[2], option[3]])),
+            checksum: good,
+            header_checksum_good: id.is_none() || checksum(&packet[..20], 0) == 0,
+        })
+    }
 }
 
 /// Records what a connection's frames, all of one direction, have in common.
 pub(super) fn record(prefix: &str, frames: &[Frame], rows: &mut Observations) {
-    let segments: Vec<_> = frames.iter().filter_map(read).collect();
-    let full: Vec<_> = segments.iter().filter(|segment| segment.payload_bytes > 0).collect();
+    let segments: Vec<_> = frames.iter().filter_map(Segment::read).collect();
+    let full: Vec<_> = segments.iter().filter(|segment| !segment.payload.is_empty()).collect();
     let largest = full.iter().map(|segment| segment.frame_bytes).max().unwrap_or(0);
     let size = if largest > FRAME_BYTES_MAX { "longer than the wire's".to_owned() } else { largest.to_string() };
     rows.record(format!("{prefix}.longest_frame"), size);
@@ -39,7 +92,7 @@ pub(super) fn record(prefix: &str, frames: &[Frame], rows: &mut Observations) {
     let mut first_sent = Vec::new();
     for segment in &full {
         if next.is_none_or(|next: u32| segment.sequence.wrapping_sub(next) < 1 << 31) {
-            next = Some(segment.sequence.wrapping_add(segment.payload_bytes as u32));
+            next = Some(segment.sequence.wrapping_add(segment.payload.len() as u32));
             first_sent.push(segment.ecn.to_string());
         }
     }
@@ -65,48 +118,6 @@ fn set(words: impl Iterator<Item = String>) -> String {
     if distinct.is_empty() { "none".to_owned() } else { distinct.into_iter().collect::<Vec<_>>().join(", ") }
 }
 
-fn read(frame: &Frame) -> Option<Segment> {
-    let packet = frame.bytes.get(ETHERNET_BYTES..)?;
-    let (header_bytes, ends, total, id, ecn) = match packet.first()? >> 4 {
-        4 => {
-            let total = usize::from(u16::from_be_bytes([*packet.get(2)?, *packet.get(3)?]));
-            let id = u16::from_be_bytes([packet[4], *packet.get(5)?]);
-            (20, [packet.get(12..16)?, packet.get(16..20)?], total, Some(id), packet[1] & 3)
-        }
-        6 => {
-            let total = 40 + usize::from(u16::from_be_bytes([*packet.get(4)?, *packet.get(5)?]));
-            (40, [packet.get(8..24)?, packet.get(24..40)?], total, None, packet[1] >> 4 & 3)
-        }
-        _ => return None,
-    };
-    // Longer than the header's field can say: an aggregate as the kernel keeps it.
-    let total = if packet.len() > usize::from(u16::MAX) { packet.len() } else { total };
-    let segment = packet.get(header_bytes..total)?;
-    let offset_bytes = usize::from(*segment.get(12)? >> 4) * 4;
-    let sum = checksum(segment, pseudo_header(ends, TCP, segment.len()));
-    let good = if frame.checksum_pending {
-        "pending"
-    } else if sum == 0 {
-        "good"
-    } else {
-        "bad"
-    };
-    Some(Segment {
-        frame_bytes: frame.bytes.len(),
-        payload_bytes: segment.len().checked_sub(offset_bytes)?,
-        id,
-        ecn,
-        sequence: u32::from_be_bytes(segment[4..8].try_into().expect("four bytes")),
-        flags: segment[13],
-        mss: segment
-            .get(20..24)
-            .filter(|option| option[..2] == [2, 4])
-            .map(|option| u16::from_be_bytes([option[2], option[3]])),
-        checksum: good,
-        header_checksum_good: id.is_none() || checksum(&packet[..20], 0) == 0,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::packet::{IPV4, Ipv4, NOBODY4, ethernet, tcp};
@@ -117,10 +128,10 @@ mod tests {
         let ends = NOBODY4.map(|end| end.octets());
         let packet = Ipv4 { tos: 2, ..Ipv4::new(TCP) }.packet(&tcp([&ends[0], &ends[1]], 0x18, &[1; 100]));
         let mut bytes = ethernet([2; 6], [4; 6], IPV4, &packet);
-        let segment = read(&Frame { bytes: bytes.clone(), checksum_pending: false }).unwrap();
-        assert_eq!((segment.frame_bytes, segment.payload_bytes, segment.checksum), (154, 100, "good"));
+        let segment = Segment::read(&Frame { bytes: bytes.clone(), checksum_pending: false }).unwrap();
+        assert_eq!((segment.frame_bytes, segment.payload.len(), segment.checksum), (154, 100, "good"));
         assert_eq!((segment.ecn, segment.id, segment.header_checksum_good), (2, Some(0x1234), true));
         *bytes.last_mut().unwrap() ^= 1;
-        assert_eq!(read(&Frame { bytes, checksum_pending: false }).unwrap().checksum, "bad");
+        assert_eq!(Segment::read(&Frame { bytes, checksum_pending: false }).unwrap().checksum, "bad");
     }
 }
