@@ -1,7 +1,7 @@
 //! Live migration of a guest from one QEMU to another on this machine.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -21,6 +21,10 @@ pub struct MigrationReport {
     pub memory_bytes: u64,
     /// How often the dirty pages were gathered.
     pub rounds: u64,
+    /// When the guest stopped at the source.
+    pub stopped: SystemTime,
+    /// When it went on at the destination.
+    pub resumed: SystemTime,
 }
 
 impl Guest {
@@ -41,6 +45,7 @@ impl Guest {
             json!({ "downtime-limit": downtime_max_ms, "max-bandwidth": BANDWIDTH_BYTES }),
         )?;
         let uri = format!("unix:{}", destination.migration_socket().display());
+        self.take_qmp_events()?;
         self.qmp("migrate", json!({ "uri": uri }))?;
         let mut state = Value::Null;
         wait_until(limit, &format!("the migration of {}", self.name()), || {
@@ -60,7 +65,22 @@ impl Guest {
             total_ms: number(&state["total-time"]),
             memory_bytes: number(&state["ram"]["transferred"]),
             rounds: number(&state["ram"]["dirty-sync-count"]),
+            stopped: self.time_of("STOP")?,
+            resumed: destination.time_of("RESUME")?,
         })
+    }
+
+    /// When QEMU sent the last event of that name, of those that nobody has taken yet.
+    fn time_of(&self, event: &str) -> Result<SystemTime, TopologyError> {
+        let events = self.take_qmp_events()?;
+        let last = events.iter().rev().find(|one| one["event"] == event);
+        let number = |unit: &str| last.and_then(|one| one["timestamp"][unit].as_u64());
+        match (number("seconds"), number("microseconds")) {
+            (Some(seconds), Some(micros)) => {
+                Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + Duration::from_micros(micros))
+            }
+            _ => Err(TopologyError::Qmp { command: "migrate".to_owned(), reason: format!("no event {event}") }),
+        }
     }
 
     /// Begins a migration to `destination` that cannot come to its end, and breaks it off once `is_under_way`. The guest
