@@ -66,6 +66,21 @@ fn a_good_document_is_accepted_and_survives_json() {
 }
 
 #[test]
+fn a_port_with_a_mac_hears_no_unknown_stations_unless_told_to() {
+    for (keys, hears) in [
+        ("", true),
+        ("mac = \"52:54:00:00:00:01\"", false),
+        ("mac = \"52:54:00:00:00:01\"\nunknown_unicast = true", true),
+        ("unknown_unicast = false", false),
+    ] {
+        let text = format!("[[network]]\nname = \"default\"\n[[port]]\nname = \"vm1\"\n{keys}\n");
+        let document = accept(&text).document;
+        assert_eq!(document.find_port("vm1").unwrap().hears_unknown(), hears, "{keys}");
+        assert_eq!(from_json(&document.to_json(), Context::default()).unwrap().document, document);
+    }
+}
+
+#[test]
 fn every_mistake_of_a_value_is_reported_at_its_line() {
     expect_marked(
         r#"
@@ -102,7 +117,7 @@ network = "bleu"                 #! no network is called "bleu"
 mac = "01:00:5e:00:00:01"        #! is a multicast address
 queues = 17                      #! 17 is out of range: 1 to 16 (queue pairs)
 mode = "listen"                  #! allowed: "server", "client"
-colour = "red"                   #! port.vm1.colour: unknown key "colour"; allowed here: name, network, socket, mode, mac, addresses, queues, features
+colour = "red"                   #! port.vm1.colour: unknown key "colour"; allowed here: name, network, socket, mode, mac, addresses, unknown_unicast, queues, features
 [[port]]
 name = "vm2"
 network = "local"

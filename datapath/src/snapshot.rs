@@ -72,6 +72,8 @@ pub struct Network {
     pub mtu: u16,
     /// Its ports.
     pub ports: Vec<PortId>,
+    /// Those of them that hear frames to stations that nobody knows: unknown unicast is flooded to them alone.
+    pub hear_unknown: Vec<PortId>,
     /// Configured addresses of its ports. They take precedence over anything learned and are never learned elsewhere.
     pub static_macs: HashMap<Mac, PortId, foldhash::fast::RandomState>,
     /// Whether source addresses are learned.

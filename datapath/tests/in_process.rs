@@ -102,6 +102,59 @@ fn a_broadcast_reaches_everybody_else() {
 }
 
 #[test]
+fn a_port_that_does_not_hear_unknown_stations_hears_groups_and_its_own_alone() {
+    let mut lan = Lan::new(3, 1);
+    lan.network(0).static_macs.insert(mac(3), PortId(2));
+    lan.network(0).hear_unknown.retain(|&port| port != PortId(2));
+    lan.publish();
+    let (unknown, own) = (frame(mac(9), mac(1), 64, 1), frame(mac(3), mac(1), 64, 2));
+    let everybody = frame(Mac::BROADCAST, mac(1), 64, 3);
+    let group = frame(Mac([0x33, 0x33, 0, 0, 0, 1]), mac(1), 64, 4);
+    for frame in [&unknown, &own, &everybody, &group] {
+        lan.send(0, frame);
+    }
+    assert_eq!(lan.received(1), [unknown, everybody.clone(), group.clone()]);
+    assert_eq!(lan.received(2), [own, everybody, group]);
+    lan.assert_moved(&[
+        ("p0 rx", 4),
+        ("p0 rx_bytes", 256),
+        ("blue copies", 2),
+        ("p1 tx", 3),
+        ("p1 tx_bytes", 192),
+        ("p2 tx", 3),
+        ("p2 tx_bytes", 192),
+    ]);
+    // A second address behind it is reached once it has spoken.
+    lan.send(2, &frame(mac(8), mac(4), 64, 5));
+    let answer = frame(mac(4), mac(1), 64, 6);
+    lan.send(0, &answer);
+    assert_eq!(lan.received(2), [answer]);
+    lan.assert_moved(&[
+        ("p0 rx", 1),
+        ("p0 rx_bytes", 64),
+        ("p2 rx", 1),
+        ("p2 rx_bytes", 64),
+        ("blue copies", 1),
+        ("p0 tx", 1),
+        ("p0 tx_bytes", 64),
+        ("p1 tx", 1),
+        ("p1 tx_bytes", 64),
+        ("p2 tx", 1),
+        ("p2 tx_bytes", 64),
+    ]);
+}
+
+#[test]
+fn an_unknown_frame_that_no_port_hears_has_no_destination() {
+    let mut lan = Lan::new(2, 1);
+    lan.network(0).hear_unknown.clear();
+    lan.publish();
+    lan.send(0, &frame(mac(9), mac(1), 64, 1));
+    assert!(lan.received(1).is_empty());
+    lan.assert_moved(&[("p0 rx", 1), ("p0 rx_bytes", 64), ("p0 drop no_destination", 1)]);
+}
+
+#[test]
 fn an_unknown_station_is_flooded_to_until_it_speaks() {
     let mut lan = Lan::new(3, 1);
     let ask = frame(mac(2), mac(1), 64, 1);
@@ -307,6 +360,7 @@ fn a_ring_that_is_taken_away_and_given_back_goes_on_where_it_stood() {
 fn networks_do_not_hear_each_other() {
     let mut lan = Lan::new(3, 1);
     lan.network(0).ports = vec![PortId(0), PortId(1)];
+    lan.network(0).hear_unknown = vec![PortId(0), PortId(1)];
     lan.snapshot.networks.push(Some(network("red", &[2])));
     lan.snapshot.ports[2].as_mut().unwrap().network = NetworkId(1);
     lan.publish();
@@ -333,6 +387,7 @@ fn a_removed_port_is_neither_heard_nor_reached_and_its_addresses_are_forgotten()
     ]);
     (0..3).for_each(|station| drop(lan.received(station)));
     lan.network(0).ports = vec![PortId(0), PortId(2)];
+    lan.network(0).hear_unknown = vec![PortId(0), PortId(2)];
     let removed = lan.snapshot.ports[1].take().unwrap();
     lan.publish();
     assert!(lan.worker.fdb_rows().is_empty());
@@ -345,6 +400,7 @@ fn a_removed_port_is_neither_heard_nor_reached_and_its_addresses_are_forgotten()
     assert_eq!((removed.counters.rx(), removed.counters.tx(), removed.counters.drops.total()), ((1, 60), (0, 0), 0));
     // Until the control thread has taken it off the list of its network, too, its copy counts as removed.
     lan.network(0).ports.push(PortId(1));
+    lan.network(0).hear_unknown.push(PortId(1));
     lan.publish();
     lan.send(0, &frame(Mac::BROADCAST, mac(1), 60, 1));
     assert_eq!(lan.network(0).counters.drops.get(DropReason::Removed), 1);

@@ -216,6 +216,7 @@ fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
         mode: fields.word("mode", &[("server", Mode::Server), ("client", Mode::Client)], &[]).unwrap_or(Mode::Server),
         mac: fields.text("mac", station),
         addresses: fields.texts("addresses", guest_address).unwrap_or_default(),
+        unknown_unicast: fields.boolean("unknown_unicast"),
         queues: fields
             .integer("queues", 1..=QUEUES_MAX, "queue pairs")
             .and_then(|queues| u16::try_from(queues).ok())

@@ -133,11 +133,22 @@ pub struct Port {
     pub mac: Option<Mac>,
     /// The guest's own addresses. If there are any, the source guard holds the guest to them and to `mac`.
     pub addresses: Vec<IpAddr>,
+    /// Whether frames to stations that nobody knows are flooded to it; see [`Port::hears_unknown`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unknown_unicast: Option<bool>,
     /// Queue pairs.
     pub queues: u16,
     /// Switches of [`crate::card::SWITCHES`] that are off, in that order.
     #[serde(rename = "features", skip_serializing_if = "Vec::is_empty", serialize_with = "switches_off")]
     pub switched_off: Vec<&'static str>,
+}
+
+impl Port {
+    /// Without the key: a port whose address is configured has no use for other stations' frames. One whose address is
+    /// learned has to hear them until it has spoken.
+    pub fn hears_unknown(&self) -> bool {
+        self.unknown_unicast.unwrap_or(self.mac.is_none())
+    }
 }
 
 /// Who listens on a port's socket.

@@ -38,6 +38,9 @@ impl Control {
             put(&mut snapshot.ports, live.id.0, built);
             let segment = snapshot.networks[usize::from(network.0)].as_mut().expect("every network was put above");
             segment.ports.push(live.id);
+            if port.hears_unknown() {
+                segment.hear_unknown.push(live.id);
+            }
             if let Some(mac) = port.mac {
                 segment.static_macs.insert(mac, live.id);
             }
@@ -52,6 +55,7 @@ impl Control {
             name: network.name.as_str().into(),
             mtu: network.mtu,
             ports: Vec::new(),
+            hear_unknown: Vec::new(),
             static_macs: Default::default(),
             learning: network.learning,
             age_ns: u64::from(network.age_seconds) * SECOND_NS,

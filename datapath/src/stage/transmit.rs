@@ -7,6 +7,7 @@ use dreamwire_vhost::ring::Ring;
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
 use crate::snapshot::{Network, Snapshot};
+use crate::stage::parse;
 use crate::underlay::SocketRx;
 use crate::worker::outlets::{Outgoing, Outlets};
 
@@ -77,7 +78,9 @@ fn flood(burst: &Burst, index: usize, frame: Outgoing<'_>, snapshot: &Snapshot, 
     let origin = burst.origins[index];
     let Some(network) = snapshot.network(frame.network) else { return };
     let mut copies = 0;
-    for &port in network.ports.iter().filter(|&&port| origin != Origin::Port(port)) {
+    let is_group = parse::destination(frame.header).is_group();
+    let ports = if is_group { &network.ports } else { &network.hear_unknown };
+    for &port in ports.iter().filter(|&&port| origin != Origin::Port(port)) {
         outlets.send_to_port(snapshot, port, std::iter::once(frame));
         copies += 1;
     }

@@ -160,6 +160,7 @@ pub(crate) fn network(name: &str, ports: &[u16]) -> Network {
         name: name.into(),
         mtu: MTU,
         ports: ports.iter().map(|&id| PortId(id)).collect(),
+        hear_unknown: ports.iter().map(|&id| PortId(id)).collect(),
         static_macs: Default::default(),
         learning: true,
         age_ns: AGE_NS,
