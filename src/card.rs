@@ -7,7 +7,8 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GSO, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
-    VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -55,6 +56,11 @@ pub fn offered(off: &[&'static str]) -> u64 {
     SWITCHES.iter().filter(|(name, _)| off.contains(name)).fold(all, |left, (_, bits)| left & !bits)
 }
 
+/// What a port with a configuration space of ours offers besides, for a VMM that has none: the fields that are in it.
+pub const fn in_config_space(has_mac: bool) -> u64 {
+    bits(&[VIRTIO_NET_F_STATUS]) | if has_mac { bits(&[VIRTIO_NET_F_MAC]) } else { 0 }
+}
+
 const fn bits(positions: &[u32]) -> u64 {
     let mut bits = 0;
     let mut index = 0;
@@ -68,6 +74,15 @@ const fn bits(positions: &[u32]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// VIRTIO 1.2 §5.1.3 and §6, by number. ACCESS_PLATFORM (33) and RING_RESET (40) are not among them:
+    /// docs/ARCHITECTURE.md, "Decisions".
+    #[test]
+    fn the_card_offers_what_is_promised_and_nothing_else() {
+        let promised = [0, 1, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 21, 22, 24, 27, 28, 29, 32, 34, 35, 54, 55, 56];
+        assert_eq!(offered(&[]), bits(&promised));
+        assert_eq!((in_config_space(false), in_config_space(true)), (1 << 16, 1 << 16 | 1 << 5));
+    }
 
     #[test]
     fn a_switch_takes_its_bits_and_what_depends_on_them() {

@@ -8,6 +8,7 @@ use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::rarp;
 use dreamwire_datapath::snapshot::PortId;
 use dreamwire_datapath::worker::WorkerHandle;
+pub use dreamwire_vhost::keeper::ConfigSpace;
 use dreamwire_vhost::keeper::{Endpoint, EndpointConfig, SocketMode};
 use dreamwire_vhost::owner::{RingOwner, SessionEvent};
 use dreamwire_vhost::ring::Ring;
@@ -30,6 +31,8 @@ pub struct EndpointSpec {
     pub mtu: u16,
     /// Virtio feature bits that the card offers.
     pub features: u64,
+    /// What the VMM may ask for, if it may.
+    pub config_space: Option<ConfigSpace>,
 }
 
 /// A started endpoint. Dropping it without [`PortEndpoint::stop`] stops it as well, without an order of things.
@@ -57,6 +60,7 @@ impl PortEndpoint {
             queue_pairs: spec.queue_pairs,
             mtu: spec.mtu,
             features: spec.features,
+            config_space: spec.config_space,
             private_dir: run_dir.join("private"),
         };
         let owner = PortOwner { port, worker: Arc::clone(worker), session: Arc::clone(session) };

@@ -117,7 +117,7 @@ network = "bleu"                 #! no network is called "bleu"
 mac = "01:00:5e:00:00:01"        #! is a multicast address
 queues = 17                      #! 17 is out of range: 1 to 16 (queue pairs)
 mode = "listen"                  #! allowed: "server", "client"
-colour = "red"                   #! port.vm1.colour: unknown key "colour"; allowed here: name, network, socket, mode, mac, addresses, unknown_unicast, queues, features
+colour = "red"                   #! port.vm1.colour: unknown key "colour"; allowed here: name, network, socket, mode, mac, addresses, unknown_unicast, queues, config_space, features
 [[port]]
 name = "vm2"
 network = "local"

@@ -58,6 +58,7 @@ fn echo(options: &Options, features: u64) -> Echo {
             call: Some(EventFd::new().unwrap()),
             error: None,
             log: None,
+            inflight: None,
             fault: None,
         };
         Ring::resume(setup).unwrap()

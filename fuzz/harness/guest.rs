@@ -57,6 +57,7 @@ impl Guest {
             kick: None,
             call: None,
             error: None,
+            inflight: None,
             fault: None,
             log: None,
         }

@@ -221,6 +221,7 @@ fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
             .integer("queues", 1..=QUEUES_MAX, "queue pairs")
             .and_then(|queues| u16::try_from(queues).ok())
             .unwrap_or(1),
+        config_space: fields.boolean("config_space").unwrap_or(false),
         switched_off: fields.switches_off("features", &SWITCHES.map(|(switch, _)| switch)),
         name,
     };

@@ -138,6 +138,9 @@ pub struct Port {
     pub unknown_unicast: Option<bool>,
     /// Queue pairs.
     pub queues: u16,
+    /// Whether the VMM may ask for the card's configuration space. QEMU has its own and warns; other VMMs need it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub config_space: bool,
     /// Switches of [`crate::card::SWITCHES`] that are off, in that order.
     #[serde(rename = "features", skip_serializing_if = "Vec::is_empty", serialize_with = "switches_off")]
     pub switched_off: Vec<&'static str>,

@@ -12,7 +12,7 @@ use super::session::Session;
 use super::totals::Counted;
 use crate::card;
 use crate::config::{Document, Mistake, Port, Underlay};
-use crate::port::{EndpointSpec, PortEndpoint};
+use crate::port::{ConfigSpace, EndpointSpec, PortEndpoint};
 
 /// A step that was made: how to undo it, and what it replaced.
 #[derive(Debug)]
@@ -299,7 +299,11 @@ fn endpoint_spec(port: &Port, document: &Document) -> EndpointSpec {
         mode: port.mode,
         queue_pairs: port.queues,
         mtu: network.mtu,
-        features: card::offered(&port.switched_off),
+        features: match port.config_space {
+            true => card::offered(&port.switched_off) | card::in_config_space(port.mac.is_some()),
+            false => card::offered(&port.switched_off),
+        },
+        config_space: port.config_space.then(|| ConfigSpace { mac: port.mac.map(|mac| mac.0) }),
     }
 }
 

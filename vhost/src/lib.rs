@@ -7,6 +7,7 @@
 pub mod dirty_log;
 pub mod eventfd;
 pub mod frame;
+pub mod inflight;
 mod interrupt;
 pub mod keeper;
 pub mod limiter;

@@ -31,10 +31,11 @@ use vmm_sys_util::epoll::EventSet;
 
 use self::ring_state::RingState;
 use crate::dirty_log::DirtyLog;
+use crate::inflight::{Inflight, InflightPart};
 use crate::keeper::{RING_SIZE_MAX, Reports, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::memory::Memory;
 use crate::owner::RingOwner;
-use crate::ring::Ring;
+use crate::ring::{Ring, is_packed};
 
 pub(crate) use self::vring::{SessionVring, adopt_rings};
 
@@ -66,6 +67,8 @@ pub(crate) enum Logging {
 struct State {
     memory: Option<Arc<Memory>>,
     logging: Logging,
+    /// Where the rings note what they have taken; the keeper has vetted it.
+    inflight: Option<Arc<Inflight>>,
     /// Acked virtio bits.
     features: u64,
     rings: Vec<RingState>,
@@ -77,8 +80,9 @@ impl Session {
     /// A session with `ring_count` rings that offers virtio bits `offered` to its front-end.
     pub(crate) fn new(ring_count: usize, offered: u64, owner: Arc<dyn RingOwner>, reports: Arc<Reports>) -> Arc<Self> {
         let rings = std::iter::repeat_with(RingState::default).take(ring_count).collect();
-        let state = Mutex::new(State { memory: None, logging: Logging::Off, features: 0, rings, broken: false });
-        Arc::new(Self { offered: offered | VHOST_USER_F_PROTOCOL_FEATURES, owner, reports, state })
+        let state = State { memory: None, logging: Logging::Off, inflight: None, features: 0, rings, broken: false };
+        let offered = offered | VHOST_USER_F_PROTOCOL_FEATURES;
+        Arc::new(Self { offered, owner, reports, state: Mutex::new(state) })
     }
 
     /// Ends the session: takes all rings back and forgets memory and descriptors.
@@ -88,6 +92,7 @@ impl Session {
         let mut state = self.state();
         state.memory = None;
         state.logging = Logging::Off;
+        state.inflight = None;
         state.rings.iter_mut().for_each(|ring| *ring = RingState::default());
     }
 
@@ -99,6 +104,11 @@ impl Session {
     /// Changes where, and whether, ring `queue` logs its writes to the used ring while it logs at all.
     pub(crate) fn set_used_log(&self, queue: u16, address: Option<u64>) {
         self.alter(queue, |ring| ring.used_log = address);
+    }
+
+    /// Changes where the rings note what they have taken. Those that are served already have nothing of it to resume.
+    pub(crate) fn set_inflight(&self, region: Arc<Inflight>) {
+        self.alter_all(|state| state.inflight = Some(region));
     }
 
     /// The driver has reset its device (VIRTIO 1.2 §2.4): broken rings are served again once they are sound.
@@ -144,7 +154,7 @@ impl Session {
     }
 
     fn attach_if_complete(&self, queue: u16) {
-        let (setup, reached) = {
+        let (setup, reached, uncovered) = {
             let state = &*self.state();
             let log = match &state.logging {
                 Logging::Off => None,
@@ -153,10 +163,17 @@ impl Session {
             };
             let ring = &state.rings[usize::from(queue)];
             match &state.memory {
-                Some(memory) if !state.broken => (ring.setup(memory, state.features, log), ring.is_reached()),
+                Some(memory) if !state.broken => {
+                    let part = state.inflight_part(queue);
+                    let uncovered = state.inflight.is_some() && part.is_none();
+                    (ring.setup(memory, state.features, log, part), ring.is_reached(), uncovered)
+                }
                 _ => return,
             }
         };
+        if uncovered && matches!(setup, Ok(Some(_))) {
+            self.reports.warn(format!("ring {queue} has no place in the in-flight region; it is served without"));
+        }
         let build = if reached { Ring::new } else { Ring::resume };
         let built = match setup {
             Ok(None) => return,
@@ -184,6 +201,14 @@ impl Session {
             tracing::error!(what, "a panic in the ring owner was contained; the session serves no rings from here on");
         }
         outcome.ok()
+    }
+}
+
+impl State {
+    /// Ring `queue`'s part of the in-flight region, if there is one that fits.
+    fn inflight_part(&self, queue: u16) -> Option<InflightPart> {
+        let size = self.rings[usize::from(queue)].size?;
+        InflightPart::new(self.inflight.as_ref()?, queue, size, is_packed(self.features))
     }
 }
 
@@ -217,6 +242,7 @@ impl VhostUserBackend for Session {
 
     fn reset_device(&self) {
         self.alter_all(|state| {
+            state.inflight = None;
             state.features = 0;
             state.logging = Logging::Off;
             state.rings.iter_mut().for_each(RingState::reset);
@@ -248,6 +274,10 @@ impl VhostUserBackend for Session {
     /// GET_VRING_BASE: after this the engine reads the index that the ring has reached.
     fn stop_vring(&self, queue: u32) -> io::Result<()> {
         let queue = u16::try_from(queue).map_err(|_| io::ErrorKind::InvalidInput)?;
+        self.take_back(queue);
+        if let Some(part) = self.state().inflight_part(queue) {
+            part.settle();
+        }
         self.alter(queue, RingState::stop);
         if self.state().broken { Err(io::Error::other("the ring owner has failed")) } else { Ok(()) }
     }

@@ -10,6 +10,8 @@
 //! - GET_QUEUE_NUM, STATUS, NET_SET_MTU, SEND_RARP and RESET_OWNER end here.
 //! - The dirty log ends here too: SET_LOG_BASE, SET_LOG_FD, feature LOG_ALL and the log's part of SET_VRING_ADDR. What they
 //!   come to is told to the session past the protocol engine.
+//! - The in-flight region, the channel for requests of the back-end and the configuration space are no concern of the
+//!   engine's either (`inflight.rs`, `config_space.rs`).
 //! - The rest is checked, remembered in the [`SessionRecord`] and forwarded; the session's verdict is waited for.
 //!
 //! A message that cannot be served is *refused*: with a non-zero answer where the front-end asked for one (the session
@@ -20,6 +22,8 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use super::config_space::{self, ConfigFault};
+use super::inflight::{self, InflightRange};
 use super::message::{
     self, Message, RingAddresses, RingNumber, encode_region, encode_regions, encode_ring_number, request as req,
 };
@@ -27,6 +31,7 @@ use super::offer::{Offer, PRIVATE_FEATURES, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOC
 use super::record::{MEMORY_SLOTS_MAX, MappedRegion, RingSignal, SessionRecord};
 use super::vet::{self, Shrink};
 use crate::dirty_log::DirtyLog;
+use crate::inflight::Inflight;
 use crate::owner::SessionEvent;
 use crate::ring;
 use crate::session::Logging;
@@ -41,6 +46,8 @@ pub(super) enum Action {
     Forward { request: u32, payload: Vec<u8>, descriptors: Vec<Arc<OwnedFd>> },
     /// Tell the session whether and where its rings log.
     SetLogging(Logging),
+    /// Tell the session where its rings note what they have taken.
+    SetInflight(Arc<Inflight>),
     /// Tell the session where a ring logs its used ring.
     SetUsedLog { index: u16, address: Option<u64> },
     /// Send GET_VRING_BASE to the session, its answer to the front-end, and tell [`Filter::ring_stopped`].
@@ -49,6 +56,8 @@ pub(super) enum Action {
     DriverReset,
     /// Send this to the front-end.
     Reply { request: u32, payload: Vec<u8> },
+    /// The same, with a descriptor.
+    ReplyWithFile { request: u32, payload: Vec<u8>, file: Arc<OwnedFd> },
     /// Tell the ring owner.
     Report(SessionEvent),
     /// End the connection.
@@ -200,6 +209,27 @@ impl Filter {
                 Ok(vec![Action::Report(SessionEvent::Announce { mac })])
             }
             req::NET_SET_MTU => self.set_mtu(number(&payload)?),
+            req::SET_BACKEND_REQ_FD => self.set_backend_channel(&payload, descriptors),
+            req::GET_CONFIG => {
+                // "uses zero length of payload to indicate an error"
+                let answer = config_space::read(&self.offer, &payload);
+                let warning = match &answer {
+                    Ok(_) => None,
+                    Err(ConfigFault::Length) => return Err(wrong_length(&payload)),
+                    Err(fault) => Some(SessionEvent::Warning(format!("GET_CONFIG: {}", fault.text()))),
+                };
+                let reply = Action::Reply { request, payload: answer.unwrap_or_default() };
+                Ok(std::iter::once(reply).chain(warning.map(Action::Report)).collect())
+            }
+            req::SET_CONFIG => match config_space::write(&self.offer, &payload) {
+                Ok(()) => Ok(Actions::new()),
+                Err(ConfigFault::Length) => Err(wrong_length(&payload)),
+                // A guest can cause it: a driver of before VERSION_1 may write the address. The VM goes on without.
+                Err(fault @ ConfigFault::ReadOnly { .. }) => Err(Fault::Declined(fault.text())),
+                Err(fault) => Err(Fault::Refused(fault.text())),
+            },
+            req::GET_INFLIGHT_FD => self.get_inflight(&payload),
+            req::SET_INFLIGHT_FD => self.set_inflight(&payload, descriptors),
             req::RESET_DEVICE => {
                 no_payload(&payload)?;
                 self.record.reset_device();
@@ -228,6 +258,9 @@ impl Filter {
             req::SET_LOG_BASE => protocol::LOG_SHMFD,
             req::SEND_RARP => protocol::RARP,
             req::NET_SET_MTU => protocol::MTU,
+            req::SET_BACKEND_REQ_FD => protocol::BACKEND_REQ,
+            req::GET_CONFIG | req::SET_CONFIG => protocol::CONFIG,
+            req::GET_INFLIGHT_FD | req::SET_INFLIGHT_FD => protocol::INFLIGHT_SHMFD,
             req::RESET_DEVICE => protocol::RESET_DEVICE,
             req::GET_MAX_MEM_SLOTS | req::ADD_MEM_REG | req::REM_MEM_REG => protocol::CONFIGURE_MEM_SLOTS,
             req::SET_STATUS | req::GET_STATUS => protocol::STATUS,
@@ -327,6 +360,44 @@ impl Filter {
         // QEMU takes any answer, rust-vmm's front-end wants its own words back.
         actions.push(Action::Reply { request: req::SET_LOG_BASE, payload });
         Ok(actions)
+    }
+
+    /// The region is the rings' from the moment that it is given out: a front-end that dies with the answer has no use
+    /// for it anyway.
+    fn get_inflight(&mut self, payload: &[u8]) -> Result<Actions, Fault> {
+        let asked = InflightRange::decode(payload).ok_or_else(|| wrong_length(payload))?;
+        let made = inflight::create(&asked, self.record.rings.len(), self.is_packed());
+        let (range, region, file) = made.map_err(Fault::Refused)?;
+        let answer = range.encode(payload.len());
+        let reply = Action::ReplyWithFile { request: req::GET_INFLIGHT_FD, payload: answer, file: Arc::new(file) };
+        Ok(vec![self.use_inflight(region), reply])
+    }
+
+    fn set_inflight(&mut self, payload: &[u8], mut files: Vec<OwnedFd>) -> Result<Actions, Fault> {
+        let range = InflightRange::decode(payload).ok_or_else(|| wrong_length(payload))?;
+        let file = files.pop().ok_or_else(|| Fault::Refused("it came without a descriptor".into()))?;
+        let adopted = inflight::adopt(&range, &file, self.record.rings.len());
+        let (region, shrink) = adopted.map_err(Fault::Refused)?;
+        let mut actions = vec![self.use_inflight(region)];
+        if shrink == Shrink::Possible {
+            actions.push(Action::Report(unsealed("in-flight region")));
+        }
+        Ok(actions)
+    }
+
+    fn use_inflight(&mut self, region: Inflight) -> Action {
+        let region = Arc::new(region);
+        self.record.inflight = Some(Arc::clone(&region));
+        Action::SetInflight(region)
+    }
+
+    /// A channel that comes again takes the place of the one before, which is closed.
+    fn set_backend_channel(&mut self, payload: &[u8], mut sockets: Vec<OwnedFd>) -> Result<Actions, Fault> {
+        no_payload(payload)?;
+        let socket = sockets.pop().ok_or_else(|| Fault::Refused("it came without a descriptor".into()))?;
+        vet::channel(&socket).map_err(Fault::Refused)?;
+        self.record.backend_channel = Some(socket);
+        Ok(Actions::new())
     }
 
     fn set_protocol_features(&mut self, acked: u64) -> Result<Actions, Fault> {
@@ -539,6 +610,8 @@ fn has_own_reply(request: u32) -> bool {
             | req::GET_QUEUE_NUM
             | req::GET_VRING_BASE
             | req::SET_LOG_BASE
+            | req::GET_CONFIG
+            | req::GET_INFLIGHT_FD
             | req::GET_MAX_MEM_SLOTS
             | req::GET_STATUS
     )
@@ -551,6 +624,7 @@ fn descriptors_max(request: u32) -> usize {
         req::SET_VRING_KICK | req::SET_VRING_CALL | req::SET_VRING_ERR => 1,
         // REM_MEM_REG: "the back-end MAY accept messages with one file descriptor", and closes it.
         req::ADD_MEM_REG | req::REM_MEM_REG | req::SET_LOG_BASE | req::SET_LOG_FD => 1,
+        req::SET_BACKEND_REQ_FD | req::SET_INFLIGHT_FD => 1,
         _ => 0,
     }
 }

@@ -37,7 +37,13 @@ use Seen::{
 };
 
 fn filter() -> Filter {
-    Filter::new(Offer { features: VERSION_1 | 1, protocol_features: protocol::ALL, queue_pairs: 2, mtu: 1500 })
+    Filter::new(Offer {
+        features: VERSION_1 | 1,
+        protocol_features: protocol::ALL,
+        queue_pairs: 2,
+        mtu: 1500,
+        config_space: None,
+    })
 }
 
 /// A filter whose front-end has negotiated all protocol features.
@@ -64,6 +70,7 @@ fn judge(filter: &mut Filter, words: [u32; 3], payload: &[u8], descriptors: Vec<
     let actions = filter.judge(Message { header, payload: payload.to_vec(), descriptors });
     let see = |action| match action {
         Action::DriverReset => Seen::DriverReset,
+        Action::SetInflight(_) | Action::ReplyWithFile { .. } => panic!("see channel_tests.rs"),
         Action::Forward { request, payload, descriptors } => Forwarded(request, payload, descriptors.len()),
         Action::StopRing { index } => Stopped(index),
         Action::SetLogging(session::Logging::Off) => Logging("off"),
@@ -307,6 +314,8 @@ fn surplus_descriptors_and_wrong_lengths_end_the_connection() {
             req::SET_VRING_KICK,
             req::SET_VRING_CALL,
             req::SET_VRING_ERR,
+            req::SET_BACKEND_REQ_FD,
+            req::SET_INFLIGHT_FD,
             req::ADD_MEM_REG,
             req::REM_MEM_REG,
         ]

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::config_space::ConfigSpace;
 use super::filter::{Action, Filter, RING_SIZE_MAX};
 use super::message::{self, HEADER_BYTES, Header, Message, request as req};
 use super::offer::{Offer, protocol};
@@ -36,8 +37,13 @@ fn descriptors() -> &'static [OwnedFd; 3] {
 /// When it lets something pass that the session would have to refuse.
 pub fn session_messages(mut bytes: &[u8]) {
     let queue_pairs = 2;
-    let mut filter =
-        Filter::new(Offer { features: 1 << 32 | 0x3f, protocol_features: protocol::ALL, queue_pairs, mtu: 1500 });
+    let mut filter = Filter::new(Offer {
+        features: 1 << 32 | 0x3f,
+        protocol_features: protocol::ALL | protocol::CONFIG,
+        queue_pairs,
+        mtu: 1500,
+        config_space: Some(ConfigSpace::default()),
+    });
     for _ in 0..MESSAGES_MAX {
         let [request, flags, length, rest @ ..] = bytes else { return };
         let (payload, rest) = rest.split_at(rest.len().min(usize::from(*length)));
@@ -67,6 +73,8 @@ pub fn session_messages(mut bytes: &[u8]) {
                 Action::Reply { .. }
                 | Action::Report(_)
                 | Action::DriverReset
+                | Action::ReplyWithFile { .. }
+                | Action::SetInflight(_)
                 | Action::SetLogging(_)
                 | Action::SetUsedLog { .. } => {}
             }

@@ -47,6 +47,11 @@ pub(super) mod request {
     pub(in crate::keeper) const SET_VRING_ENABLE: u32 = 18;
     pub(in crate::keeper) const SEND_RARP: u32 = 19;
     pub(in crate::keeper) const NET_SET_MTU: u32 = 20;
+    pub(in crate::keeper) const SET_BACKEND_REQ_FD: u32 = 21;
+    pub(in crate::keeper) const GET_CONFIG: u32 = 24;
+    pub(in crate::keeper) const SET_CONFIG: u32 = 25;
+    pub(in crate::keeper) const GET_INFLIGHT_FD: u32 = 31;
+    pub(in crate::keeper) const SET_INFLIGHT_FD: u32 = 32;
     pub(in crate::keeper) const RESET_DEVICE: u32 = 34;
     pub(in crate::keeper) const GET_MAX_MEM_SLOTS: u32 = 36;
     pub(in crate::keeper) const ADD_MEM_REG: u32 = 37;
@@ -77,6 +82,11 @@ pub(super) mod request {
             SET_VRING_ENABLE => "SET_VRING_ENABLE",
             SEND_RARP => "SEND_RARP",
             NET_SET_MTU => "NET_SET_MTU",
+            SET_BACKEND_REQ_FD => "SET_BACKEND_REQ_FD",
+            GET_CONFIG => "GET_CONFIG",
+            SET_CONFIG => "SET_CONFIG",
+            GET_INFLIGHT_FD => "GET_INFLIGHT_FD",
+            SET_INFLIGHT_FD => "SET_INFLIGHT_FD",
             RESET_DEVICE => "RESET_DEVICE",
             GET_MAX_MEM_SLOTS => "GET_MAX_MEM_SLOTS",
             ADD_MEM_REG => "ADD_MEM_REG",

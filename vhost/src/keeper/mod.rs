@@ -10,10 +10,14 @@
 //! The thread sleeps in poll(2) only, always with the endpoint's wake event among what it waits for. Only a worker
 //! that does not let go of a ring can hold it (and thereby [`Endpoint::stop`]) up.
 //!
-//! The dirty log of a migration is the keeper's as well: it maps it and tells the session, past the engine.
+//! The dirty log of a migration is the keeper's as well, and the in-flight region: it maps them and tells the session,
+//! past the engine.
 //!
 //! Limits: 16 queue pairs, 64 memory regions, 32 descriptors and 4096 bytes per message, 10 s per message.
 
+#[cfg(test)]
+mod channel_tests;
+mod config_space;
 mod connection;
 mod engine_link;
 mod filter;
@@ -21,6 +25,7 @@ mod filter;
 mod filter_tests;
 #[doc(hidden)]
 pub mod fuzz;
+mod inflight;
 mod message;
 mod offer;
 mod port;
@@ -40,6 +45,7 @@ use self::socket::{Listening, private_directory};
 use crate::eventfd::EventFd;
 use crate::owner::RingOwner;
 
+pub use self::config_space::ConfigSpace;
 pub(crate) use self::filter::RING_SIZE_MAX;
 pub(crate) use self::offer::VHOST_USER_F_PROTOCOL_FEATURES;
 pub(crate) use self::reports::Reports;
@@ -76,6 +82,8 @@ pub struct EndpointConfig {
     pub mtu: u16,
     /// Virtio feature bits to offer; the vhost-user bits are added.
     pub features: u64,
+    /// What GET_CONFIG tells; `None`: it is not offered. QEMU warns of a back-end that does, other VMMs need it.
+    pub config_space: Option<ConfigSpace>,
     /// A directory of mode 0700 for private sockets, created if missing; all endpoints may share it.
     pub private_dir: PathBuf,
 }
@@ -175,6 +183,11 @@ pub struct EndpointState {
     pub mtu: Option<u16>,
     /// Writes to guest memory are being logged: the VM is being migrated away.
     pub logging: bool,
+    /// Chains that are taken are noted in a region that the front-end keeps.
+    pub inflight: bool,
+    /// The front-end has given us a channel for requests of ours. There is none that we would make: the configuration
+    /// space of a port never changes under a connection.
+    pub backend_channel: bool,
     /// Queue pairs that the guest has enabled.
     pub pairs_enabled: u16,
     /// Mapped memory regions.
@@ -211,9 +224,10 @@ impl Endpoint {
         let port = Port {
             offer: Offer {
                 features: config.features & !PRIVATE_FEATURES,
-                protocol_features: protocol::ALL,
+                protocol_features: protocol::ALL | config.config_space.map_or(0, |_| protocol::CONFIG),
                 queue_pairs: config.queue_pairs,
                 mtu: config.mtu,
+                config_space: config.config_space,
             },
             source,
             private_dir: config.private_dir,

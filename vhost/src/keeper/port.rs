@@ -202,6 +202,7 @@ impl Port {
                 link.command(request, &payload, &descriptors, &self.wake)?;
             }
             Action::SetLogging(logging) => link.set_logging(logging),
+            Action::SetInflight(region) => link.session().set_inflight(region),
             Action::SetUsedLog { index, address } => link.set_used_log(index, address),
             Action::StopRing { index } => {
                 let request = req::GET_VRING_BASE;
@@ -214,6 +215,9 @@ impl Port {
             Action::DriverReset => link.session().driver_reset(),
             Action::Reply { request, payload } => {
                 front_end.send(Header::reply(request, payload.len()), &payload, &[], &self.wake)?;
+            }
+            Action::ReplyWithFile { request, payload, file } => {
+                front_end.send(Header::reply(request, payload.len()), &payload, &[file], &self.wake)?;
             }
             Action::Report(SessionEvent::Warning(text)) => self.reports.warn(text),
             Action::Report(event) => self.reports.event(event),
@@ -252,6 +256,8 @@ fn describe(record: &SessionRecord, state: &mut EndpointState) {
     state.status = record.status;
     state.mtu = record.mtu;
     state.logging = record.log_all && record.log.is_some();
+    state.inflight = record.inflight.is_some();
+    state.backend_channel = record.backend_channel.is_some();
     state.pairs_enabled = record.pairs_enabled();
     state.memory_regions = record.memory.len();
     state.memory_bytes = record.memory.iter().map(|mapped| mapped.region.bytes).sum();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::message::{Region, RingAddresses};
 use crate::dirty_log::DirtyLog;
+use crate::inflight::Inflight;
 
 /// Regions that one front-end may have mapped; the answer to GET_MAX_MEM_SLOTS. Each costs the daemon two
 /// descriptors, so a front-end must not be free to take them all; QEMU needs a handful plus one per hot-plugged DIMM.
@@ -68,6 +69,10 @@ pub(super) struct SessionRecord {
     pub(super) log_all: bool,
     /// SET_LOG_BASE. It comes before LOG_ALL when a migration begins, and goes when LOG_ALL goes.
     pub(super) log: Option<Arc<DirtyLog>>,
+    /// GET_INFLIGHT_FD or SET_INFLIGHT_FD, whichever was last.
+    pub(super) inflight: Option<Arc<Inflight>>,
+    /// SET_BACKEND_REQ_FD: kept open for as long as the front-end is there. Nothing is read from it or written to it.
+    pub(super) backend_channel: Option<OwnedFd>,
 }
 
 impl SessionRecord {
@@ -82,6 +87,7 @@ impl SessionRecord {
         self.status = 0;
         self.log_all = false;
         self.log = None;
+        self.inflight = None;
         for ring in &mut self.rings {
             let call = std::mem::take(&mut ring.call);
             let error = std::mem::take(&mut ring.error);

@@ -3,10 +3,11 @@
 //! vm-memory 0.18 maps past the end of a file without a word; the first access there is a SIGBUS that takes every VM's
 //! port down. So the size is checked here, against the file. That the file stays that long, F_SEAL_SHRINK promises.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::sys::socket::{UnixAddr, getpeername, getsockname};
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
@@ -15,6 +16,10 @@ use crate::eventfd::EventFd;
 
 /// mmap(2): the offset must be a multiple of the page size; 4096 is the smallest of all targets.
 const PAGE_BYTES: u64 = 4096;
+
+/// Reads that empty a channel that was just made. Each byte with a descriptor takes one of its own; a socket's usual buffer
+/// has room for a few hundred of them.
+const CHANNEL_READS_MAX: usize = 4096;
 
 /// Whether the file of a region can still be truncated under our mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,17 +68,21 @@ pub(super) fn region_file(region: &Region, file: &OwnedFd) -> Result<Shrink, Str
 
 /// Checks the dirty log's numbers and that its file really holds it (CVE-2020-10722: the sum wrapped around).
 pub(super) fn log_file(log: &LogRange, file: &OwnedFd) -> Result<Shrink, String> {
-    let LogRange { bytes, offset } = *log;
+    file_range("dirty log", log.offset, log.bytes, file)
+}
+
+/// Checks that `bytes` bytes from `offset` can be mapped and written to: the numbers, and the file. `what` is for people.
+pub(super) fn file_range(what: &str, offset: u64, bytes: u64, file: &OwnedFd) -> Result<Shrink, String> {
     if bytes == 0 {
-        return Err("the dirty log has size 0".into());
+        return Err(format!("the {what} has size 0"));
     }
     if offset.checked_add(bytes).is_none() {
-        return Err(format!("the dirty log at file offset {offset:#x} wraps around with its {bytes:#x} bytes"));
+        return Err(format!("the {what} at file offset {offset:#x} wraps around with its {bytes:#x} bytes"));
     }
     if !offset.is_multiple_of(PAGE_BYTES) {
-        return Err(format!("the dirty log starts at file offset {offset:#x}, inside a page"));
+        return Err(format!("the {what} starts at file offset {offset:#x}, inside a page"));
     }
-    range_in_file("dirty log", offset, bytes, file)
+    range_in_file(what, offset, bytes, file)
 }
 
 /// Checks that `bytes` bytes from `offset`, vetted, can be mapped and written to. `what` is for people.
@@ -104,6 +113,47 @@ fn range_in_file(what: &str, offset: u64, bytes: u64, file: &OwnedFd) -> Result<
     // Files that know no seals answer EINVAL: they can be truncated.
     let seals = fcntl(file, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_retain);
     Ok(if seals.contains(SealFlag::F_SEAL_SHRINK) { Shrink::Sealed } else { Shrink::Possible })
+}
+
+/// Checks that a file does not lie in huge pages, of which only whole ones can be mapped.
+pub(super) fn usual_pages(what: &str, file: &OwnedFd) -> Result<(), String> {
+    let file_system = fstatfs(file).map_err(|error| format!("the file of the {what}: {error}"))?;
+    if file_system.filesystem_type() == HUGETLBFS_MAGIC {
+        return Err(format!("the {what} lies in huge pages"));
+    }
+    Ok(())
+}
+
+/// Checks that a back-end channel is one end of a pair of stream sockets, and closes it for what comes from the other
+/// end: we ask nothing there, so nothing is to be answered.
+///
+/// A front-end could hand us its own end of the connection that we serve it by, or send it into the channel where nobody
+/// takes it out: then we would keep that end open ourselves, and never hear that the front-end is gone. Its own end has a
+/// name on one side or the other, a pair has none; and what waits in the channel is thrown away.
+pub(super) fn channel(descriptor: &OwnedFd) -> Result<(), String> {
+    use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketType, recv, shutdown, sockopt};
+    let wrong = |what: String| format!("its descriptor is not a UNIX stream socket: {what}");
+    let kind = sockopt::socket_type(descriptor).map_err(|error| wrong(error.to_string()))?;
+    let domain = sockopt::socket_domain(descriptor).map_err(|error| wrong(error.to_string()))?;
+    if (domain, kind) != (AddressFamily::UNIX, SocketType::STREAM) {
+        return Err(wrong(format!("domain {}, type {}", domain.as_raw(), kind.as_raw())));
+    }
+    let names = [getsockname::<UnixAddr>(descriptor.as_raw_fd()), getpeername::<UnixAddr>(descriptor.as_raw_fd())];
+    if !names.iter().all(|name| name.is_ok_and(|name| name.is_unnamed())) {
+        return Err("its descriptor is not one end of a socket pair".into());
+    }
+    let unusable = |error: rustix::io::Errno| format!("its descriptor cannot be used: {error}");
+    shutdown(descriptor, Shutdown::Read).map_err(unusable)?;
+    // Nothing comes after that. Descriptors that wait are closed with the bytes that they came with.
+    let mut scrap = [0; 4096];
+    for _ in 0..CHANNEL_READS_MAX {
+        match recv(descriptor, &mut scrap[..], RecvFlags::DONTWAIT) {
+            Ok((_, 0)) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::CONNRESET) => return Ok(()),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(unusable(error)),
+        }
+    }
+    Err("more waits in it than is worth reading".into())
 }
 
 /// Checks that a kick, call or error descriptor is an eventfd, and makes it non-blocking: a pipe in its place could

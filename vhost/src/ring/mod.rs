@@ -14,6 +14,8 @@
 //! which one is decided once per burst or frame, never per descriptor.
 
 mod buffers;
+mod inflight_packed;
+mod inflight_split;
 mod packed;
 mod position;
 mod recover;
@@ -28,7 +30,9 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use crate::dirty_log::RingLog;
 use crate::eventfd::EventFd;
 use crate::frame::{NetHeader, RawFrame};
+use crate::inflight::InflightPart;
 use crate::memory::{Memory, Payload};
+use inflight_packed::has_inflight;
 use packed::PackedRing;
 use split::SplitRing;
 
@@ -95,6 +99,8 @@ pub struct RingSetup {
     pub error: Option<EventFd>,
     /// Every write to guest memory is noted there, while the guest is being migrated.
     pub log: Option<RingLog>,
+    /// Where chains that are taken and not given back are noted, and where those of a device before us are found.
+    pub inflight: Option<InflightPart>,
     /// How the guest broke it before; such a ring is not served. The front-end clears it by stopping the ring.
     pub fault: Option<RingFault>,
 }
@@ -236,10 +242,18 @@ impl Ring {
     }
 
     /// As [`Ring::new`], when the indices are only a front-end's word: a packed ring tells its position itself
-    /// (`recover.rs`), and a burst that a device before us left half given back is finished.
+    /// (`recover.rs`), and a burst that a device before us left half given back is finished. Unless the in-flight region
+    /// has that burst: then it is served again.
     pub fn resume(mut setup: RingSetup) -> Result<Self, RingError> {
         if is_packed(setup.features) {
-            recover::recover(&mut setup);
+            let is_told = |setup: &RingSetup| setup.inflight.as_ref().is_some_and(has_inflight);
+            // Opened once to see whether that can be believed: if not, nothing is in flight afterwards.
+            if is_told(&setup) {
+                PackedRing::new(&setup)?;
+            }
+            if !is_told(&setup) {
+                recover::recover(&mut setup);
+            }
         }
         Self::new(setup)
     }
@@ -395,7 +409,7 @@ impl Ring {
         let (size, next_avail, next_used) = (self.size(), self.next_avail(), self.next_used());
         let Self { layout, kick, call, error, enabled, features, .. } = self;
         let (descriptors, available, used) = with_layout!(&layout, ring => ring.addresses());
-        let (memory, log) = with_layout!(layout, ring => ring.into_memory_and_log());
+        let (memory, log, inflight) = with_layout!(layout, ring => ring.into_shared());
         RingSetup {
             memory,
             size,
@@ -410,6 +424,7 @@ impl Ring {
             call,
             error,
             log,
+            inflight,
             fault,
         }
     }

@@ -20,6 +20,7 @@
 //! were checked at set-up to lie whole and aligned in one mapped region that [`Memory`] keeps mapped, indices stay below
 //! the size, and no Rust reference to guest memory is made other than to an atomic. JUSTIFICATION: as there.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
@@ -29,6 +30,7 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 
 use super::buffers::{Buffers, Take};
+use super::inflight_packed::{Chained, Copied, Found, PackedTracker};
 use super::position::Position;
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
@@ -36,6 +38,7 @@ use super::{
 };
 use crate::dirty_log::RingLog;
 use crate::frame::{NetHeader, RawFrame};
+use crate::inflight::InflightPart;
 use crate::memory::{Memory, Payload, Segment, Wish};
 
 pub(super) const DESCRIPTOR_BYTES: u64 = 16;
@@ -95,11 +98,19 @@ struct Simple {
     buffer: Segment,
 }
 
-/// The ring's own table of descriptors, checked to lie whole in mapped memory.
+/// A table of descriptors: the ring's own, checked to lie whole in mapped memory, or one in private memory.
 #[derive(Debug, Clone, Copy)]
 struct Table {
     host: usize,
     size: u16,
+}
+
+/// The first descriptor of a chain, as it was read, and where the others follow.
+#[derive(Debug, Clone, Copy)]
+struct Head {
+    table: Table,
+    index: u16,
+    descriptor: Descriptor,
 }
 
 /// Which way the buffers of a ring go.
@@ -144,6 +155,41 @@ pub(super) struct PackedRing {
     simple: [Simple; BURST],
     simple_at: usize,
     simple_end: usize,
+    inflight: Option<Box<PackedTracker>>,
+    /// Chains of the device before us that are to be served first.
+    resumed: Option<Box<Resumed>>,
+}
+
+/// What takes the place of the descriptors from the ring's position on, of which some may be overwritten.
+#[derive(Debug)]
+struct Resumed {
+    /// The descriptors of all chains, private.
+    words: Box<[[u64; 2]]>,
+    /// First descriptor, their number, and where the in-flight region has them.
+    chains: VecDeque<(u16, u16, Chained)>,
+}
+
+impl Resumed {
+    fn new(found: Found) -> (Position, Self) {
+        let mut words = Vec::new();
+        let mut chains = VecDeque::new();
+        for (chained, copies) in found.chains {
+            // All chains together have at most as many descriptors as the ring: the tracker has checked it.
+            let (first, slots) = (words.len() as u16, copies.len() as u16);
+            for (index, copy) in copies.iter().enumerate() {
+                // The copy says how long the chain is, not its flags.
+                let next = if index + 1 < copies.len() { FLAG_NEXT } else { 0 };
+                let flags = copy.flags & !FLAG_NEXT | next;
+                words.push([copy.address.to_le(), second_word(copy.bytes, copy.id, flags)]);
+            }
+            chains.push_back((first, slots, chained));
+        }
+        (found.position, Self { words: words.into(), chains })
+    }
+
+    fn table(&self) -> Table {
+        Table { host: self.words.as_ptr() as usize, size: self.words.len() as u16 }
+    }
 }
 
 impl PackedRing {
@@ -166,7 +212,7 @@ impl PackedRing {
         };
         // Alignments and sizes: VIRTIO 1.2 §2.8, table "Virtqueue Part".
         let ring = part("descriptor ring", setup.descriptors, DESCRIPTOR_BYTES * u64::from(size), 16)?;
-        Ok(Self {
+        let mut ring = Self {
             addresses: (setup.descriptors, setup.available, setup.used),
             table: Table { host: ring, size },
             driver_event: part("driver event suppression", setup.available, EVENT_BYTES, 4)?,
@@ -184,7 +230,19 @@ impl PackedRing {
             simple: [Simple { id: 0, buffer: Segment::EMPTY }; BURST],
             simple_at: 0,
             simple_end: 0,
-        })
+            inflight: None,
+            resumed: None,
+        };
+        if let Some(part) = &setup.inflight {
+            let (tracker, found) = PackedTracker::open(part, next, |at| ring.available(at).is_some());
+            ring.inflight = Some(Box::new(tracker));
+            if let Some(found) = found {
+                let (position, resumed) = Resumed::new(found);
+                ring.next = position;
+                ring.resumed = Some(Box::new(resumed));
+            }
+        }
+        Ok(ring)
     }
 
     pub(super) fn size(&self) -> u16 {
@@ -200,8 +258,8 @@ impl PackedRing {
         &self.buffers.memory
     }
 
-    pub(super) fn into_memory_and_log(self) -> (Arc<Memory>, Option<RingLog>) {
-        (self.buffers.memory, self.buffers.log)
+    pub(super) fn into_shared(self) -> (Arc<Memory>, Option<RingLog>, Option<InflightPart>) {
+        (self.buffers.memory, self.buffers.log, self.inflight.map(|tracker| tracker.part().clone()))
     }
 
     pub(super) fn addresses(&self) -> (u64, u64, u64) {
@@ -235,13 +293,16 @@ impl PackedRing {
             if taken == burst || !self.buffers.has_room() || visited >= BURST_DESCRIPTORS_MAX {
                 break;
             }
-            let Some(first) = self.available(at) else { break };
-            let chain = self.gather(at, first, &mut frames[taken], &mut visited)?;
+            let Some(head) = self.next_head(at, taken) else { break };
+            let chain = self.gather(head, &mut frames[taken], &mut visited)?;
             self.chains[taken] = chain;
             at = at.after(chain.slots, self.table.size);
             taken += 1;
         }
         self.taken = taken as u16;
+        if self.inflight.is_some() {
+            self.track_taken();
+        }
         Ok(taken)
     }
 
@@ -253,8 +314,8 @@ impl PackedRing {
             Direction::DeviceReads => (Wish::Read, self.buffers.net_header_bytes),
             Direction::DeviceWrites => (Wish::Write, 0),
         };
-        // No descriptor twice: a small ring could lap.
-        let most = most.min(usize::from(self.table.size));
+        // No descriptor twice: a small ring could lap. What was resumed goes the general way.
+        let most = if self.resumed.is_some() { 0 } else { most.min(usize::from(self.table.size)) };
         for index in 0..most {
             let simple = self.available(at).and_then(|descriptor| {
                 let buffer = descriptor.single(&self.buffers.memory, direction)?;
@@ -313,11 +374,11 @@ impl PackedRing {
             if count > 0 && (!self.mergeable || count == MERGED_CHAINS_MAX) {
                 return Err(SendError::BufferTooSmall);
             }
-            let Some(first) = self.available(at) else { return Err(SendError::Full) };
+            let Some(head) = self.next_head(at, count) else { return Err(SendError::Full) };
             if !self.buffers.has_room() || visited >= usize::from(CHAIN_DESCRIPTORS_MAX) {
                 return Err(SendError::BufferTooSmall);
             }
-            let (chain, bytes) = self.room_in(at, first, &mut visited).map_err(SendError::Fault)?;
+            let (chain, bytes) = self.room_in(head, &mut visited).map_err(SendError::Fault)?;
             if count == 0 && bytes < u64::from(self.buffers.net_header_bytes) {
                 return Err(SendError::BufferTooSmall);
             }
@@ -329,6 +390,9 @@ impl PackedRing {
         }
         // From here on nothing can fail: the frame is written whole.
         self.buffers.fill(net, count as u16, header, payload);
+        if self.resumed.is_some() {
+            self.take_resumed(count);
+        }
         for &(chain, bytes) in &chains[..count] {
             self.stage_used(chain, bytes, FLAG_WRITE);
         }
@@ -342,6 +406,9 @@ impl PackedRing {
     pub(super) fn publish(&mut self) -> bool {
         let Some((index, word)) = self.first_staged.take() else { return false };
         let slots = std::mem::take(&mut self.staged_slots);
+        if let Some(tracker) = &mut self.inflight {
+            tracker.using(self.next);
+        }
         // Release: pairs with the driver's read barrier after it reads the flags; the descriptors behind and the
         // buffers written before are visible with it (§2.8.15).
         self.second_word_at(index).store(word, Ordering::Release);
@@ -351,6 +418,9 @@ impl PackedRing {
         // The store must be visible before the driver's wish is read, or both sides wait for the other (§2.8.21.3.1 for
         // the mirror image); pairs with the driver's barrier after it writes its event suppression structure.
         fence(Ordering::SeqCst);
+        if let Some(tracker) = &mut self.inflight {
+            tracker.used(self.next);
+        }
         let (event, flags) = self.driver_event();
         match flags & EVENT_FLAGS {
             EVENT_DISABLE => false,
@@ -431,26 +501,65 @@ impl PackedRing {
         Some(Descriptor::from_words(address, rest))
     }
 
-    /// A frame out of the chain at `at`, whose first descriptor was read.
-    fn gather(
-        &mut self,
-        at: Position,
-        first: Descriptor,
-        frame: &mut RawFrame,
-        visited: &mut usize,
-    ) -> Result<Chain, RingFault> {
-        let (table, indirect) = (self.table, self.indirect);
-        self.buffers.gather(frame, |memory, take| {
-            walk(memory, table, indirect, (at.index, first), Direction::DeviceReads, visited, take)
-        })
+    /// The head of the chain that is `ahead` chains behind the next one and whose place in the ring is `at`.
+    #[inline]
+    fn next_head(&self, at: Position, ahead: usize) -> Option<Head> {
+        if let Some(resumed) = &self.resumed
+            && let Some(&(first, _, _)) = resumed.chains.get(ahead)
+        {
+            let [address, rest] = resumed.words[usize::from(first)];
+            let descriptor = Descriptor::from_words(address, rest);
+            return Some(Head { table: resumed.table(), index: first, descriptor });
+        }
+        let descriptor = self.available(at)?;
+        Some(Head { table: self.table, index: at.index, descriptor })
+    }
+
+    /// Notes the burst that was just taken in the in-flight region.
+    #[cold]
+    fn track_taken(&mut self) {
+        let resumed = self.take_resumed(usize::from(self.taken));
+        let Some(mut tracker) = self.inflight.take() else { return };
+        let mut at = self.next;
+        for (index, chain) in self.chains[..usize::from(self.taken)].iter().enumerate() {
+            if index >= resumed {
+                // A second look at what the driver may change meanwhile: it misleads nobody but its own next device, which
+                // checks it anew.
+                tracker.took((0..usize::from(chain.slots)).map(|slot| {
+                    let index = at.after(slot as u16, self.table.size).index;
+                    // SAFETY: `index` is below the size of the ring's own table.
+                    let Descriptor { address, bytes, id, flags } = unsafe { descriptor(self.table.host, index) };
+                    Copied { address, bytes, id, flags }
+                }));
+            }
+            at = at.after(chain.slots, self.table.size);
+        }
+        self.inflight = Some(tracker);
+    }
+
+    /// Lets go of chains of the device before us, which are given back with the next `publish`: as many of `count` as are
+    /// left.
+    #[cold]
+    fn take_resumed(&mut self, count: usize) -> usize {
+        let (Some(resumed), Some(tracker)) = (&mut self.resumed, &mut self.inflight) else { return 0 };
+        let count = count.min(resumed.chains.len());
+        resumed.chains.drain(..count).for_each(|(_, _, chained)| tracker.took_again(chained));
+        if resumed.chains.is_empty() {
+            self.resumed = None;
+        }
+        count
+    }
+
+    /// A frame out of the chain that begins with `head`.
+    fn gather(&mut self, head: Head, frame: &mut RawFrame, visited: &mut usize) -> Result<Chain, RingFault> {
+        let indirect = self.indirect;
+        self.buffers.gather(frame, |memory, take| walk(memory, indirect, head, Direction::DeviceReads, visited, take))
     }
 
     /// Notes the segments of a chain that the device may write to; returns the chain and their bytes.
-    fn room_in(&mut self, at: Position, first: Descriptor, visited: &mut usize) -> Result<(Chain, u64), RingFault> {
-        let (table, indirect) = (self.table, self.indirect);
-        self.buffers.note(|memory, take| {
-            walk(memory, table, indirect, (at.index, first), Direction::DeviceWrites, visited, take)
-        })
+    fn room_in(&mut self, head: Head, visited: &mut usize) -> Result<(Chain, u64), RingFault> {
+        let indirect = self.indirect;
+        self.buffers.note(|memory, take| walk(memory, indirect, head, Direction::DeviceWrites, visited, take))
     }
 
     /// Gives the chain at `next` back; the driver sees nothing of it before `publish`.
@@ -509,18 +618,18 @@ unsafe fn descriptor(table: usize, index: u16) -> Descriptor {
     Descriptor::from_words(address, rest)
 }
 
-/// Walks the chain whose first descriptor `head` was read at `at`, giving each non-empty segment to `take`. Returns the
+/// Walks the chain that begins with `head`, giving each non-empty segment to `take`. Returns the
 /// chain, and false if `take` once did, after which it is not asked again. Every descriptor is read once and counted in
 /// `visited`; a chain has at most as many as its table, or as the limit.
 fn walk(
     memory: &Memory,
-    table: Table,
     indirect: bool,
-    (at, head): (u16, Descriptor),
+    head: Head,
     direction: Direction,
     visited: &mut usize,
     take: Take<'_>,
 ) -> Result<(Chain, bool), RingFault> {
+    let Head { table, index: at, descriptor: head } = head;
     if head.flags & FLAG_INDIRECT != 0 {
         let whole = walk_indirect(memory, indirect, (at, head), direction, visited, take)?;
         return Ok((Chain { id: head.id, slots: 1 }, whole));
@@ -544,7 +653,7 @@ fn walk(
         }
         slots += 1;
         index = if index + 1 == table.size { 0 } else { index + 1 };
-        // SAFETY: `index < table.size`, and the table was checked at set-up. Whether the driver has made this one
+        // SAFETY: `index < table.size`, and the table was checked at set-up, or is private. Whether the driver has made this one
         // available is not looked at: it did before the first one (§2.8.21.1), and if not, it gets what it wrote.
         entry = unsafe { descriptor(table.host, index) };
     }

@@ -14,12 +14,14 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 
 use super::buffers::{Buffers, Take};
+use super::inflight_split::SplitTracker;
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
     RingSetup, SendError,
 };
 use crate::dirty_log::RingLog;
 use crate::frame::{NetHeader, RawFrame};
+use crate::inflight::InflightPart;
 use crate::memory::{Memory, Payload, Segment, Wish, prefetch};
 
 const DESCRIPTOR_BYTES: u64 = 16;
@@ -99,6 +101,17 @@ pub(super) struct SplitRing {
     /// Entry `index` of the available ring at `index % BURST`, for indices from `next_avail` up to `posted_end`.
     posted: [Posted; BURST],
     posted_end: u16,
+    inflight: Option<Box<SplitTracker>>,
+    /// Chains of the device before us that are to be served first.
+    resumed: Option<Box<Resumed>>,
+}
+
+/// What takes the place of the available ring's entries from `first` on: a device that finishes out of order leaves other
+/// chains to be done than those that stand there.
+#[derive(Debug)]
+struct Resumed {
+    first: u16,
+    heads: Vec<u16>,
 }
 
 impl SplitRing {
@@ -119,24 +132,36 @@ impl SplitRing {
                 .ok_or(RingError::Address { part, address, bytes })
         };
         // Alignments and sizes: VIRTIO 1.2 §2.7, table "Virtqueue Part".
+        let descriptors = part("descriptor table", setup.descriptors, DESCRIPTOR_BYTES * entries, 16)?;
+        let available = part("available ring", setup.available, 4 + 2 * entries + event_bytes, 2)?;
+        let used = part("used ring", setup.used, 4 + 8 * entries + event_bytes, 4)?;
+        let opened = setup.inflight.as_ref().map(|part| SplitTracker::open(part, setup.next_used));
+        let (inflight, found) = opened.map_or((None, None), |(tracker, found)| (Some(Box::new(tracker)), found));
+        // Whoever was there before has taken what it gave back and what is in flight, and the latter counts as not taken yet:
+        // the front-end's word may be older.
+        let next_avail = if found.is_some() { setup.next_used } else { setup.next_avail };
+        let resumed = found.filter(|heads| !heads.is_empty());
+        let resumed = resumed.map(|heads| Box::new(Resumed { first: next_avail, heads }));
         Ok(Self {
             addresses: (setup.descriptors, setup.available, setup.used),
-            descriptors: part("descriptor table", setup.descriptors, DESCRIPTOR_BYTES * entries, 16)?,
-            available: part("available ring", setup.available, 4 + 2 * entries + event_bytes, 2)?,
-            used: part("used ring", setup.used, 4 + 8 * entries + event_bytes, 4)?,
+            descriptors,
+            available,
+            used,
             buffers: Buffers::new(setup),
             size,
             event_idx,
             indirect: super::indirect(setup.features),
             mergeable: super::mergeable(setup.features),
-            next_avail: setup.next_avail,
-            avail_seen: setup.next_avail,
+            next_avail,
+            avail_seen: next_avail,
             next_used: setup.next_used,
             published_used: setup.next_used,
             taken: 0,
             heads: [0; BURST],
             posted: [Posted { head: 0, buffer: Segment::EMPTY }; BURST],
-            posted_end: setup.next_avail,
+            posted_end: next_avail,
+            inflight,
+            resumed,
         })
     }
 
@@ -156,8 +181,8 @@ impl SplitRing {
         &self.buffers.memory
     }
 
-    pub(super) fn into_memory_and_log(self) -> (Arc<Memory>, Option<RingLog>) {
-        (self.buffers.memory, self.buffers.log)
+    pub(super) fn into_shared(self) -> (Arc<Memory>, Option<RingLog>, Option<InflightPart>) {
+        (self.buffers.memory, self.buffers.log, self.inflight.map(|tracker| tracker.part().clone()))
     }
 
     pub(super) fn addresses(&self) -> (u64, u64, u64) {
@@ -205,6 +230,9 @@ impl SplitRing {
             }
             taken += 1;
         }
+        if let Some(tracker) = &mut self.inflight {
+            tracker.took(&self.heads[..taken]);
+        }
         self.taken = taken as u16;
         self.next_avail = self.next_avail.wrapping_add(self.taken);
         Ok(taken)
@@ -244,7 +272,9 @@ impl SplitRing {
 
     /// Notes the next buffers that the guest has posted and asks for their cache lines.
     fn look_ahead(&mut self) -> Result<(), RingFault> {
-        let ready = self.refresh_available(1)?.min(BURST as u16);
+        // What was resumed goes the general way, which tells the tracker of it.
+        let most = if self.resumed.is_some() { 0 } else { BURST as u16 };
+        let ready = self.refresh_available(1)?.min(most);
         self.posted[usize::from(self.next_avail) % BURST].buffer = Segment::EMPTY;
         for index in 0..ready {
             let index = self.next_avail.wrapping_add(index);
@@ -294,6 +324,9 @@ impl SplitRing {
         }
         // From here on nothing can fail: the frame is written whole.
         self.buffers.fill(net, count as u16, header, payload);
+        if self.resumed.is_some() {
+            self.take_resumed(&chains[..count]);
+        }
         for &(head, bytes) in &chains[..count] {
             self.stage_used(head, bytes);
         }
@@ -316,6 +349,9 @@ impl SplitRing {
         if self.buffers.log.is_some() {
             self.log_used_entries(old, new);
         }
+        if let Some(tracker) = &self.inflight {
+            tracker.using();
+        }
         // Release: pairs with the driver's read barrier after it reads the used index; the entries and buffers
         // written before are visible with it (§2.7.8).
         self.used_u16(2).store(new, Ordering::Release);
@@ -325,6 +361,10 @@ impl SplitRing {
         // The store of the used index must be visible before the driver's wish is read, or both sides wait for the
         // other (§2.7.7.1, §2.7.10); pairs with the driver's barrier after it writes `used_event` or `flags`.
         fence(Ordering::SeqCst);
+        if let Some(tracker) = &mut self.inflight {
+            tracker.used(new);
+            self.end_resumed();
+        }
         if self.event_idx {
             // §2.7.7.2: notify when `used_event` lies in [old, new). u16 wraps; the subtraction is the comparison.
             let used_event = self.available_u16(4 + 2 * usize::from(self.size)).load(Ordering::Relaxed);
@@ -377,6 +417,25 @@ impl SplitRing {
         }
     }
 
+    /// Notes buffers of the device before us that are given back with the next `publish`. The others of a guest receiveq
+    /// are never in flight.
+    #[cold]
+    fn take_resumed(&mut self, chains: &[(u16, u32)]) {
+        let (Some(resumed), Some(tracker)) = (&self.resumed, &mut self.inflight) else { return };
+        let done = usize::from(self.next_avail.wrapping_sub(resumed.first));
+        let left = resumed.heads.len().saturating_sub(done);
+        chains.iter().take(left).for_each(|&(head, _)| tracker.took(&[head]));
+    }
+
+    /// Lets go of them when all were served: an index that comes round again means the available ring's entry.
+    fn end_resumed(&mut self) {
+        let is_over =
+            |resumed: &Resumed| usize::from(self.next_avail.wrapping_sub(resumed.first)) >= resumed.heads.len();
+        if self.taken == 0 && self.resumed.as_deref().is_some_and(is_over) {
+            self.resumed = None;
+        }
+    }
+
     /// How many chains the guest has made available; the index is read again if fewer than `wanted` are known of.
     #[inline]
     fn refresh_available(&mut self, wanted: u16) -> Result<u16, RingFault> {
@@ -403,6 +462,11 @@ impl SplitRing {
     /// The head of the chain in entry `index`, checked.
     #[inline]
     fn available_entry(&self, index: u16) -> Result<u16, RingFault> {
+        if let Some(resumed) = &self.resumed
+            && let Some(&head) = resumed.heads.get(usize::from(index.wrapping_sub(resumed.first)))
+        {
+            return Ok(head);
+        }
         let slot = usize::from(index & (self.size - 1));
         let head = self.available_u16(4 + 2 * slot).load(Ordering::Relaxed);
         if head >= self.size {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::dirty_log::{DirtyLog, RingLog};
 use crate::eventfd::EventFd;
+use crate::inflight::InflightPart;
 use crate::memory::Memory;
 use crate::ring::{RingFault, RingSetup, is_packed};
 
@@ -106,6 +107,7 @@ impl RingState {
         memory: &Arc<Memory>,
         features: u64,
         log: Option<&Arc<DirtyLog>>,
+        inflight: Option<InflightPart>,
     ) -> io::Result<Option<RingSetup>> {
         let (true, Some(size), Some(parts), Some(next_used)) = (self.started, self.size, self.parts, self.next_used)
         else {
@@ -126,6 +128,7 @@ impl RingState {
             call: handle(&self.call)?,
             error: handle(&self.error)?,
             log: log.map(|log| RingLog { log: Arc::clone(log), used_address: self.used_log }),
+            inflight,
             fault: self.fault,
         }))
     }

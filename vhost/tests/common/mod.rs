@@ -121,6 +121,7 @@ impl GuestRing {
             call: Some(EventFd::new().expect("an eventfd")),
             error: None,
             log: None,
+            inflight: None,
             fault: None,
         }
     }

@@ -105,6 +105,7 @@ impl PackedGuestRing {
             call: Some(EventFd::new().expect("an eventfd")),
             error: None,
             log: None,
+            inflight: None,
             fault: None,
         }
     }

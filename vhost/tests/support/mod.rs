@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use dreamwire_vhost::eventfd::EventFd;
-use dreamwire_vhost::keeper::{Endpoint, EndpointConfig, SocketMode};
+use dreamwire_vhost::keeper::{ConfigSpace, Endpoint, EndpointConfig, SocketMode};
 use dreamwire_vhost::owner::{RingOwner, SessionEvent};
 use dreamwire_vhost::ring::{Ring, RingFault, RingSetup};
 use nix::errno::Errno;
@@ -26,6 +26,7 @@ pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const MEMORY_BYTES: u64 = 1 << 20;
 /// Where the front-end claims to have mapped its memory.
 pub(crate) const USER_ADDRESS: u64 = 0x7f00_0000_0000;
+pub(crate) const CARD_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 pub(crate) const RING_ENTRIES: u16 = 256;
 /// Longer than any honest wait here; what fails, fails with a message.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -48,6 +49,11 @@ pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
 pub(crate) const GET_QUEUE_NUM: u32 = 17;
 pub(crate) const SET_VRING_ENABLE: u32 = 18;
 pub(crate) const SEND_RARP: u32 = 19;
+pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
+pub(crate) const GET_CONFIG: u32 = 24;
+pub(crate) const SET_CONFIG: u32 = 25;
+pub(crate) const GET_INFLIGHT_FD: u32 = 31;
+pub(crate) const SET_INFLIGHT_FD: u32 = 32;
 pub(crate) const RESET_DEVICE: u32 = 34;
 pub(crate) const ADD_MEM_REG: u32 = 37;
 pub(crate) const REM_MEM_REG: u32 = 38;
@@ -219,6 +225,7 @@ impl Port {
             queue_pairs,
             mtu: 1500,
             features,
+            config_space: Some(ConfigSpace { mac: Some(CARD_MAC) }),
             private_dir: directory.path().join("private"),
         };
         let owner = Arc::new(Owner::default());
