@@ -45,12 +45,15 @@ struct CostArguments {
     /// Frame length in the ring, without FCS: 60 to 1518
     #[arg(long, default_value_t = 64, value_parser = frame_size)]
     size: usize,
-    /// Flows: 1 to 32768
+    /// Flows: 1 to 1048576
     #[arg(long, default_value_t = 1, value_parser = flow_count)]
     flows: usize,
     /// Compare one received frame in this many to its last byte
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
     sample: u64,
+    /// Packed rings
+    #[arg(long)]
+    packed: bool,
 }
 
 #[derive(Debug, Args)]
@@ -97,7 +100,7 @@ struct ThroughputArguments {
     /// Frame length in the ring, without FCS: 60 to 1518
     #[arg(long, default_value_t = 64, value_parser = frame_size)]
     size: usize,
-    /// Flows, told apart by UDP source port: 1 to 32768
+    /// Flows, told apart by UDP ports: 1 to 1048576
     #[arg(long, default_value_t = 1, value_parser = flow_count)]
     flows: usize,
     /// Seconds per round
@@ -106,7 +109,7 @@ struct ThroughputArguments {
     /// Rounds
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Compare one received frame in this many to its last byte (the first 56 bytes of all are compared)
+    /// Compare one received frame in this many to its last byte (the first 52 bytes of all are compared)
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
     sample: u64,
     /// Compare all received frames to the last byte
@@ -249,18 +252,18 @@ fn throughput(arguments: &ThroughputArguments) -> Result<(), Error> {
     let mut throughput = Throughput::new(&mut from, &mut to, plan, &set)?;
     throughput.warm_up()?;
     let rounds = (0..arguments.rounds).map(|_| throughput.round()).collect::<Result<Vec<_>, _>>()?;
-    let specimen = throughput.specimen().map(hexadecimal);
+    let specimen = throughput.specimen().map(<[u8]>::to_vec);
     report(arguments, &rounds)?;
     from.stop()?;
     to.stop()?;
-    check(&rounds, specimen)
+    check(&rounds, specimen.as_deref())
 }
 
 fn cost(arguments: &CostArguments) -> Result<(), Error> {
     if let Some(cpu) = arguments.cpu {
         cpu::pin(cpu).map_err(|source| Error::Pin { cpu, source })?;
     }
-    let cost = cost::measure(arguments.size, arguments.flows, arguments.sample, COST_FRAMES)?;
+    let cost = cost::measure(arguments.size, arguments.flows, arguments.sample, COST_FRAMES, arguments.packed)?;
     let mut table = Table::new(["side", "ns/frame", "Mpps"]);
     for (side, ns) in [("generator", cost.generator_ns), ("sink", cost.sink_ns)] {
         table.row([side.into(), format!("{ns:.1}"), format!("{:.1}", 1e3 / ns)]);
@@ -319,6 +322,7 @@ fn plan(arguments: &ThroughputArguments) -> Plan {
         sample: if arguments.check_all { 1 } else { arguments.sample },
         from: Endpoint { mac: arguments.from_mac.0, address: arguments.from_address },
         to: Endpoint { mac: arguments.to_mac.0, address: arguments.to_address },
+        ..Plan::default()
     }
 }
 
@@ -333,7 +337,8 @@ fn report(arguments: &ThroughputArguments, rounds: &[Round]) -> io::Result<()> {
         });
         return writeln!(out, "{json}");
     }
-    let mut table = Table::new(["round", "Mpps", "Gbit/s", "sent", "received", "lost", "loss %", "foreign", "order"]);
+    let mut table =
+        Table::new(["round", "Mpps", "Gbit/s", "sent", "received", "lost", "loss %", "foreign", "order", "idle %"]);
     for (number, round) in (1..).zip(rounds) {
         table.row([
             format!("{number}"),
@@ -345,6 +350,7 @@ fn report(arguments: &ThroughputArguments, rounds: &[Round]) -> io::Result<()> {
             format!("{:.3}", 100.0 * round.lost as f64 / round.sent.max(1) as f64),
             round.foreign.to_string(),
             if round.in_order { "kept" } else { "broken" }.into(),
+            format!("{:.0}", 100.0 * round.idle),
         ]);
     }
     write!(out, "{table}")?;
@@ -363,27 +369,12 @@ fn report(arguments: &ThroughputArguments, rounds: &[Round]) -> io::Result<()> {
     Ok(())
 }
 
-/// Throughput of frames that are wrong is no throughput.
-fn check(rounds: &[Round], specimen: Option<String>) -> Result<(), Error> {
-    for (number, round) in (1..).zip(rounds) {
-        let problem = if round.corrupt > 0 {
-            format!("{} frames came out altered; the first: {}", round.corrupt, specimen.unwrap_or_default())
-        } else if round.received == 0 {
-            format!("nothing came out of {} frames", round.sent)
-        } else if round.received > round.sent {
-            format!("{} frames came out of {}", round.received, round.sent)
-        } else if !round.in_order {
-            "frames of one flow came out in another order".into()
-        } else {
-            continue;
-        };
-        return Err(Error::Content { round: number, problem });
+fn check(rounds: &[Round], specimen: Option<&[u8]>) -> Result<(), Error> {
+    let fault = |(round, measured): (usize, &Round)| Some((round, measured.fault(specimen)?));
+    match (1..).zip(rounds).find_map(fault) {
+        Some((round, problem)) => Err(Error::Content { round, problem }),
+        None => Ok(()),
     }
-    Ok(())
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn frame_size(text: &str) -> Result<usize, String> {

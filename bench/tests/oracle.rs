@@ -151,7 +151,7 @@ fn offload_header_reaches_the_device_as_given() {
 fn reposted_frames_go_round_in_order() {
     let mut setup = setup(&options(), FEATURES);
     let frames: Vec<_> = (0..20).map(|sequence| frame::frame(A, B, 64, 0, sequence)).collect();
-    setup.pair.transmit.load_templates(&mut setup.arena, &frames).unwrap();
+    setup.pair.transmit.load_templates(&mut setup.arena, &frames, VirtioNetHeader::default()).unwrap();
     let mut taken = Vec::new();
     while taken.len() < 100 {
         setup.pair.transmit.repost_burst(7).unwrap();

@@ -43,7 +43,7 @@ fn open(device: &DeviceUnderTest, options: &Options) -> (FrontEnd, FrontEnd) {
 
 /// A short round; every frame compared to its last byte.
 fn carries(from: &mut FrontEnd, to: &mut FrontEnd, ring_size: u16, size: usize, flows: usize) {
-    let plan = Plan { size, flows, duration: Duration::from_millis(50), sample: 1, from: A, to: B };
+    let plan = Plan { size, flows, duration: Duration::from_millis(50), sample: 1, from: A, to: B, ..Plan::default() };
     let set = Throughput::flow_set(&plan, ring_size);
     let mut throughput = Throughput::new(from, to, plan, &set).unwrap();
     throughput.warm_up().unwrap();

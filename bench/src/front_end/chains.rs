@@ -97,13 +97,21 @@ impl Chains {
         self.buffer_bytes
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn buffer(&self, slot: u16) -> Buffer {
         self.buffers[usize::from(slot)]
     }
 
+    /// Where the buffer of the chain at `head` begins; `None` for a head that there is not.
+    #[inline(always)]
+    pub(super) fn offset_of(&self, head: u32) -> Option<usize> {
+        let stride = u32::from(self.stride);
+        let slot = if stride == 1 { head } else { head / stride };
+        self.buffers.get(slot as usize).map(|buffer| buffer.offset)
+    }
+
     /// Describes `bytes` (header included) at `buffer` as slot's chain and offers it. `flags`: DESC_WRITE or 0.
-    #[inline]
+    #[inline(always)]
     pub(super) fn offer(&mut self, slot: u16, buffer: Buffer, bytes: usize, flags: u16) {
         let head = slot * self.stride;
         if self.shape.descriptors == 1 && !self.shape.indirect {
@@ -118,6 +126,7 @@ impl Chains {
         self.ring.offer(head);
     }
 
+    #[inline(never)]
     fn describe(&mut self, slot: u16, head: u16, buffer: Buffer, bytes: usize, flags: u16) {
         let mut chain = [Descriptor::default(); CHAIN_DESCRIPTORS_MAX as usize];
         let count = self.cut(&mut chain, buffer, bytes, flags);
@@ -167,7 +176,7 @@ impl Chains {
     }
 
     /// The slot of a head that the device is done with; its chain is ours again.
-    #[inline]
+    #[inline(always)]
     pub(super) fn take_back(&mut self, head: u32) -> Result<u16, RingError> {
         let stride = u32::from(self.stride);
         let (slot, rest) = if stride == 1 { (head, 0) } else { (head / stride, head % stride) };

@@ -294,8 +294,13 @@ impl FrontEnd {
     ///
     /// # Errors
     /// [`FrontEndError::MemoryExhausted`].
-    pub fn load_templates(&mut self, pair: usize, frames: &[Vec<u8>]) -> Result<(), FrontEndError> {
-        self.pairs[pair].transmit.load_templates(&mut self.arena, frames)
+    pub fn load_templates(
+        &mut self,
+        pair: usize,
+        frames: &[Vec<u8>],
+        header: VirtioNetHeader,
+    ) -> Result<(), FrontEndError> {
+        self.pairs[pair].transmit.load_templates(&mut self.arena, frames, header)
     }
 
     /// A handle for mischief on ring `index`: even receive, odd transmit.

@@ -10,7 +10,6 @@
 //! Nothing that the device writes is trusted, as in split.rs. Limits: IN_ORDER's right to use a batch with one
 //! descriptor is not understood: do not negotiate it with a device that makes use of it.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -101,8 +100,9 @@ pub struct PackedRing {
     in_flight: u16,
     /// Chains offered since the last publish.
     offered: u16,
-    /// Used, and not reaped.
-    found: VecDeque<Used>,
+    /// Used; those before `reaped` are reaped.
+    found: Vec<Used>,
+    reaped: usize,
 }
 
 impl PackedRing {
@@ -127,7 +127,8 @@ impl PackedRing {
             unpublished: 0,
             in_flight: 0,
             offered: 0,
-            found: VecDeque::with_capacity(entries),
+            found: Vec::with_capacity(3 * entries),
+            reaped: 0,
             memory,
             layout,
         };
@@ -157,7 +158,7 @@ impl PackedRing {
 
     /// Chains offered and not yet reaped.
     pub fn outstanding(&self) -> u16 {
-        self.in_flight + self.offered + self.found.len() as u16
+        self.in_flight + self.offered + (self.found.len() - self.reaped) as u16
     }
 
     /// Sets a descriptor of the caller's table. The caller sees to it that no outstanding chain contains it.
@@ -167,7 +168,7 @@ impl PackedRing {
     }
 
     /// Writes a chain into the ring; invisible to the device until [`Self::publish`].
-    #[inline]
+    #[inline(always)]
     pub fn offer(&mut self, head: u16) {
         let first = self.available;
         let mut slots = 0;
@@ -207,7 +208,7 @@ impl PackedRing {
     }
 
     /// Makes all offered chains visible. True if the device has to be kicked for them.
-    #[inline]
+    #[inline(always)]
     pub fn publish(&mut self) -> bool {
         let Some((index, flags)) = self.first.take() else { return false };
         // Release: pairs with the device's acquire load of the flags; it sees descriptors and buffers.
@@ -230,8 +231,11 @@ impl PackedRing {
     ///
     /// # Errors
     /// [`RingError::HeadNotOutstanding`] if it used what it was not given.
-    #[inline]
+    #[inline(always)]
     pub fn pending(&mut self) -> Result<u16, RingError> {
+        if self.reaped > self.slots.len() {
+            self.found.drain(..std::mem::take(&mut self.reaped));
+        }
         while self.in_flight > 0 {
             let offset = self.layout.descriptor(self.used.index);
             // Acquire: pairs with the device's release store of the flags.
@@ -244,23 +248,27 @@ impl PackedRing {
                 Some(slots) if *slots > 0 => std::mem::take(slots),
                 _ => return Err(RingError::HeadNotOutstanding { head: u32::from(id) }),
             };
-            self.found.push_back(Used { head: u32::from(id), bytes: self.memory.load_u32(offset + 8) });
+            self.found.push(Used { head: u32::from(id), bytes: self.memory.load_u32(offset + 8) });
             self.used = self.used.after(slots, self.layout.size);
             self.in_flight -= 1;
         }
-        Ok(self.found.len() as u16)
+        Ok((self.found.len() - self.reaped) as u16)
     }
 
     /// The used chain `ahead` places after the next one to reap. Only below [`Self::pending`].
-    #[inline]
+    #[inline(always)]
     pub fn peek(&self, ahead: u16) -> Used {
-        self.found[usize::from(ahead)]
+        self.found[self.reaped + usize::from(ahead)]
     }
 
     /// Moves on by `count` used chains, which were peeked at. Only up to [`Self::pending`].
-    #[inline]
+    #[inline(always)]
     pub fn advance(&mut self, count: u16) {
-        self.found.drain(..usize::from(count));
+        self.reaped += usize::from(count);
+        if self.reaped == self.found.len() {
+            self.found.clear();
+            self.reaped = 0;
+        }
     }
 
     /// The driver polls: no calls, please.
@@ -276,7 +284,7 @@ impl PackedRing {
         fence(Ordering::SeqCst);
         let flags = self.memory.load_u16(self.layout.descriptor(self.used.index) + 14, Ordering::Acquire);
         let used = self.in_flight > 0 && flags & (DESC_AVAIL | DESC_USED) == self.used.used_flags();
-        self.found.is_empty() && !used
+        self.found.len() == self.reaped && !used
     }
 
     fn write_event(&self, flags: u16) {

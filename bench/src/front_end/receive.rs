@@ -1,7 +1,7 @@
 //! The driver's end of a receiveq: keeps every buffer posted, hands frames to a sink, puts mergeable ones together.
 //!
-//! A frame in one buffer is not copied unless the sink asks for all of it; a sink that looks at headers alone reads
-//! 64 bytes. Limits: [`BURST`] buffers per call; a frame of at most [`FRAME_BYTES_MAX`].
+//! A frame is not copied unless the sink asks for all of it; a sink that looks at headers alone reads one cache line.
+//! Limits: [`BURST`] buffers per call; a frame of at most [`FRAME_BYTES_MAX`].
 
 use super::chains::{ChainShape, Chains};
 use super::doorbell::Doorbell;
@@ -23,6 +23,8 @@ pub struct Receive {
     mergeable: bool,
     doorbell: Doorbell,
     scratch: Box<[u8]>,
+    /// Where the parts of a merged frame lie: offset and bytes.
+    pieces: Vec<(usize, usize)>,
     received: u64,
     torn: u64,
     empty: u64,
@@ -47,6 +49,7 @@ impl Receive {
             mergeable,
             doorbell,
             scratch: vec![0; FRAME_BYTES_MAX].into(),
+            pieces: Vec::with_capacity(usize::from(BURST)),
             received: 0,
             torn: 0,
             empty: 0,
@@ -118,6 +121,7 @@ impl Receive {
     #[inline]
     pub fn receive_views(&mut self, mut sink: impl FnMut(Received<'_>)) -> Result<usize, RingError> {
         let pending = self.chains.ring.pending()?.min(BURST);
+        self.prefetch(pending);
         let mut frames = 0;
         let mut done = 0;
         while done < pending {
@@ -141,23 +145,14 @@ impl Receive {
                     self.torn += 1;
                     break;
                 };
-                sink(Received {
-                    memory: self.chains.ring.memory(),
-                    offset: None,
-                    bytes: frame_bytes,
-                    header,
-                    scratch: &mut self.scratch,
-                });
+                let (memory, scratch) = (self.chains.ring.memory(), &mut self.scratch);
+                sink(Received { place: Place::Pieces(memory, &self.pieces), bytes: frame_bytes, header, scratch });
                 done += header.num_buffers;
             } else {
                 let header_bytes = self.chains.header_bytes;
-                sink(Received {
-                    memory: self.chains.ring.memory(),
-                    offset: Some(offset + header_bytes),
-                    bytes: bytes - header_bytes,
-                    header,
-                    scratch: &mut self.scratch,
-                });
+                let (memory, scratch) = (self.chains.ring.memory(), &mut self.scratch);
+                let place = Place::Memory(memory, offset + header_bytes);
+                sink(Received { place, bytes: bytes - header_bytes, header, scratch });
                 self.post(slot);
                 done += 1;
             }
@@ -169,6 +164,17 @@ impl Receive {
             self.publish();
         }
         Ok(frames)
+    }
+
+    /// Asks for the beginning of each buffer that the device has just written.
+    #[inline]
+    fn prefetch(&self, pending: u16) {
+        for ahead in 0..pending {
+            let head = self.chains.ring.peek(ahead).head;
+            if let Some(offset) = self.chains.offset_of(head) {
+                self.chains.ring.memory().prefetch(offset);
+            }
+        }
     }
 
     #[inline]
@@ -183,15 +189,16 @@ impl Receive {
 
     #[inline]
     fn header(&self, offset: usize) -> VirtioNetHeader {
-        // Without num_buffers the last two bytes are the frame's: read all, keep ten.
-        let mut bytes = self.chains.ring.memory().read_array::<HEADER_BYTES_MAX>(offset);
-        if self.chains.header_bytes < HEADER_BYTES_MAX {
-            bytes[self.chains.header_bytes..].fill(0);
-        }
-        VirtioNetHeader::from_bytes(bytes)
+        let memory = self.chains.ring.memory();
+        let ([first], [last]) = (memory.read_words(offset), memory.read_words(offset + 4));
+        let header = VirtioNetHeader::from_words(first, (last >> 32) as u32);
+        // Without num_buffers the last two bytes are the frame's.
+        let num_buffers = if self.chains.header_bytes < HEADER_BYTES_MAX { 0 } else { header.num_buffers };
+        VirtioNetHeader { num_buffers, ..header }
     }
 
-    /// Puts a frame of `buffers` together in scratch and reposts them; `None` if not all are used yet.
+    /// Notes where the parts of a frame of `buffers` lie and reposts them, which the device does not see before the sink
+    /// has seen the frame; `None` if not all are used yet.
     fn merge(&mut self, done: u16, buffers: u16, first: u16, first_bytes: usize) -> Result<Option<usize>, RingError> {
         if buffers == 0 || buffers > self.chains.slots() {
             return Err(RingError::BufferCount(buffers));
@@ -199,6 +206,7 @@ impl Receive {
         if self.chains.ring.pending()? < done + buffers {
             return Ok(None);
         }
+        self.pieces.clear();
         let mut frame_bytes = 0;
         for ahead in 0..buffers {
             let (slot, start, bytes) = if ahead == 0 {
@@ -207,10 +215,11 @@ impl Receive {
                 let used = self.chains.ring.peek(done + ahead);
                 (self.chains.take_back(used.head)?, 0, self.written(used.bytes, 0)?)
             };
-            let end = frame_bytes + bytes - start;
-            let piece = self.scratch.get_mut(frame_bytes..end).ok_or(RingError::FrameTooLong(end))?;
-            self.chains.ring.memory().read(self.chains.buffer(slot).offset + start, piece);
-            frame_bytes = end;
+            frame_bytes += bytes - start;
+            if frame_bytes > self.scratch.len() {
+                return Err(RingError::FrameTooLong(frame_bytes));
+            }
+            self.pieces.push((self.chains.buffer(slot).offset + start, bytes - start));
             self.post(slot);
         }
         Ok(Some(frame_bytes))
@@ -227,22 +236,30 @@ impl Receive {
     }
 }
 
-/// A frame that has arrived, in guest memory or (when merged) in private memory.
+/// Where a frame lies.
+#[derive(Clone, Copy, Debug)]
+enum Place<'a> {
+    /// In guest memory, in one piece, from this offset on.
+    Memory(&'a GuestMemory, usize),
+    /// In guest memory, in several: offset and bytes of each.
+    Pieces(&'a GuestMemory, &'a [(usize, usize)]),
+    /// In private memory.
+    Scratch,
+}
+
+/// A frame that has arrived.
 #[derive(Debug)]
 pub struct Received<'a> {
-    memory: &'a GuestMemory,
-    /// Where the frame begins; `None`: it lies in scratch.
-    offset: Option<usize>,
+    place: Place<'a>,
     bytes: usize,
     header: VirtioNetHeader,
     scratch: &'a mut [u8],
 }
 
-#[cfg(test)]
 impl<'a> Received<'a> {
-    /// A frame that never was in a ring: `scratch` as it stands.
-    pub(crate) fn fake(memory: &'a GuestMemory, scratch: &'a mut [u8]) -> Self {
-        Self { memory, offset: None, bytes: scratch.len(), header: VirtioNetHeader::default(), scratch }
+    /// A frame that came by another way than a ring: all of `frame`.
+    pub fn private(frame: &'a mut [u8], header: VirtioNetHeader) -> Self {
+        Self { place: Place::Scratch, bytes: frame.len(), header, scratch: frame }
     }
 }
 
@@ -265,17 +282,23 @@ impl Received<'_> {
         self.bytes == 0
     }
 
-    /// A private copy of the first `N` little-endian words, `None` if the frame is shorter. (Words, because bytes copied as a
-    /// block and then looked at across its seams stall the core for 20 cycles: half of what a frame cost.)
+    /// A private copy of `N` little-endian words from byte `start` on; `None` if the frame is shorter, or if they do not lie
+    /// in its first buffer. (Words, because bytes copied as a block and then looked at across its seams stall the
+    /// core for 20 cycles: half of what a frame cost.)
     #[inline]
-    pub fn words<const N: usize>(&self) -> Option<[u64; N]> {
-        if self.bytes < 8 * N {
+    pub fn words<const N: usize>(&self, start: usize) -> Option<[u64; N]> {
+        let end = start + 8 * N;
+        if self.bytes < end {
             return None;
         }
-        match self.offset {
-            Some(offset) => Some(self.memory.read_words(offset)),
-            None => {
-                let (words, _) = self.scratch[..8 * N].as_chunks::<8>();
+        match self.place {
+            Place::Memory(memory, offset) => Some(memory.read_words(offset + start)),
+            Place::Pieces(memory, pieces) => match pieces.first() {
+                Some((offset, bytes)) if *bytes >= end => Some(memory.read_words(offset + start)),
+                _ => None,
+            },
+            Place::Scratch => {
+                let (words, _) = self.scratch[start..end].as_chunks::<8>();
                 Some(std::array::from_fn(|index| u64::from_le_bytes(words[index])))
             }
         }
@@ -283,8 +306,17 @@ impl Received<'_> {
 
     /// A private copy of the whole.
     pub fn bytes(&mut self) -> &[u8] {
-        if let Some(offset) = self.offset.take() {
-            self.memory.read(offset, &mut self.scratch[..self.bytes]);
+        match std::mem::replace(&mut self.place, Place::Scratch) {
+            Place::Memory(memory, offset) => memory.read(offset, &mut self.scratch[..self.bytes]),
+            Place::Pieces(memory, pieces) => {
+                let mut rest = &mut self.scratch[..self.bytes];
+                for (offset, bytes) in pieces {
+                    let (piece, after) = rest.split_at_mut(*bytes);
+                    memory.read(*offset, piece);
+                    rest = after;
+                }
+            }
+            Place::Scratch => (),
         }
         &self.scratch[..self.bytes]
     }

@@ -141,7 +141,7 @@ impl SplitRing {
     }
 
     /// Enters a chain into the available ring; invisible to the device until [`Self::publish`].
-    #[inline]
+    #[inline(always)]
     pub fn offer(&mut self, head: u16) {
         let slot = usize::from(self.available & (self.layout.size - 1));
         if self.entries[slot] != head {
@@ -152,7 +152,7 @@ impl SplitRing {
     }
 
     /// Makes all offered chains visible. True if the device has to be kicked for them.
-    #[inline]
+    #[inline(always)]
     pub fn publish(&mut self) -> bool {
         let old = self.published;
         if old == self.available {
@@ -176,7 +176,7 @@ impl SplitRing {
     ///
     /// # Errors
     /// [`RingError::IndexJump`] if the device used more than there was.
-    #[inline]
+    #[inline(always)]
     pub fn pending(&self) -> Result<u16, RingError> {
         // Acquire: pairs with the device's release store of idx; entries and buffers written before are visible.
         let to = self.memory.load_u16(self.layout.used_index(), Ordering::Acquire);
@@ -189,14 +189,14 @@ impl SplitRing {
     }
 
     /// The used entry `ahead` places after the next one to reap. Only below [`Self::pending`].
-    #[inline]
+    #[inline(always)]
     pub fn peek(&self, ahead: u16) -> Used {
         let offset = self.layout.used_entry(self.used.wrapping_add(ahead));
         Used { head: self.memory.load_u32(offset), bytes: self.memory.load_u32(offset + 4) }
     }
 
     /// Moves on by `count` used entries, which were peeked at. Only up to [`Self::pending`].
-    #[inline]
+    #[inline(always)]
     pub fn advance(&mut self, count: u16) {
         self.used = self.used.wrapping_add(count);
         // Rarely rewritten: the line also ends the available ring, which the device reads.

@@ -27,6 +27,8 @@ pub struct Transmit {
     chains: Chains,
     free: FreeSlots,
     templates: Vec<Template>,
+    /// Memory of all templates that there ever were, and how many bytes each piece holds.
+    rooms: Vec<(Buffer, usize)>,
     next_template: usize,
     doorbell: Doorbell,
     sent: u64,
@@ -43,7 +45,7 @@ impl Transmit {
     ) -> Result<Self, FrontEndError> {
         let chains = Chains::new(ring, arena, shape, header_bytes, header_bytes + buffer_bytes)?;
         let free = FreeSlots::full(chains.slots());
-        Ok(Self { chains, free, templates: Vec::new(), next_template: 0, doorbell, sent: 0 })
+        Ok(Self { chains, free, templates: Vec::new(), rooms: Vec::new(), next_template: 0, doorbell, sent: 0 })
     }
 
     /// The ring, for looking at.
@@ -138,20 +140,32 @@ impl Transmit {
         }
     }
 
-    /// Writes frames into guest memory once, for [`Self::repost_burst`]; replaces the set before (whose memory is not
-    /// given back).
+    /// Writes frames into guest memory once, for [`Self::repost_burst`], each behind `header`; replaces the set before, in its
+    /// memory where a frame fits there. Only while nothing is in flight.
     ///
     /// # Errors
     /// [`FrontEndError::MemoryExhausted`].
-    pub fn load_templates(&mut self, arena: &mut Arena, frames: &[Vec<u8>]) -> Result<(), FrontEndError> {
+    pub fn load_templates(
+        &mut self,
+        arena: &mut Arena,
+        frames: &[Vec<u8>],
+        header: VirtioNetHeader,
+    ) -> Result<(), FrontEndError> {
         let header_bytes = self.chains.header_bytes;
         self.templates.clear();
         self.next_template = 0;
-        for frame in frames {
+        for (index, frame) in frames.iter().enumerate() {
             // An odd number of cache lines, as in Chains.
             let room = ((header_bytes + frame.len()).div_ceil(64) | 1) * 64;
-            let buffer = Buffer::take(self.chains.ring.memory(), arena, room)?;
-            let bytes = self.write_frame(buffer, VirtioNetHeader::default(), frame);
+            if self.rooms.get(index).is_none_or(|(_, bytes)| *bytes < room) {
+                let fresh = (Buffer::take(self.chains.ring.memory(), arena, room)?, room);
+                match self.rooms.get_mut(index) {
+                    Some(place) => *place = fresh,
+                    None => self.rooms.push(fresh),
+                }
+            }
+            let (buffer, _) = self.rooms[index];
+            let bytes = self.write_frame(buffer, header, frame);
             self.templates.push(Template { buffer, bytes });
         }
         Ok(())

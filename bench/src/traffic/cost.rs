@@ -14,6 +14,8 @@ use super::throughput::Failure;
 use crate::front_end::header::HEADER_BYTES_MAX;
 use crate::front_end::layout::RingLayout;
 use crate::front_end::memory::{Arena, GuestMemory};
+use crate::front_end::packed::{DESC_AVAIL, DESC_USED, EVENT_DISABLE, Position};
+use crate::front_end::ring::Ring;
 use crate::front_end::{BURST, FrontEndError, Options, QueuePair, VirtioNetHeader, feature};
 
 /// Frames per measurement; the quickest counts, as the one that nothing else on the machine disturbed.
@@ -30,15 +32,16 @@ pub struct Cost {
     pub arrived: Arrived,
 }
 
-/// Sends and receives `frames` frames of `size` bytes in `flows` flows.
+/// Sends and receives `frames` frames of `size` bytes in `flows` flows, over packed or split rings.
 ///
 /// # Errors
 /// No memory, or a ring gone wrong.
 ///
 /// # Panics
 /// If `size` or `flows` are outside of what [`FlowSet::new`] takes.
-pub fn measure(size: usize, flows: usize, sample: u64, frames: u64) -> Result<Cost, Failure> {
-    let options = Options { spare_bytes: (16 << 20) + flows * 2 * (size + 256), ..Options::default() };
+pub fn measure(size: usize, flows: usize, sample: u64, frames: u64, packed: bool) -> Result<Cost, Failure> {
+    let mut options = Options { spare_bytes: (16 << 20) + flows * 2 * (size + 256), ..Options::default() };
+    options.features |= if packed { feature::RING_PACKED } else { 0 };
     let memory = GuestMemory::new(options.memory_bytes(), 1)
         .map_err(|source| FrontEndError::System { doing: "making guest memory", source })?;
     let memory = Arc::new(memory);
@@ -47,7 +50,7 @@ pub fn measure(size: usize, flows: usize, sample: u64, frames: u64) -> Result<Co
 
     let endpoint = |last| Endpoint { mac: [0x52, 0x54, 0, 0, 0, last], address: Ipv4Addr::new(10, 0, 0, last) };
     let set = FlowSet::new(endpoint(1), endpoint(2), size, flows, usize::from(options.ring_size));
-    pair.transmit.load_templates(&mut arena, set.frames())?;
+    pair.transmit.load_templates(&mut arena, set.frames(), set.header())?;
     let generator_ns = generate(&mut pair, &memory, frames)?;
     let mut sink = Sink::new(&set, sample);
     let sink_ns = consume(&mut pair, &memory, &set, &mut sink, frames)?;
@@ -55,7 +58,7 @@ pub fn measure(size: usize, flows: usize, sample: u64, frames: u64) -> Result<Co
 }
 
 fn generate(pair: &mut QueuePair, memory: &GuestMemory, frames: u64) -> Result<f64, Failure> {
-    let mut device = IdleDevice::new(pair.transmit.ring().layout());
+    let mut device = IdleDevice::new(pair.transmit.ring());
     let mut slices = Slices::default();
     while pair.transmit.sent() < frames {
         let started = Instant::now();
@@ -75,7 +78,7 @@ fn consume(
 ) -> Result<f64, Failure> {
     let layout = pair.receive.ring().layout();
     let header = VirtioNetHeader { num_buffers: 1, ..VirtioNetHeader::default() }.to_bytes();
-    let mut device = IdleDevice::new(layout);
+    let mut device = IdleDevice::new(pair.receive.ring());
     let mut slices = Slices::default();
     // The idle device leaves a buffer's frame as it is, so sequence numbers repeat with the ring: the sink sees gaps if
     // the set is longer than the ring, and they are of no concern here.
@@ -119,28 +122,54 @@ impl Slices {
     }
 }
 
-/// Uses every chain as it finds it.
-struct IdleDevice {
-    layout: RingLayout,
-    next: u16,
+/// Uses every chain, of one descriptor each, as it finds it.
+enum IdleDevice {
+    Split { layout: RingLayout, next: u16 },
+    Packed { layout: RingLayout, next: Position },
 }
 
 impl IdleDevice {
-    fn new(layout: RingLayout) -> Self {
-        Self { layout, next: 0 }
+    fn new(ring: &Ring) -> Self {
+        let layout = ring.layout();
+        if ring.is_packed() {
+            // A device that polls: RING_EVENT_FLAGS_DISABLE.
+            ring.memory().store_u32(layout.used_ring, u32::from(EVENT_DISABLE) << 16);
+            Self::Packed { layout, next: Position::START }
+        } else {
+            Self::Split { layout, next: 0 }
+        }
     }
 
     fn finish(&mut self, memory: &GuestMemory, most: u16, bytes: u32) {
-        // Acquire: pairs with the driver's release store (in the same thread, for form's sake).
-        let available = memory.load_u16(self.layout.available_index(), Ordering::Acquire);
-        for _ in 0..available.wrapping_sub(self.next).min(most) {
-            let head = memory.load_u16(self.layout.available_entry(self.next), Ordering::Relaxed);
-            let entry = self.layout.used_entry(self.next);
-            memory.store_u32(entry, u32::from(head));
-            memory.store_u32(entry + 4, bytes);
-            self.next = self.next.wrapping_add(1);
+        match self {
+            Self::Split { layout, next } => {
+                // Acquire: pairs with the driver's release store (in the same thread, for form's sake).
+                let available = memory.load_u16(layout.available_index(), Ordering::Acquire);
+                for _ in 0..available.wrapping_sub(*next).min(most) {
+                    let head = memory.load_u16(layout.available_entry(*next), Ordering::Relaxed);
+                    let entry = layout.used_entry(*next);
+                    memory.store_u32(entry, u32::from(head));
+                    memory.store_u32(entry + 4, bytes);
+                    *next = next.wrapping_add(1);
+                }
+                // Release: pairs with the driver's acquire load of idx.
+                memory.store_u16(layout.used_index(), *next, Ordering::Release);
+            }
+            Self::Packed { layout, next } => {
+                for _ in 0..most {
+                    let at = layout.descriptor(next.index);
+                    // Acquire: pairs with the driver's release store of the flags.
+                    let flags = memory.load_u16(at + 14, Ordering::Acquire);
+                    if flags & (DESC_AVAIL | DESC_USED) != next.available_flags() {
+                        break;
+                    }
+                    memory.store_u32(at + 8, bytes);
+                    // Release: pairs with the driver's acquire load.
+                    memory.store_u16(at + 14, next.used_flags(), Ordering::Release);
+                    *next = next.after(1, layout.size);
+                }
+            }
         }
-        memory.store_u16(self.layout.used_index(), self.next, Ordering::Release);
     }
 }
 
@@ -150,8 +179,8 @@ mod tests {
 
     #[test]
     fn every_frame_is_sent_received_and_found_good() {
-        for (size, flows) in [(64, 1), (1518, 7)] {
-            let cost = measure(size, flows, 1, 5000).unwrap();
+        for (size, flows, packed) in [(64, 1, false), (1518, 7, false), (64, 1, true)] {
+            let cost = measure(size, flows, 1, 5000, packed).unwrap();
             assert!(cost.arrived.good >= 5000, "{cost:?}");
             assert_eq!((cost.arrived.corrupt, cost.arrived.foreign), (0, 0));
         }

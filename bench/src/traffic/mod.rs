@@ -12,6 +12,7 @@ pub mod latency;
 pub mod sink;
 pub mod testpmd;
 pub mod throughput;
+pub mod vxlan;
 
 use std::path::PathBuf;
 
@@ -19,7 +20,8 @@ pub use dreamwire::Dreamwire;
 pub use frame::{Endpoint, FlowSet};
 pub use sink::Sink;
 pub use testpmd::Testpmd;
-pub use throughput::{Failure, Plan, Round};
+pub use throughput::{Failure, Plan, Round, Tunnel};
+pub use vxlan::Outer;
 
 /// What is measured: anything that carries frames from one vhost-user socket to another.
 #[derive(Clone, Debug)]

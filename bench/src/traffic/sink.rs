@@ -1,19 +1,27 @@
 //! The receiver: is every frame one of ours, whole, and in its flow's order?
 //!
-//! Every frame's length and first [`CHECKED_BYTES`] bytes are compared with what its sequence number says; one in
-//! `sample` is compared to its last byte. Sequence numbers repeat with the set, so a gap says how many frames are missing
-//! modulo the set; `Sink::finish` weighs the gaps against what was sent. A frame that comes too late looks like a
-//! whole round lost, which no count of frames sent bears out: that is how reordering shows.
+//! Every frame's length and first [`CHECKED_BYTES`] bytes are compared with what its sequence number says (behind a
+//! virtio-net header, that is one cache line); one in `sample` is compared to its last byte. Of frames to be segmented,
+//! whose headers are longer by 12 bytes, the MAC addresses are compared in the sample only. In a tunnel the outer headers
+//! of every packet are checked too. Sequence numbers repeat with the set, so a gap says how many frames are missing modulo
+//! the set; `Sink::in_sequence` weighs the gaps against what was sent. A frame that comes too late looks like a whole round
+//! lost, which no count of frames sent bears out: that is how reordering shows.
 
 use super::frame::{FRAME_BYTES_MIN, FlowSet, MAGIC, SEQUENCE_AT};
+use super::vxlan::{OUTER_BYTES, OUTER_WORDS, Outer, OuterCheck};
 use crate::front_end::Received;
+use crate::front_end::header::bits;
 
-/// Compared in every frame: headers, magic, sequence number, 2 bytes of pattern. All frames have them.
-pub const CHECKED_BYTES: usize = 8 * CHECKED_WORDS;
-const CHECKED_WORDS: usize = 7;
-const _: () = assert!(CHECKED_BYTES <= FRAME_BYTES_MIN && SEQUENCE_AT + 8 <= CHECKED_BYTES);
+/// Compared in every frame: headers, magic, sequence number. All frames have them.
+pub const CHECKED_BYTES: usize = SEQUENCE_AT + 6;
+/// Words that are equal in all frames of a set: MAC and IPv4 headers, up to the middle of the destination address.
+const COMMON_WORDS: usize = 4;
+/// Words that are not, and hold the rest of [`CHECKED_BYTES`]: the last one overlaps, so as to end where they end.
+const OWN_WORDS: usize = 3;
+const LAST_AT: usize = CHECKED_BYTES - 8;
+const _: () = assert!(CHECKED_BYTES <= FRAME_BYTES_MIN && 8 * (COMMON_WORDS + OWN_WORDS - 1) > LAST_AT);
 // magic_of and sequence_of take the words apart by these.
-const _: () = assert!(SEQUENCE_AT == 46);
+const _: () = assert!(SEQUENCE_AT == 46 && LAST_AT == 44);
 
 /// What has arrived.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,12 +36,21 @@ pub struct Arrived {
     pub gaps: u64,
 }
 
+/// The beginning of a frame: what all have in common, and what is its own.
+type Prefix = ([u64; COMMON_WORDS], [u64; OWN_WORDS]);
+
 /// A checking receiver of one [`FlowSet`].
 #[derive(Debug)]
 pub struct Sink<'a> {
     set: &'a FlowSet,
-    prefixes: Vec<[u64; CHECKED_WORDS]>,
+    common: [u64; COMMON_WORDS],
+    own: Vec<[u64; OWN_WORDS]>,
     bytes: usize,
+    /// Where the checked bytes begin.
+    start: usize,
+    /// Frames arrive inside of outer packets.
+    outer: Option<OuterCheck>,
+    is_segmented: bool,
     /// Per flow, the place in the set (sequence / flows) that comes next; `None` before its first frame.
     next: Vec<Option<u32>>,
     places: u32,
@@ -46,15 +63,30 @@ pub struct Sink<'a> {
 
 impl<'a> Sink<'a> {
     /// Expects frames of `set`; compares one in `sample` entirely (1: all).
+    ///
+    /// # Panics
+    /// If the set's frames begin differently: they come from one sender.
     pub fn new(set: &'a FlowSet, sample: u64) -> Self {
-        let prefix = |frame: &Vec<u8>| {
-            let (words, _) = frame.as_chunks::<8>();
-            std::array::from_fn(|index| u64::from_le_bytes(words[index]))
+        let shift = set.mark_shift();
+        let prefix = |frame: &[u8]| {
+            let word = |at: usize| u64::from_le_bytes(frame[shift + at..][..8].try_into().expect("eight bytes"));
+            let common: [u64; COMMON_WORDS] = std::array::from_fn(|index| word(8 * index));
+            (common, [word(32), word(40), word(LAST_AT)])
+        };
+        let (common, _) = prefix(&set.frames()[0]);
+        let own = |frame: &Vec<u8>| {
+            let (its, own) = prefix(frame);
+            assert_eq!(its, common, "frames of one set begin alike");
+            own
         };
         Self {
-            prefixes: set.frames().iter().map(prefix).collect(),
+            common,
+            own: set.frames().iter().map(own).collect(),
             next: vec![None; set.flows()],
             bytes: set.frames()[0].len(),
+            start: shift,
+            outer: None,
+            is_segmented: set.is_segmented(),
             places: (set.frames().len() / set.flows()) as u32,
             set,
             sample: sample.max(1),
@@ -62,6 +94,22 @@ impl<'a> Sink<'a> {
             arrived: Arrived::default(),
             specimen: None,
         }
+    }
+
+    /// As [`Self::new`], with every frame inside of a packet with these outer headers.
+    ///
+    /// # Panics
+    /// As [`Self::new`].
+    pub fn behind(outer: &Outer, set: &'a FlowSet, sample: u64) -> Self {
+        let mut sink = Self::new(set, sample);
+        sink.start += OUTER_BYTES;
+        sink.outer = Some(OuterCheck::new(outer, sink.bytes));
+        sink
+    }
+
+    /// The frames that it expects.
+    pub fn set(&self) -> &'a FlowSet {
+        self.set
     }
 
     /// What has arrived since the last [`Self::reset`].
@@ -86,30 +134,62 @@ impl<'a> Sink<'a> {
 
     /// Takes one frame.
     #[inline]
-    pub fn take(&mut self, mut frame: Received<'_>) {
-        let Some(prefix) = frame.words::<CHECKED_WORDS>() else {
+    pub fn take(&mut self, frame: Received<'_>) {
+        let Some(prefix) = self.prefix(&frame) else {
             self.arrived.foreign += 1;
             return;
         };
-        let sequence = sequence_of(&prefix);
-        let known = usize::try_from(sequence).ok().and_then(|index| Some((index, self.prefixes.get(index)?)));
+        let known = usize::try_from(sequence_of(&prefix)).ok().and_then(|index| Some((index, self.own.get(index)?)));
         match known {
-            Some((index, expected)) if same(expected, &prefix) && frame.len() == self.bytes => {
+            Some((index, own)) if same(&(self.common, *own), &prefix) && self.is_carried_right(&frame) => {
                 // Also if the rest of it turns out to be wrong: it has arrived.
                 self.in_order(index);
                 self.until_sample -= 1;
                 if self.until_sample == 0 {
                     self.until_sample = self.sample;
-                    if frame.bytes() != self.set.frames()[index] {
-                        self.corrupt(frame);
-                        return;
-                    }
+                    self.compare(index, frame);
+                } else {
+                    self.arrived.good += 1;
                 }
-                self.arrived.good += 1;
             }
             _ if magic_of(&prefix) == MAGIC => self.corrupt(frame),
             _ => self.arrived.foreign += 1,
         }
+    }
+
+    #[inline]
+    fn prefix(&self, frame: &Received<'_>) -> Option<Prefix> {
+        let words = frame.words::<6>(self.start)?;
+        let [last] = frame.words::<1>(self.start + LAST_AT)?;
+        let [a, b, c, d, e, f] = words;
+        Some(([a, b, c, d], [e, f, last]))
+    }
+
+    /// Length, what the virtio-net header says, and outer headers.
+    #[inline]
+    fn is_carried_right(&self, frame: &Received<'_>) -> bool {
+        if self.is_segmented {
+            let header = frame.header();
+            let is_large = header.gso_type & !bits::GSO_ECN == bits::GSO_TCPV4 && header.flags & bits::NEEDS_CSUM != 0;
+            return is_large && frame.len() == self.bytes;
+        }
+        match &self.outer {
+            None => frame.len() == self.bytes,
+            Some(outer) => {
+                frame.len() == self.bytes + OUTER_BYTES
+                    && frame.words::<OUTER_WORDS>(0).is_some_and(|words| outer.matches(&words))
+            }
+        }
+    }
+
+    #[cold]
+    fn compare(&mut self, index: usize, mut frame: Received<'_>) {
+        let packet = frame.bytes();
+        let is_good = match &self.outer {
+            None => packet == self.set.frames()[index],
+            Some(_) => packet[OUTER_BYTES..] == self.set.frames()[index] && OuterCheck::checksum_holds(packet),
+        };
+        if is_good { self.arrived.good += 1 } else { self.corrupt(frame) }
     }
 
     #[inline]
@@ -141,37 +221,41 @@ impl<'a> Sink<'a> {
 
 /// Without a branch per word.
 #[inline]
-fn same(left: &[u64; CHECKED_WORDS], right: &[u64; CHECKED_WORDS]) -> bool {
-    left.iter().zip(right).fold(0, |difference, (left, right)| difference | (left ^ right)) == 0
+fn same(left: &Prefix, right: &Prefix) -> bool {
+    let differ =
+        |left: &[u64], right: &[u64]| left.iter().zip(right).fold(0, |all, (left, right)| all | (left ^ right));
+    differ(&left.0, &right.0) | differ(&left.1, &right.1) == 0
 }
 
-/// Bytes 46 to 53, big-endian: the end of word 5 and most of word 6.
+/// Bytes 46 to 51, big-endian: the end of the last word, which begins at 44.
 #[inline]
-fn sequence_of(words: &[u64; CHECKED_WORDS]) -> u64 {
-    (words[5] >> 48 | words[6] << 16).swap_bytes()
+fn sequence_of((_, [_, _, last]): &Prefix) -> u64 {
+    last.swap_bytes() & 0xffff_ffff_ffff
 }
 
-/// Bytes 42 to 45: in the middle of word 5.
-fn magic_of(words: &[u64; CHECKED_WORDS]) -> [u8; 4] {
-    ((words[5] >> 16) as u32).to_le_bytes()
+/// Bytes 42 to 45: in the middle of the word that begins at 40.
+fn magic_of((_, [_, middle, _]): &Prefix) -> [u8; 4] {
+    ((middle >> 16) as u32).to_le_bytes()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::front_end::memory::GuestMemory;
-    use crate::traffic::frame::{Endpoint, FlowSet};
+    use crate::front_end::VirtioNetHeader;
+    use crate::traffic::frame::{Endpoint, FlowSet, SEGMENTED_BYTES};
     use std::net::Ipv4Addr;
 
+    fn endpoint(last: u8) -> Endpoint {
+        Endpoint { mac: [2, 0, 0, 0, 0, last], address: Ipv4Addr::new(10, 0, 0, last) }
+    }
+
     fn set(flows: usize) -> FlowSet {
-        let endpoint = |last| Endpoint { mac: [2, 0, 0, 0, 0, last], address: Ipv4Addr::new(10, 0, 0, last) };
         FlowSet::new(endpoint(1), endpoint(2), 100, flows, 12)
     }
 
     fn take(sink: &mut Sink<'_>, frames: impl IntoIterator<Item = Vec<u8>>) {
-        let memory = GuestMemory::new(4096, 1).unwrap();
         for mut frame in frames {
-            sink.take(Received::fake(&memory, &mut frame));
+            sink.take(Received::private(&mut frame, VirtioNetHeader::default()));
         }
     }
 
@@ -233,5 +317,29 @@ mod tests {
         frame[99] ^= 1;
         take(&mut sink, [set.frames()[0].clone(), frame]);
         assert_eq!(sink.arrived().good, 2);
+    }
+
+    #[test]
+    fn in_a_tunnel_outer_headers_and_inner_frame_are_checked() {
+        let set = set(1);
+        let outer = Outer { from: endpoint(1), to: endpoint(2), vni: 100 };
+        let mut sink = Sink::behind(&outer, &set, 1);
+        take(&mut sink, [outer.wrap(&set.frames()[0], 0), outer.wrap(&set.frames()[1], 0)]);
+        assert_eq!(sink.arrived(), Arrived { good: 2, ..Arrived::default() });
+        let other_vni = Outer { vni: 101, ..outer };
+        let mut last_byte = outer.wrap(&set.frames()[3], 0);
+        *last_byte.last_mut().unwrap() ^= 1;
+        take(&mut sink, [other_vni.wrap(&set.frames()[2], 0), last_byte, set.frames()[4].clone(), vec![0; 150]]);
+        assert_eq!((sink.arrived().good, sink.arrived().corrupt, sink.arrived().foreign), (2, 2, 2));
+    }
+
+    #[test]
+    fn a_frame_to_be_segmented_must_still_say_so() {
+        let set = FlowSet::new(endpoint(1), endpoint(2), SEGMENTED_BYTES, 1, 4);
+        let mut sink = Sink::new(&set, 1);
+        sink.take(Received::private(&mut set.frames()[0].clone(), set.header()));
+        assert_eq!(sink.arrived(), Arrived { good: 1, ..Arrived::default() });
+        sink.take(Received::private(&mut set.frames()[1].clone(), VirtioNetHeader::default()));
+        assert_eq!(sink.arrived().corrupt, 1);
     }
 }

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::frame::{self, Endpoint, FlowSet};
 use super::sink::Sink;
+use super::vxlan::Outer;
 use crate::front_end::split::RingError;
 use crate::front_end::{BURST, FrontEnd, FrontEndError};
 
@@ -25,6 +26,9 @@ const DRAIN_MAX: Duration = Duration::from_secs(5);
 
 /// How long the device may take to bring the first frame across.
 const FIRST_FRAME_MAX: Duration = Duration::from_secs(10);
+
+/// Frames to be segmented in a set: 4 MiB, what a TCP connection may have under way.
+const SEGMENTED_FRAMES: usize = 64;
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -41,6 +45,19 @@ pub struct Plan {
     pub from: Endpoint,
     /// Who receives.
     pub to: Endpoint,
+    /// One side of the device is the physical NIC's.
+    pub tunnel: Option<Tunnel>,
+    /// Every frame is sent once, and a round ends when all are: then every frame can be a new flow.
+    pub once: bool,
+}
+
+/// Which side, and what the packets there look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tunnel {
+    /// Frames go into a VM's port; packets with these outer headers come out of the NIC.
+    Encapsulate(Outer),
+    /// Packets with these outer headers go into the NIC; frames come out of a VM's port.
+    Decapsulate(Outer),
 }
 
 impl Default for Plan {
@@ -53,6 +70,8 @@ impl Default for Plan {
             sample: 64,
             from: Endpoint { mac: [0x52, 0x54, 0, 0, 0, 1], address: [10, 0, 0, 1].into() },
             to: Endpoint { mac: [0x52, 0x54, 0, 0, 0, 2], address: [10, 0, 0, 2].into() },
+            tunnel: None,
+            once: false,
         }
     }
 }
@@ -76,6 +95,29 @@ pub struct Round {
     pub foreign: u64,
     /// Whether every flow kept its order.
     pub in_order: bool,
+    /// Share of the time in which the harness waited for the device, which neither took nor brought a frame: near 0, the
+    /// harness and not the device was measured.
+    pub idle: f64,
+}
+
+impl Round {
+    /// What is wrong with it, if anything is: throughput of frames that are wrong is no throughput. `specimen` is the first
+    /// frame that came out altered.
+    #[must_use]
+    pub fn fault(&self, specimen: Option<&[u8]>) -> Option<String> {
+        if self.corrupt > 0 {
+            let bytes: String = specimen.unwrap_or_default().iter().map(|byte| format!("{byte:02x}")).collect();
+            Some(format!("{} frames came out altered; the first: {bytes}", self.corrupt))
+        } else if self.received == 0 {
+            Some(format!("nothing came out of {} frames", self.sent))
+        } else if self.received > self.sent {
+            Some(format!("{} frames came out of {}", self.received, self.sent))
+        } else if !self.in_order {
+            Some("frames of one flow came out in another order".into())
+        } else {
+            None
+        }
+    }
 }
 
 /// Why there is no result.
@@ -115,7 +157,8 @@ pub struct Throughput<'a> {
 impl<'a> Throughput<'a> {
     /// The set of frames for `plan`: at least a ring full.
     pub fn flow_set(plan: &Plan, ring_size: u16) -> FlowSet {
-        FlowSet::new(plan.from, plan.to, plan.size, plan.flows, usize::from(ring_size))
+        let least = if plan.size > frame::FRAME_BYTES_MAX { SEGMENTED_FRAMES } else { usize::from(ring_size) };
+        FlowSet::new(plan.from, plan.to, plan.size, plan.flows, least)
     }
 
     /// Loads `set` into the generator.
@@ -123,8 +166,19 @@ impl<'a> Throughput<'a> {
     /// # Errors
     /// If guest memory is too small for it.
     pub fn new(from: &'a mut FrontEnd, to: &'a mut FrontEnd, plan: Plan, set: &'a FlowSet) -> Result<Self, Failure> {
-        from.load_templates(0, set.frames())?;
-        Ok(Self { sink: Sink::new(set, plan.sample), from, to, plan })
+        match plan.tunnel {
+            Some(Tunnel::Decapsulate(outer)) => {
+                let wrap = |(index, frame): (usize, &Vec<u8>)| outer.wrap(frame, index % set.flows());
+                let packets: Vec<_> = set.frames().iter().enumerate().map(wrap).collect();
+                from.load_templates(0, &packets, set.header())?;
+            }
+            _ => from.load_templates(0, set.frames(), set.header())?,
+        }
+        let sink = match plan.tunnel {
+            Some(Tunnel::Encapsulate(outer)) => Sink::behind(&outer, set, plan.sample),
+            _ => Sink::new(set, plan.sample),
+        };
+        Ok(Self { sink, from, to, plan })
     }
 
     /// Lets a switch learn both addresses, and waits until frames come through.
@@ -134,7 +188,10 @@ impl<'a> Throughput<'a> {
     pub fn warm_up(&mut self) -> Result<(), Failure> {
         let started = Instant::now();
         // From the sink towards the generator, so that the sink's address is known; not counted anywhere.
-        let hello = frame::frame(self.plan.to, self.plan.from, frame::FRAME_BYTES_MIN, 0, u64::MAX);
+        let mut hello = frame::frame(self.plan.to, self.plan.from, frame::FRAME_BYTES_MIN, 0, u64::MAX);
+        if let Some(Tunnel::Encapsulate(outer)) = self.plan.tunnel {
+            hello = outer.reversed().wrap(&hello, 0);
+        }
         self.sink.reset(0);
         while self.sink.arrived().good == 0 {
             if started.elapsed() > FIRST_FRAME_MAX {
@@ -151,6 +208,14 @@ impl<'a> Throughput<'a> {
         self.run(Duration::from_millis(100).min(self.plan.duration)).map(|_| ())
     }
 
+    /// A round that does not count: caches and a switch's tables are warm afterwards.
+    ///
+    /// # Errors
+    /// As [`Self::round`].
+    pub fn settle(&mut self, duration: Duration) -> Result<(), Failure> {
+        self.run(duration).map(drop)
+    }
+
     /// One round.
     ///
     /// # Errors
@@ -164,17 +229,24 @@ impl<'a> Throughput<'a> {
         let sequence = self.from.pairs()[0].transmit.next_template();
         self.sink.reset(sequence);
         let sent_before = self.from.pairs()[0].transmit.sent();
+        let mut left = self.sink.set().frames().len();
 
         let started = Instant::now();
+        let mut idle = Idle::default();
         let elapsed = loop {
             for _ in 0..TURNS_PER_LOOK {
-                self.from.pairs()[0].transmit.repost_burst(BURST)?;
+                let transmit = &mut self.from.pairs()[0].transmit;
+                let burst = if self.plan.once { left.min(usize::from(BURST)) as u16 } else { BURST };
+                let sent = transmit.repost_burst(burst)?;
+                left -= if self.plan.once { usize::from(sent) } else { 0 };
                 let sink = &mut self.sink;
-                self.to.pairs()[0].receive.receive_views(|frame| sink.take(frame))?;
+                let received = self.to.pairs()[0].receive.receive_views(|frame| sink.take(frame))?;
+                idle.turn(sent == 0 && received == 0);
             }
             self.discard_backwards()?;
             let elapsed = started.elapsed();
-            if elapsed >= duration {
+            let is_through = left == 0 && self.from.pairs()[0].transmit.in_flight() == 0;
+            if elapsed >= duration || is_through {
                 break elapsed;
             }
         };
@@ -194,6 +266,7 @@ impl<'a> Throughput<'a> {
             corrupt: arrived.corrupt,
             foreign: arrived.foreign,
             in_order: self.sink.in_sequence(lost),
+            idle: (idle.total.as_secs_f64() / elapsed.as_secs_f64()).min(1.0),
         })
     }
 
@@ -240,5 +313,25 @@ impl<'a> Throughput<'a> {
     /// The first corrupt frame, if there was one.
     pub fn specimen(&self) -> Option<&[u8]> {
         self.sink.specimen()
+    }
+}
+
+/// Time in which nothing moves. The clock is read in idle turns alone: there is time for it.
+#[derive(Default)]
+struct Idle {
+    /// The first and the last of a series of idle turns.
+    series: Option<(Instant, Instant)>,
+    total: Duration,
+}
+
+impl Idle {
+    #[inline]
+    fn turn(&mut self, is_idle: bool) {
+        if is_idle {
+            let now = Instant::now();
+            self.series = Some((self.series.map_or(now, |(first, _)| first), now));
+        } else if let Some((first, last)) = self.series.take() {
+            self.total += last - first;
+        }
     }
 }
