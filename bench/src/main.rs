@@ -7,7 +7,11 @@ use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::Duration;
 
+mod compare_command;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use compare_command::{self as compare, CompareArguments, StandardArguments};
+use dreamwire_bench::compare::CompareError;
 use dreamwire_bench::front_end::{ChainShape, FrontEnd, FrontEndError, MessageOrder, Options, feature};
 use dreamwire_bench::report::{Series, Table};
 use dreamwire_bench::topology::TopologyError;
@@ -33,6 +37,10 @@ enum Command {
     Throughput(ThroughputArguments),
     /// Send one frame at a time into a device that sleeps; how long until it comes out
     Latency(LatencyArguments),
+    /// Measure several devices in turns, in one run: the only way to compare them
+    Compare(CompareArguments),
+    /// Run the standard set of comparisons; write a table, JSON and a plot
+    Standard(StandardArguments),
     /// What the generator and the sink themselves cost, against a device that does nothing
     Cost(CostArguments),
 }
@@ -180,6 +188,8 @@ impl FromStr for Mac {
 #[derive(Debug, thiserror::Error)]
 enum Error {
     #[error(transparent)]
+    Compare(#[from] CompareError),
+    #[error(transparent)]
     FrontEnd(#[from] FrontEndError),
     #[error(transparent)]
     Failure(#[from] Failure),
@@ -199,6 +209,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Throughput(arguments) => throughput(&arguments),
         Command::Latency(arguments) => latency(&arguments),
+        Command::Compare(arguments) => compare::compare(&arguments),
+        Command::Standard(arguments) => compare::standard(&arguments),
         Command::Cost(arguments) => cost(&arguments),
     };
     match done {

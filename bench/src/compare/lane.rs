@@ -1,0 +1,154 @@
+//! A lane: one device under test and what it has to carry, as text: `ovs,size=1518,flows=1000,encap`.
+
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use crate::front_end::layout::RING_SIZE_MAX;
+use crate::traffic::frame;
+
+/// From where to where.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// From one VM's port to another's.
+    #[default]
+    VmToVm,
+    /// From a VM's port into a VXLAN tunnel.
+    Encap,
+    /// Out of a VXLAN tunnel to a VM's port.
+    Decap,
+}
+
+/// What is to be carried, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Case {
+    /// Frame length in the ring, bytes; above 1518 frames are TCP and to be segmented.
+    pub size: usize,
+    /// Flows.
+    pub flows: usize,
+    /// Descriptors per ring.
+    pub ring: u16,
+    /// Packed rings.
+    pub packed: bool,
+    /// From where to where.
+    pub way: Way,
+    /// Rules with connection tracking at both ports: what a VM sends is allowed, of what it is sent UDP to the flows' ports and
+    /// replies.
+    pub stateful: bool,
+    /// Ports with a VM attached, the two busy ones included.
+    pub ports: usize,
+    /// Every frame is the first of its flow.
+    pub new_flows: bool,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self {
+            size: 64,
+            flows: 1,
+            ring: 256,
+            packed: false,
+            way: Way::VmToVm,
+            stateful: false,
+            ports: 2,
+            new_flows: false,
+        }
+    }
+}
+
+/// A device and its case.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Lane {
+    /// In tables: the text that it was made from, unless it has a `label=`.
+    pub label: String,
+    /// `testpmd` (or `io`), `ovs`, `kernel`, `dreamwire`, or a binary's name.
+    pub device: String,
+    /// What it carries.
+    pub case: Case,
+}
+
+impl FromStr for Lane {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut words = text.split(',');
+        let device = words.next().filter(|device| !device.is_empty()).ok_or("no device")?.to_owned();
+        let mut lane = Self { label: text.to_owned(), device, case: Case::default() };
+        for word in words {
+            let (key, value) = word.split_once('=').unwrap_or((word, ""));
+            let number = || value.parse::<usize>().map_err(|_| format!("{word}: a number is missing"));
+            let case = &mut lane.case;
+            match key {
+                "size" => case.size = number()?,
+                "flows" => case.flows = number()?,
+                "ring" => case.ring = u16::try_from(number()?).map_err(|_| format!("{word}: too many"))?,
+                "ports" => case.ports = number()?,
+                "packed" => case.packed = true,
+                "encap" => case.way = Way::Encap,
+                "decap" => case.way = Way::Decap,
+                "stateful" => case.stateful = true,
+                "new-flows" => case.new_flows = true,
+                "label" => lane.label = value.to_owned(),
+                _ => {
+                    return Err(format!(
+                        "{word}: neither size, flows, ring, ports, packed, encap, decap, stateful, new-flows nor label"
+                    ));
+                }
+            }
+        }
+        lane.case.check().map_err(|problem| format!("{text}: {problem}"))?;
+        Ok(lane)
+    }
+}
+
+impl Case {
+    /// Whether frames are to be segmented.
+    #[must_use]
+    pub fn is_segmented(&self) -> bool {
+        self.size > frame::FRAME_BYTES_MAX
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let sizes = frame::FRAME_BYTES_MIN..=frame::SEGMENTED_BYTES_MAX;
+        let least = |name: &str, value: usize, least: usize, most: usize| {
+            let fits = (least..=most).contains(&value);
+            if fits { Ok(()) } else { Err(format!("{name} {value}: {least} to {most}")) }
+        };
+        least("size", self.size, *sizes.start(), *sizes.end())?;
+        least("flows", self.flows, 1, frame::FLOWS_MAX)?;
+        least("ports", self.ports, 2, PORTS_MAX)?;
+        if !self.ring.is_power_of_two() || !(2..=RING_SIZE_MAX).contains(&self.ring) {
+            return Err(format!("ring {}: a power of two up to {RING_SIZE_MAX}", self.ring));
+        }
+        if self.is_segmented() && (self.flows > 1 || self.way != Way::VmToVm || self.new_flows) {
+            return Err("frames to be segmented go from VM to VM in one flow".into());
+        }
+        Ok(())
+    }
+}
+
+/// Ports at most: each attached VM takes eight descriptors of this process.
+const PORTS_MAX: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_becomes_a_lane() {
+        let lane: Lane = "ovs,size=1518,flows=1000,encap,packed,ring=1024,label=OVS".parse().unwrap();
+        let case = Case { size: 1518, flows: 1000, ring: 1024, packed: true, way: Way::Encap, ..Case::default() };
+        assert_eq!(lane, Lane { label: "OVS".into(), device: "ovs".into(), case });
+        assert_eq!("io".parse::<Lane>().unwrap().case, Case::default());
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for text in
+            ["", "io,size", "io,size=59", "io,flow=1", "io,ring=100", "io,size=65000,encap", "io,ports=1", "io,flows=0"]
+        {
+            assert!(text.parse::<Lane>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Rounds of windows over all lanes.
+
+use std::time::Duration;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use super::CompareError;
+use super::device::{Device, Site, VMS};
+use super::lane::{Case, Lane};
+use super::report::{Comparison, LaneReport, Outcome};
+use crate::front_end::{ChainShape, FrontEnd, Options, feature};
+use crate::traffic::throughput::Throughput;
+use crate::traffic::{DeviceUnderTest, Endpoint, FlowSet, Plan, Round, cpu};
+
+/// As a Linux guest sends 64 KiB: header, and pages of a scattered buffer in an indirect table.
+const SEGMENTED_CHAIN: ChainShape = ChainShape { descriptors: 18, indirect: true };
+/// As a Linux guest takes them: buffers of a page, put together (MRG_RXBUF).
+const SEGMENTED_RX_BYTES: usize = 4096;
+
+/// How long, how often.
+#[derive(Clone, Copy, Debug)]
+pub struct Schedule {
+    /// Rounds.
+    pub rounds: u32,
+    /// Of a lane in a round.
+    pub window: Duration,
+    /// Before each window, and not counted.
+    pub settle: Duration,
+    /// One frame in this many is compared to its last byte.
+    pub sample: u64,
+    /// Frames in a window at most, where each is a new flow.
+    pub new_flows: usize,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self {
+            rounds: 15,
+            window: Duration::from_millis(300),
+            settle: Duration::from_millis(50),
+            sample: 64,
+            new_flows: 1 << 18,
+        }
+    }
+}
+
+/// A lane that has come up.
+struct Running<'a> {
+    lane: &'a Lane,
+    device: Device,
+    from: FrontEnd,
+    to: FrontEnd,
+    set: FlowSet,
+    rounds: Vec<Round>,
+    _bystanders: Vec<FrontEnd>,
+}
+
+impl Drop for Running<'_> {
+    /// The front-ends say good-bye, and someone has to listen.
+    fn drop(&mut self) {
+        let _ = self.device.resume();
+    }
+}
+
+/// Measures all lanes in turns. A lane that does not come up is reported as such, one that fails later ends the run.
+///
+/// # Errors
+/// A frame altered, doubled or out of order, or none at all; a device that ended.
+pub fn run(title: &str, lanes: &[Lane], schedule: &Schedule, site: &Site) -> Result<Comparison, CompareError> {
+    raise_descriptor_limit();
+    let mut outcomes: Vec<_> = lanes.iter().map(|lane| bring_up(lane, site, schedule)).collect();
+    for round in 0..schedule.rounds {
+        let mut running: Vec<_> = outcomes.iter_mut().filter_map(|outcome| outcome.as_mut().ok()).collect();
+        if round % 2 == 1 {
+            running.reverse();
+        }
+        for lane in running {
+            lane.device.resume()?;
+            let measured = lane.window(round, schedule);
+            lane.device.pause()?;
+            measured?;
+        }
+    }
+    let reports = lanes.iter().zip(outcomes).map(|(lane, outcome)| {
+        let outcome = match outcome {
+            Ok(mut running) => Outcome::Measured { rounds: std::mem::take(&mut running.rounds) },
+            Err(error) => Outcome::Unavailable { reason: error.to_string() },
+        };
+        LaneReport { lane: lane.clone(), outcome }
+    });
+    Ok(Comparison { title: title.to_owned(), window_s: schedule.window.as_secs_f64(), lanes: reports.collect() })
+}
+
+fn bring_up<'a>(lane: &'a Lane, site: &Site, schedule: &Schedule) -> Result<Running<'a>, CompareError> {
+    let device = Device::start(lane, site)?;
+    // After the device was started, which would inherit it.
+    let _ = cpu::pin(site.cpu);
+    let connect = if device.ends().is_client { FrontEnd::listen } else { FrontEnd::connect };
+    let options = options(&lane.case, schedule);
+    let DeviceUnderTest { from, to, .. } = device.ends();
+    let (from, to) = (connect(from, options.clone())?, connect(to, options)?);
+    let attach = |path| connect(path, Options { spare_bytes: 0, ..Options::default() });
+    let bystanders = device.bystanders.iter().map(|path| attach(path)).collect::<Result<_, _>>()?;
+    let set = Throughput::flow_set(&plan(&lane.case, schedule), lane.case.ring);
+    let mut running = Running { lane, device, from, to, set, rounds: Vec::new(), _bystanders: bystanders };
+    let warm_up = Plan { once: false, ..plan(&lane.case, schedule) };
+    Throughput::new(&mut running.from, &mut running.to, warm_up, &running.set)?.warm_up()?;
+    running.device.pause()?;
+    Ok(running)
+}
+
+impl Running<'_> {
+    fn window(&mut self, number: u32, schedule: &Schedule) -> Result<(), CompareError> {
+        let plan = plan(&self.lane.case, schedule);
+        // The set is written anew: the lanes' memory would not stay in the caches anyway.
+        let mut settling =
+            Throughput::new(&mut self.from, &mut self.to, Plan { once: false, ..plan.clone() }, &self.set)?;
+        settling.settle(schedule.settle)?;
+        let (round, specimen) = if plan.once {
+            // An address that has never sent: nobody knows any of these flows.
+            let [.., high, low] = number.to_be_bytes();
+            let from = Endpoint { address: [10, high.wrapping_add(1), low, 1].into(), ..plan.from };
+            let set = FlowSet::new(from, plan.to, plan.size, schedule.new_flows, schedule.new_flows);
+            let mut throughput = Throughput::new(&mut self.from, &mut self.to, plan, &set)?;
+            (throughput.round()?, throughput.specimen().map(<[u8]>::to_vec))
+        } else {
+            (settling.round()?, settling.specimen().map(<[u8]>::to_vec))
+        };
+        if let Some(fault) = round.fault(specimen.as_deref()) {
+            return Err(CompareError::Content(format!("{}, round {}: {fault}", self.lane.label, number + 1)));
+        }
+        self.rounds.push(round);
+        Ok(())
+    }
+}
+
+fn plan(case: &Case, schedule: &Schedule) -> Plan {
+    Plan {
+        size: case.size,
+        flows: case.flows,
+        duration: schedule.window,
+        sample: schedule.sample,
+        from: VMS[0],
+        to: VMS[1],
+        tunnel: case.tunnel(),
+        once: case.new_flows,
+    }
+}
+
+fn options(case: &Case, schedule: &Schedule) -> Options {
+    let defaults = Options::default();
+    let frames = case.flows.max(usize::from(case.ring)).max(if case.new_flows { schedule.new_flows } else { 0 });
+    let frames = if case.is_segmented() { 128 } else { frames };
+    let mut options = Options {
+        ring_size: case.ring,
+        // Outer headers, virtio-net header and rounding.
+        spare_bytes: frames * (case.size + 256) + defaults.spare_bytes,
+        ..defaults
+    };
+    let mut require = |features| {
+        options.features |= features;
+        options.features_required |= features;
+    };
+    if case.packed {
+        require(feature::RING_PACKED);
+    }
+    if case.is_segmented() {
+        require(feature::CSUM | feature::GUEST_CSUM | feature::HOST_TSO4 | feature::GUEST_TSO4);
+        require(feature::MRG_RXBUF | feature::INDIRECT_DESC);
+        options.tx_chain = SEGMENTED_CHAIN;
+        options.rx_buffer_bytes = SEGMENTED_RX_BYTES;
+    }
+    options
+}
+
+/// Every attached VM takes a socket, memory and six eventfds.
+fn raise_descriptor_limit() {
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // Without it the lanes that need more say so.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
+}

@@ -1,0 +1,110 @@
+//! The standard set: what scripts/bench runs, and docs and releases quote.
+
+use super::lane::Lane;
+use crate::traffic::frame::SEGMENTED_BYTES;
+
+/// One comparison of the set.
+#[derive(Clone, Debug)]
+pub struct Standard {
+    /// For file names and `--only`.
+    pub name: String,
+    /// For tables and plots.
+    pub title: String,
+    /// The baseline first.
+    pub lanes: Vec<Lane>,
+}
+
+/// All of it.
+///
+/// # Panics
+/// Never: the lanes are this file's own.
+#[must_use]
+pub fn standard() -> Vec<Standard> {
+    let mut set = Vec::new();
+    let mut add = |name: &str, title: &str, lanes: &[&str]| {
+        let parse = |text: &&str| text.parse().expect("a lane of ours");
+        set.push(Standard { name: name.into(), title: title.into(), lanes: lanes.iter().map(parse).collect() });
+    };
+    for size in [64, 256, 512, 1518] {
+        let lanes = ["io", "dreamwire", "ovs"].map(|device| format!("{device},size={size},label={device}"));
+        add(&format!("l2-{size}"), &format!("VM to VM, {size} B"), &lanes.each_ref().map(String::as_str));
+    }
+    let tso = ["ovs", "dreamwire"].map(|device| format!("{device},size={SEGMENTED_BYTES},ring=1024,label={device}"));
+    add("tso", "VM to VM, 64 KB TSO", &tso.each_ref().map(String::as_str));
+    for way in ["encap", "decap"] {
+        for size in [64, 1518] {
+            let io = format!("io,size={size},label=io (L2)");
+            let others = ["dreamwire", "ovs"].map(|device| format!("{device},size={size},{way},label={device}"));
+            let [first, second] = others.each_ref().map(String::as_str);
+            add(&format!("vxlan-{way}-{size}"), &format!("VXLAN {way}, {size} B"), &[&io, first, second]);
+        }
+    }
+    let labelled = |device: &str, option: &str| format!("{device},{option},label={device} {option}");
+    for device in ["dreamwire", "ovs"] {
+        let lanes = [1, 1000, 100_000, 1_000_000].map(|flows| labelled(device, &format!("flows={flows}")));
+        add(&format!("flows-{device}"), &format!("64 B by flows, {device}"), &lanes.each_ref().map(String::as_str));
+    }
+    let ports = [2, 64, 512].map(|ports| labelled("dreamwire", &format!("ports={ports}")));
+    add("ports", "64 B by ports attached, two busy", &ports.each_ref().map(String::as_str));
+    add(
+        "packed",
+        "64 B, packed against split rings",
+        &[
+            "dreamwire,label=dreamwire split",
+            "dreamwire,packed,label=dreamwire packed",
+            "io,label=io split",
+            "io,packed,label=io packed",
+        ],
+    );
+    add(
+        "ring",
+        "64 B by ring size",
+        &[
+            "io,label=io 256",
+            "io,ring=1024,label=io 1024",
+            "dreamwire,label=dreamwire 256",
+            "dreamwire,ring=1024,label=dreamwire 1024",
+        ],
+    );
+    add(
+        "stateful",
+        "64 B, rules with connection tracking at both ports",
+        &["io", "dreamwire,stateful,label=dreamwire", "ovs,stateful,label=ovs"],
+    );
+    add(
+        "stateful-flows",
+        "64 B, 1,000 flows, rules with connection tracking at both ports",
+        &[
+            "io,flows=1000,label=io",
+            "dreamwire,stateful,flows=1000,label=dreamwire",
+            "ovs,stateful,flows=1000,label=ovs",
+        ],
+    );
+    add(
+        "new-flows",
+        "64 B, every frame a new flow",
+        &[
+            "io,new-flows,label=io",
+            "dreamwire,new-flows,label=dreamwire",
+            "ovs,new-flows,label=ovs",
+            "ovs,new-flows,stateful,label=ovs stateful",
+            "dreamwire,new-flows,stateful,label=dreamwire stateful",
+        ],
+    );
+    set
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_every_comparison_has_a_baseline() {
+        let set = standard();
+        let mut names: Vec<_> = set.iter().map(|comparison| comparison.name.clone()).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), set.len());
+        assert!(set.iter().all(|comparison| comparison.lanes.len() >= 2));
+    }
+}
