@@ -339,6 +339,12 @@ impl Ring {
         self.fault.is_none() && with_layout!(&mut self.layout, ring => ring.enable_kicks())
     }
 
+    /// Whether something may have been made available. A glance: the ring is not touched beyond it.
+    #[inline]
+    pub fn has_work(&self) -> bool {
+        with_layout!(&self.layout, ring => ring.has_work())
+    }
+
     /// Tells the guest that kicks are not needed.
     pub fn disable_kicks(&mut self) {
         with_layout!(&mut self.layout, ring => ring.disable_kicks());

@@ -444,6 +444,11 @@ impl PackedRing {
         // The wish must be visible before the descriptor is looked at again; pairs with the driver's barrier between
         // making it available and reading our structure (§2.8.21.3.1).
         fence(Ordering::SeqCst);
+        self.has_work()
+    }
+
+    #[inline]
+    pub(super) fn has_work(&self) -> bool {
         self.available(self.next).is_some()
     }
 

@@ -387,6 +387,11 @@ impl SplitRing {
         // The wish must be visible before the index is read again; pairs with the driver's barrier between its store
         // of the available index and its reading of `avail_event` or `flags` (§2.7.10.1).
         fence(Ordering::SeqCst);
+        self.has_work()
+    }
+
+    #[inline]
+    pub(super) fn has_work(&self) -> bool {
         self.available_index(Ordering::Relaxed) != self.next_avail
     }
 
