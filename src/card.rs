@@ -47,6 +47,9 @@ pub const SWITCHES: [(&str, u64); 11] = [
     ("announce", bits(&[VIRTIO_NET_F_GUEST_ANNOUNCE])),
 ];
 
+/// What the card of an underlay's wire does without: every packet is finished when it leaves, and nobody migrates it.
+pub const WIRE_SWITCHED_OFF: [&str; 5] = ["csum", "tso", "ufo", "uso", "announce"];
+
 /// What has no switch: without these there is no card, or they cost nothing.
 const ALWAYS: u64 = bits(&[VIRTIO_F_VERSION_1, VIRTIO_F_ANY_LAYOUT, VIRTIO_F_NOTIFY_ON_EMPTY, VIRTIO_NET_F_MQ]);
 

@@ -1,4 +1,4 @@
-//! A port's endpoint: where the daemon's control side meets the vhost crate. Everything that knows about
+//! The endpoints of ports, and of underlays that have one: where the daemon's control side meets the vhost crate. Everything that knows about
 //! `dreamwire_vhost::keeper` is in this file.
 
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::rarp;
-use dreamwire_datapath::snapshot::PortId;
+use dreamwire_datapath::snapshot::{PortId, UnderlayId};
 use dreamwire_datapath::worker::WorkerHandle;
 pub use dreamwire_vhost::keeper::ConfigSpace;
 use dreamwire_vhost::keeper::{Endpoint, EndpointConfig, SocketMode};
@@ -35,6 +35,24 @@ pub struct EndpointSpec {
     pub config_space: Option<ConfigSpace>,
 }
 
+impl EndpointSpec {
+    fn config(&self, run_dir: &Path) -> EndpointConfig {
+        EndpointConfig {
+            name: self.name.clone(),
+            socket: self.socket.clone(),
+            mode: match self.mode {
+                Mode::Server => SocketMode::Server,
+                Mode::Client => SocketMode::Client,
+            },
+            queue_pairs: self.queue_pairs,
+            mtu: self.mtu,
+            features: self.features,
+            config_space: self.config_space,
+            private_dir: run_dir.join("private"),
+        }
+    }
+}
+
 /// A started endpoint. Dropping it without [`PortEndpoint::stop`] stops it as well, without an order of things.
 #[derive(Debug)]
 pub struct PortEndpoint {
@@ -50,21 +68,8 @@ impl PortEndpoint {
         session: &Arc<Session>,
         run_dir: &Path,
     ) -> Result<Self, String> {
-        let config = EndpointConfig {
-            name: spec.name.clone(),
-            socket: spec.socket.clone(),
-            mode: match spec.mode {
-                Mode::Server => SocketMode::Server,
-                Mode::Client => SocketMode::Client,
-            },
-            queue_pairs: spec.queue_pairs,
-            mtu: spec.mtu,
-            features: spec.features,
-            config_space: spec.config_space,
-            private_dir: run_dir.join("private"),
-        };
         let owner = PortOwner { port, worker: Arc::clone(worker), session: Arc::clone(session) };
-        let endpoint = Endpoint::start(config, Arc::new(owner)).map_err(|error| error.to_string())?;
+        let endpoint = Endpoint::start(spec.config(run_dir), Arc::new(owner)).map_err(|error| error.to_string())?;
         Ok(Self { endpoint })
     }
 
@@ -95,6 +100,60 @@ impl RingOwner for PortOwner {
         if let SessionEvent::Announce { mac } = event {
             self.worker.originate(self.port, &rarp::announcement(Mac(mac)));
         }
+        self.session.event(event);
+    }
+}
+
+/// The started endpoint of an underlay whose wire is a front-end. Dropping it stops it, as with a port's.
+#[derive(Debug)]
+pub struct WireEndpoint {
+    endpoint: Endpoint,
+    session: Arc<Session>,
+}
+
+impl WireEndpoint {
+    /// As [`PortEndpoint::start`].
+    pub fn start(
+        spec: &EndpointSpec,
+        underlay: UnderlayId,
+        worker: &Arc<WorkerHandle>,
+        run_dir: &Path,
+    ) -> Result<Self, String> {
+        let session = Arc::new(Session::new(&spec.name));
+        let owner = WireOwner { underlay, worker: Arc::clone(worker), session: Arc::clone(&session) };
+        let endpoint = Endpoint::start(spec.config(run_dir), Arc::new(owner)).map_err(|error| error.to_string())?;
+        Ok(Self { endpoint, session })
+    }
+
+    /// What happens to the front-end.
+    pub fn session(&self) -> &Arc<Session> {
+        &self.session
+    }
+
+    /// As [`PortEndpoint::stop`].
+    pub fn stop(self) {
+        self.endpoint.stop();
+    }
+}
+
+/// As [`PortOwner`], for an underlay.
+#[derive(Debug)]
+struct WireOwner {
+    underlay: UnderlayId,
+    worker: Arc<WorkerHandle>,
+    session: Arc<Session>,
+}
+
+impl RingOwner for WireOwner {
+    fn attach(&self, queue: u16, ring: Ring) {
+        self.worker.attach_wire(self.underlay, queue, ring);
+    }
+
+    fn detach(&self, queue: u16) -> Option<Ring> {
+        self.worker.detach_wire(self.underlay, queue)
+    }
+
+    fn event(&self, event: SessionEvent) {
         self.session.event(event);
     }
 }

@@ -90,7 +90,7 @@ run_dir = "run"                  #! not an absolute path
 workers = [1, 2]                 #! not implemented yet: 2 workers
 polling = "sometimes"            #! unknown value "sometimes"; allowed: "poll", "adaptive", "interrupt"
 [[underlay]]                     #! underlay[0].address: missing: add address = "192.0.2.1" #! underlay[0].name: missing
-driver = "af_xdp"                #! "af_xdp" is not implemented yet; allowed: "socket"
+driver = "af_xdp"                #! "af_xdp" is not implemented yet; allowed: "socket", "vhost-user"
 device = "much-too-long-a-name"  #! not a network device's name
 mtu = 67                         #! 67 is out of range: 68 to 65535
 [[underlay]]
@@ -181,6 +181,72 @@ socket = "/tmp//x.sock"          #! another port's socket (line 24)
 name = "api"
 network = "red"
 mac = "52:54:00:00:00:01"
+"#,
+    );
+}
+
+#[test]
+fn a_wire_of_its_own_is_accepted_and_survives_json() {
+    let accepted = accept(
+        r#"
+[[underlay]]
+name = "fabric"
+driver = "vhost-user"
+mode = "client"
+mac = "02:00:00:00:00:01"
+address = "192.0.2.1"
+gateway = "192.0.2.254"
+neighbours = [{ address = "192.0.2.2", mac = "02:00:00:00:00:02" }]
+[[underlay]]
+name = "other"
+driver = "vhost-user"
+socket = "/tmp/other.sock"
+mac = "02:00:00:00:00:01"
+address = "2001:db8::1"
+"#,
+    );
+    let wire = accepted.document.underlay[0].wire.clone().unwrap();
+    assert_eq!(wire.socket, Path::new("/run/dreamwire/fabric.sock"));
+    assert_eq!(wire.neighbours[0].mac.to_string(), "02:00:00:00:00:02");
+    let json = accepted.document.to_json();
+    assert_eq!(json["underlay"][1]["driver"], "vhost-user");
+    let again = from_json(&json, Context::default()).unwrap();
+    assert_eq!(again.document, accepted.document);
+}
+
+#[test]
+fn each_mistake_about_a_wire_is_reported_at_its_line() {
+    expect_marked(
+        r#"
+[[underlay]]
+name = "a"
+address = "192.0.2.1"
+mac = "02:00:00:00:00:01"                     #! only driver "vhost-user" has it
+[[underlay]]                                  #! missing: add mac = "02:00:00:00:00:01"
+name = "b"
+driver = "vhost-user"
+device = "eth1"                               #! uses no network device
+address = "192.0.2.2"
+gateway = "2001:db8::1"                       #! another address family
+neighbours = ["192.0.2.3", { address = "192.0.2.3" }, { address = "192.0.2.3", mac = "x" }] #! expected { address = "...", mac = "..." } #! is not a MAC address
+[[underlay]]
+name = "c"
+driver = "vhost-user"
+socket = "/run/dreamwire/api.sock"            #! is the daemon's own
+mac = "02:00:00:00:00:01"
+address = "192.0.2.4"
+neighbours = [{ address = "192.0.2.4", mac = "02:00:00:00:00:02" }] #! this host's own
+[[underlay]]
+name = "d"
+driver = "vhost-user"
+socket = "/run/dreamwire/vm1.sock"            #! port "vm1"'s socket
+mac = "02:00:00:00:00:01"
+address = "192.0.2.5"
+neighbours = [{ address = "192.0.2.6", mac = "02:00:00:00:00:02" }, { address = "192.0.2.6", mac = "02:00:00:00:00:03" }] #! listed twice
+[[network]]
+name = "default"
+[[port]]
+name = "vm1"
 "#,
     );
 }

@@ -144,9 +144,13 @@ pub struct UnderlayCounters {
     pub rx_unclaimed: CachePadded<Counter>,
     /// Drops before the network was known.
     pub drops: Drops,
+    /// Outer packets for this host itself: ARP, neighbour discovery, echo requests. No frames: not in the sum above.
+    pub rx_host: Counter,
+    /// What this host itself said: questions for neighbours, answers.
+    pub tx_host: Counter,
     /// Receive calls to the kernel.
     pub rx_calls: Counter,
-    /// Send calls to the kernel.
+    /// Send calls to the kernel, or notifications of a front-end.
     pub tx_calls: Counter,
 }
 

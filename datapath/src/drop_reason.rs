@@ -43,8 +43,16 @@ pub enum DropReason {
     UnknownVtep,
     /// The kernel's send buffer or the uplink's ring is full.
     UnderlayFull,
-    /// The kernel refused the packet (no route, too big).
+    /// The kernel refused the packet (no route, too big), or it is too big for the underlay's MTU.
     UnderlayRefused,
+    /// The next hop on the underlay has not said which card it has.
+    Unresolved,
+    /// An outer packet that is neither a tunnel's nor ARP, neighbour discovery or an echo request for this host.
+    NotForHost,
+    /// A fragment of an outer packet.
+    OuterFragment,
+    /// An outer packet whose IPv4 header or UDP checksum is wrong.
+    OuterChecksum,
 }
 
 impl DropReason {
@@ -52,7 +60,7 @@ impl DropReason {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All of them, in the order of their discriminants.
-    pub const ALL: [DropReason; 20] = [
+    pub const ALL: [DropReason; 24] = [
         Self::BadChain,
         Self::BadOffload,
         Self::TooShort,
@@ -73,6 +81,10 @@ impl DropReason {
         Self::UnknownVtep,
         Self::UnderlayFull,
         Self::UnderlayRefused,
+        Self::Unresolved,
+        Self::NotForHost,
+        Self::OuterFragment,
+        Self::OuterChecksum,
     ];
 
     /// The name in counters: snake case, stable.
@@ -98,6 +110,10 @@ impl DropReason {
             Self::UnknownVtep => "unknown_vtep",
             Self::UnderlayFull => "underlay_full",
             Self::UnderlayRefused => "underlay_refused",
+            Self::Unresolved => "unresolved",
+            Self::NotForHost => "not_for_host",
+            Self::OuterFragment => "outer_fragment",
+            Self::OuterChecksum => "outer_checksum",
         }
     }
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::snapshot::{NetworkId, PortId, Tunnel, UnderlayId};
-use dreamwire_datapath::underlay::SocketUnderlay;
+use dreamwire_datapath::underlay::{Ends, OuterHeader, RingUnderlay, RingUnderlayConfig, SocketUnderlay};
 use dreamwire_datapath::vni::Vni;
 
 /// Counts what a thread asks for: other tests run at the same time.
@@ -160,4 +160,42 @@ fn tunnels_allocate_nothing_both_ways() {
         ("blue tunnel_tx", 1000),
         ("blue tunnel_rx", 1),
     ]);
+}
+
+#[test]
+fn a_wire_that_is_a_ring_allocates_nothing_both_ways() {
+    let [here, there] = ["192.0.2.1", "192.0.2.2"].map(|text| text.parse::<IpAddr>().expect("an address"));
+    let (ours, theirs) = (mac(101), mac(102));
+    let (wire, vni) = (UnderlayId(0), Vni::new(7).expect("24 bits"));
+    let mut lan = Lan::new(2, 1);
+    lan.network(0).tunnel = Some(Tunnel { vni, underlay: wire, remotes: vec![there] });
+    lan.snapshot.by_vni.insert((wire, vni), NetworkId(0));
+    lan.publish();
+    let config = RingUnderlayConfig {
+        mac: ours,
+        address: here,
+        udp_port: 4789,
+        mtu: 1600,
+        gateway: None,
+        neighbours: vec![(there, theirs)],
+    };
+    lan.worker.add_underlay(wire, RingUnderlay::new(config, Arc::default()));
+    let mut front_end = Station::new(99, 1);
+    for (number, queue) in front_end.queues.iter().enumerate() {
+        assert!(lan.worker.attach_wire(wire, number as u16, queue.ring.open(F_VERSION_1 | F_MERGEABLE)).is_none());
+    }
+    front_end.fill();
+    let ends = Ends { source: (theirs, there), destination: (ours, here), udp_port: 4789 };
+    let mut outer = OuterHeader::new(&ends, vni).expect("one family");
+    assert_steady(&mut lan, |lan, number| {
+        let length = 60 + 7 * number as usize;
+        lan.stations[0].send(&frame(mac(2), mac(1), length, 1));
+        lan.stations[0].send(&frame(Mac::BROADCAST, mac(1), length, 2));
+        let inner = frame(mac(1), Mac([2, 1, 0, 0, 0, number as u8]), length, 3);
+        front_end.send(&[outer.finish(length, number), &inner].concat());
+        // To everybody behind another host: the address is not known here.
+        lan.stations[1].send(&frame(mac(200), mac(2), length, 4));
+        front_end.received();
+        lan.now_ns += SECOND_NS;
+    });
 }

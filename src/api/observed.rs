@@ -17,6 +17,7 @@ use super::reply::Refusal;
 use super::rings;
 use crate::config::document::polling_word;
 use crate::control::inventory::{Inventory, NetworkEntry, PortEntry, UnderlayEntry};
+use crate::control::session::Session;
 use crate::features;
 
 pub(super) async fn list(State(shared): State<Shared>, Path(kind): Path<String>) -> Result<Json<Value>, Refusal> {
@@ -84,23 +85,13 @@ pub(super) async fn stats(State(shared): State<Shared>) -> Result<Json<Value>, R
 }
 
 fn port(entry: &PortEntry, rings: &[RingRow]) -> Value {
-    let session = entry.session.state();
-    let features = session.features.map(|bits| json!({"bits": format!("{bits:#x}"), "names": features::names(bits)}));
     let pair = |(frames, bytes): (u64, u64)| json!({"frames": frames, "bytes": bytes});
     let mut shown = settings(&entry.port);
     merge(
         &mut shown,
         json!({
             "id": entry.id.0,
-            "session": {
-                "connected": session.connected,
-                "since": session.since.map(unix_seconds),
-                "connections": session.connections,
-                "migrating": session.migrating,
-                "features": features,
-                "last_end": session.last_end,
-                "warnings": session.warnings,
-            },
+            "session": session(&entry.session),
             "rx": pair(entry.counters.rx()),
             "tx": pair(entry.counters.tx()),
             "originated": entry.counters.originated.get(),
@@ -109,6 +100,20 @@ fn port(entry: &PortEntry, rings: &[RingRow]) -> Value {
         }),
     );
     shown
+}
+
+fn session(session: &Session) -> Value {
+    let session = session.state();
+    let features = session.features.map(|bits| json!({"bits": format!("{bits:#x}"), "names": features::names(bits)}));
+    json!({
+        "connected": session.connected,
+        "since": session.since.map(unix_seconds),
+        "connections": session.connections,
+        "migrating": session.migrating,
+        "features": features,
+        "last_end": session.last_end,
+        "warnings": session.warnings,
+    })
 }
 
 fn ring_list(entry: &PortEntry, rings: &[RingRow]) -> Vec<Value> {
@@ -162,6 +167,9 @@ fn underlay(entry: &UnderlayEntry) -> Value {
         &mut shown,
         json!({
             "id": entry.id.0,
+            "session": entry.session.as_deref().map(session),
+            "rx_host": counters.rx_host.get(),
+            "tx_host": counters.tx_host.get(),
             "rx_unclaimed": counters.rx_unclaimed.get(),
             "rx_calls": counters.rx_calls.get(),
             "tx_calls": counters.tx_calls.get(),

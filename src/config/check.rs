@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::path::Path;
 
 use dreamwire_datapath::snapshot::REMOTES_MAX;
+use dreamwire_datapath::underlay::NEIGHBOURS_MAX;
 
 use super::decode::{PLACEHOLDER_ADDRESS, SOCKET_PATH_BYTES_MAX};
-use super::document::{Document, Kind, Network, Underlay};
+use super::document::{Document, Driver, Kind, Network, Underlay, Wire};
 use super::fields::{At, Findings};
 use super::mistake::Mistake;
 
@@ -36,7 +38,58 @@ fn underlays(document: &Document, findings: &mut Findings) {
                 format!("{} port {} is another underlay's{first}; give each its own", underlay.address, underlay.port)
             });
         }
+        if let Some(wire) = &underlay.wire {
+            self::wire(document, underlay, wire, index, findings);
+        }
     }
+}
+
+/// What a wire that the kernel does not serve needs beyond that.
+fn wire(document: &Document, underlay: &Underlay, wire: &Wire, index: usize, findings: &mut Findings) {
+    let name = &underlay.name;
+    let mut report = |key, message| mistake(findings, Kind::Underlay, index, name, key, message);
+    if let Some(message) = bad_socket(document, &wire.socket) {
+        report("socket", message);
+    }
+    let others = document.underlay.iter().take(index).filter_map(|other| Some((&other.name, other.wire.as_ref()?)));
+    if let Some((other, _)) = others.into_iter().find(|(_, other)| other.socket == wire.socket) {
+        report("socket", format!("{} is underlay {other:?}'s socket; give each its own", wire.socket.display()));
+    }
+    if let Some(port) = document.port.iter().find(|port| port.socket == wire.socket) {
+        report("socket", format!("{} is port {:?}'s socket; give each its own", wire.socket.display(), port.name));
+    }
+    if wire.neighbours.len() > NEIGHBOURS_MAX {
+        report("neighbours", format!("{} neighbours; an underlay has {NEIGHBOURS_MAX} at most", wire.neighbours.len()));
+    }
+    if underlay.address == PLACEHOLDER_ADDRESS {
+        return;
+    }
+    let addresses = wire.neighbours.iter().map(|neighbour| ("neighbours", neighbour.address));
+    for (key, address) in addresses.chain(wire.gateway.map(|gateway| ("gateway", gateway))) {
+        if address.is_ipv4() != underlay.address.is_ipv4() {
+            report(
+                key,
+                format!("{address} is of another address family than {}; use one of the same", underlay.address),
+            );
+        } else if address == underlay.address {
+            report(key, format!("{address} is this host's own address"));
+        }
+    }
+    for (place, neighbour) in wire.neighbours.iter().enumerate() {
+        if wire.neighbours.iter().take(place).any(|earlier| earlier.address == neighbour.address) {
+            report("neighbours", format!("{} is listed twice", neighbour.address));
+        }
+    }
+}
+
+/// Why a path cannot be a vhost-user socket, if so.
+fn bad_socket(document: &Document, socket: &Path) -> Option<String> {
+    let shown = socket.display();
+    if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        return Some(format!("{shown} is longer than a socket path may be (107 bytes): set a shorter one"));
+    }
+    let is_own = OWN_FILES.iter().any(|own| document.daemon.run_dir.join(own) == socket);
+    is_own.then(|| format!("{shown} is the daemon's own; choose another path"))
 }
 
 fn networks(document: &Document, findings: &mut Findings) {
@@ -60,9 +113,12 @@ fn networks(document: &Document, findings: &mut Findings) {
         remotes(network, underlay, index, findings);
         let outer = u32::from(network.mtu) + overhead_bytes(underlay);
         if outer > u32::from(underlay.mtu) {
+            let fate = match underlay.driver {
+                Driver::Socket => "the kernel will fragment outer packets",
+                Driver::VhostUser => "what is too long will be dropped",
+            };
             let message = format!(
-                "mtu {} and {} bytes of encapsulation exceed underlay {underlay_name:?}'s mtu of {}: the kernel will \
-                 fragment outer packets; lower it to {} or raise the underlay's to {outer}",
+                "mtu {} and {} bytes of encapsulation exceed underlay {underlay_name:?}'s mtu of {}: {fate}; lower it to {} or raise the underlay's to {outer}",
                 network.mtu,
                 overhead_bytes(underlay),
                 underlay.mtu,
@@ -109,12 +165,7 @@ fn ports(document: &Document, findings: &mut Findings) {
         sockets.once(port.socket.clone(), index, &port.name, findings, |first| {
             format!("{socket} is another port's socket{first}; give each port its own")
         });
-        if port.socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-            let message = format!("{socket} is longer than a socket path may be (107 bytes): set a shorter one");
-            mistake(findings, Kind::Port, index, &port.name, "socket", message);
-        }
-        if OWN_FILES.iter().any(|own| document.daemon.run_dir.join(own) == port.socket) {
-            let message = format!("{socket} is the daemon's own; choose another path");
+        if let Some(message) = bad_socket(document, &port.socket) {
             mistake(findings, Kind::Port, index, &port.name, "socket", message);
         }
         if document.find_network(&port.network).is_none() {

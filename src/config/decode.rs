@@ -11,7 +11,9 @@ use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::vxlan::UDP_PORT;
 use dreamwire_datapath::worker::Polling;
 
-use super::document::{Daemon, Document, Driver, Encapsulation, Kind, Mode, Network, Port, Underlay, polling_word};
+use super::document::{
+    Daemon, Document, Driver, Encapsulation, Kind, Mode, Neighbour, Network, Port, Underlay, Wire, polling_word,
+};
 use super::fields::{At, Fields, Findings};
 use super::mistake::Mistake;
 use super::tree::{Node, Value};
@@ -44,7 +46,8 @@ pub(super) fn document(root: &Node, context: Context<'_>) -> (Document, Findings
     let daemon = entries.iter().find(|(key, _)| key == "daemon");
     document.daemon = decode_daemon(daemon.map(|(_, node)| node), context, &mut findings);
     let run_dir = document.daemon.run_dir.clone();
-    document.underlay = objects(entries, Kind::Underlay, UNDERLAYS_MAX, &mut findings, decode_underlay);
+    document.underlay =
+        objects(entries, Kind::Underlay, UNDERLAYS_MAX, &mut findings, |f| decode_underlay(f, &run_dir));
     document.network = objects(entries, Kind::Network, NETWORKS_MAX, &mut findings, decode_network);
     document.port = objects(entries, Kind::Port, PORTS_MAX, &mut findings, |f| decode_port(f, &run_dir));
     (document, findings)
@@ -156,12 +159,29 @@ fn decode_daemon(node: Option<&Node>, context: Context<'_>, findings: &mut Findi
     daemon
 }
 
-fn decode_underlay(fields: &mut Fields<'_>) -> Underlay {
+/// Keys of an underlay that only a driver `vhost-user` has.
+const WIRE_KEYS: [&str; 5] = ["socket", "mode", "mac", "gateway", "neighbours"];
+
+fn decode_underlay(fields: &mut Fields<'_>, run_dir: &Path) -> Underlay {
+    let name = name_of(fields);
+    let drivers = [("socket", Driver::Socket), ("vhost-user", Driver::VhostUser)];
+    let driver = fields.word("driver", &drivers, &["af_xdp"]).unwrap_or(Driver::Socket);
+    let wire = match driver {
+        Driver::VhostUser => Some(decode_wire(fields, &name, run_dir)),
+        Driver::Socket => {
+            for key in WIRE_KEYS.into_iter().filter(|key| fields.has(key)).collect::<Vec<_>>() {
+                fields.not_here(key, "only driver \"vhost-user\" has it: set that driver, or remove it");
+            }
+            None
+        }
+    };
+    if driver == Driver::VhostUser {
+        fields.not_here("device", "driver \"vhost-user\" uses no network device of this host: remove it");
+    }
     Underlay {
-        name: name_of(fields),
-        driver: fields
-            .word("driver", &[("socket", Driver::Socket)], &["af_xdp", "vhost-user"])
-            .unwrap_or(Driver::Socket),
+        name,
+        driver,
+        wire,
         address: fields.required("address", "\"192.0.2.1\"", vtep).unwrap_or(PLACEHOLDER_ADDRESS),
         port: fields
             .integer("port", 1..=65535, "UDP port")
@@ -170,6 +190,21 @@ fn decode_underlay(fields: &mut Fields<'_>) -> Underlay {
         mtu: mtu(fields),
         device: fields.text("device", device_name),
     }
+}
+
+fn decode_wire(fields: &mut Fields<'_>, name: &str, run_dir: &Path) -> Wire {
+    let neighbour = |address: &str, mac: &str| Ok(Neighbour { address: vtep(address)?, mac: station(mac)? });
+    Wire {
+        socket: fields.text("socket", absolute_path).unwrap_or_else(|| run_dir.join(format!("{name}.sock"))),
+        mode: mode(fields),
+        mac: fields.required("mac", "\"02:00:00:00:00:01\"", station).unwrap_or(Mac([0; 6])),
+        gateway: fields.text("gateway", vtep),
+        neighbours: fields.pairs("neighbours", ["address", "mac"], neighbour),
+    }
+}
+
+fn mode(fields: &mut Fields<'_>) -> Mode {
+    fields.word("mode", &[("server", Mode::Server), ("client", Mode::Client)], &[]).unwrap_or(Mode::Server)
 }
 
 fn decode_network(fields: &mut Fields<'_>) -> Network {
@@ -213,7 +248,7 @@ fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
     let port = Port {
         network: fields.text("network", |text| Ok(text.to_owned())).unwrap_or_else(|| "default".to_owned()),
         socket: fields.text("socket", absolute_path).unwrap_or_else(|| run_dir.join(format!("{name}.sock"))),
-        mode: fields.word("mode", &[("server", Mode::Server), ("client", Mode::Client)], &[]).unwrap_or(Mode::Server),
+        mode: mode(fields),
         mac: fields.text("mac", station),
         addresses: fields.texts("addresses", guest_address).unwrap_or_default(),
         unknown_unicast: fields.boolean("unknown_unicast"),

@@ -76,6 +76,37 @@ pub struct Underlay {
     /// Network device to bind to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
+    /// What only the driver `vhost-user` has, and always has.
+    #[serde(flatten)]
+    pub wire: Option<Wire>,
+}
+
+/// A wire that is a vhost-user socket, and this host's card on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Wire {
+    /// The vhost-user socket.
+    pub socket: PathBuf,
+    /// Who listens on it.
+    pub mode: Mode,
+    /// This host's card.
+    #[serde(serialize_with = "station")]
+    pub mac: Mac,
+    /// Where packets for everybody but `neighbours` go. `None`: all other hosts are on the wire.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<IpAddr>,
+    /// Hosts that need not be asked for their card.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub neighbours: Vec<Neighbour>,
+}
+
+/// Another host on the wire.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Neighbour {
+    /// Its address.
+    pub address: IpAddr,
+    /// Its card.
+    #[serde(serialize_with = "station")]
+    pub mac: Mac,
 }
 
 /// How an underlay sends and receives.
@@ -84,6 +115,9 @@ pub struct Underlay {
 pub enum Driver {
     /// The kernel's UDP sockets.
     Socket,
+    /// A card that is served to a vhost-user front-end.
+    #[serde(rename = "vhost-user")]
+    VhostUser,
 }
 
 /// What goes around a frame on the underlay.
@@ -205,6 +239,10 @@ fn switches_off<S: Serializer>(off: &[&'static str], serializer: S) -> Result<S:
 
 fn vni<S: Serializer>(value: &Option<Vni>, serializer: S) -> Result<S::Ok, S::Error> {
     value.map(Vni::get).serialize(serializer)
+}
+
+fn station<S: Serializer>(value: &Mac, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
 }
 
 fn mac<S: Serializer>(value: &Option<Mac>, serializer: S) -> Result<S::Ok, S::Error> {

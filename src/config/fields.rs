@@ -186,6 +186,43 @@ impl<'a> Fields<'a> {
         Some(values)
     }
 
+    /// A list of tables, each with these two strings and nothing else, which `parse` makes something of.
+    pub(super) fn pairs<T>(
+        &mut self,
+        key: &'static str,
+        names: [&'static str; 2],
+        parse: impl Fn(&str, &str) -> Result<T, String>,
+    ) -> Vec<T> {
+        let Some(node) = self.take(key) else { return Vec::new() };
+        let shape = format!("{{ {} = \"...\", {} = \"...\" }}", names[0], names[1]);
+        let Value::List(items) = &node.value else {
+            self.expected(key, &format!("a list of tables {shape}"), &node.value);
+            return Vec::new();
+        };
+        let mut values = Vec::with_capacity(items.len());
+        for item in items {
+            let text = |table: &'a [(String, Node)], name| match &table.iter().find(|(key, _)| key == name)?.1.value {
+                Value::Text(text) => Some(text.as_str()),
+                _ => None,
+            };
+            let parsed = match &item.value {
+                Value::Table(table) if table.len() == names.len() => text(table, names[0])
+                    .zip(text(table, names[1]))
+                    .ok_or_else(|| format!("expected {shape}"))
+                    .and_then(|(first, second)| parse(first, second)),
+                _ => Err(format!("expected {shape}")),
+            };
+            match parsed {
+                Ok(value) => values.push(value),
+                Err(message) => {
+                    let path = format!("{}.{key}", self.path);
+                    self.findings.mistakes.push(Mistake { path, line: item.line, message });
+                }
+            }
+        }
+        values
+    }
+
     /// A list of integers within `range`.
     pub(super) fn integers(&mut self, key: &'static str, range: RangeInclusive<i64>) -> Option<Vec<i64>> {
         let (low, high) = (*range.start(), *range.end());
@@ -216,6 +253,15 @@ impl<'a> Fields<'a> {
                 Err(format!("unknown value {text:?}; allowed: {allowed}"))
             }
         })
+    }
+
+    /// A key that other objects of the kind have: refused where it means nothing.
+    pub(super) fn not_here(&mut self, key: &'static str, why: &str) {
+        if self.take(key).is_some() {
+            self.mistake(key, why);
+        }
+        self.asked.retain(|asked| *asked != key);
+        self.refused.push(key);
     }
 
     /// A key that the design has and this version does not: refused, because ignoring it would be a lie.

@@ -13,7 +13,7 @@ mod tree;
 
 use std::path::Path;
 
-pub use document::{Daemon, Document, Driver, Encapsulation, Kind, Mode, Network, Port, Underlay};
+pub use document::{Daemon, Document, Driver, Encapsulation, Kind, Mode, Neighbour, Network, Port, Underlay, Wire};
 pub use mistake::Mistake;
 
 use tree::Node;

@@ -77,7 +77,8 @@ impl Control {
         });
         let underlays = self.document.underlay.iter().map(|underlay| {
             let live = &self.underlays[&underlay.name];
-            UnderlayEntry { underlay: underlay.clone(), id: live.id, counters: Arc::clone(&live.counters) }
+            let session = live.endpoint.as_ref().map(|endpoint| Arc::clone(endpoint.session()));
+            UnderlayEntry { underlay: underlay.clone(), id: live.id, counters: Arc::clone(&live.counters), session }
         });
         Inventory {
             generation: self.generation,

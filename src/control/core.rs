@@ -18,7 +18,7 @@ use super::slots::Slots;
 use super::totals::{Counted, Totals};
 use crate::config::diff::{self, Change};
 use crate::config::{self, Accepted, Context, Daemon, Document, Mistake, Underlay};
-use crate::port::{EndpointSpec, PortEndpoint};
+use crate::port::{EndpointSpec, PortEndpoint, WireEndpoint};
 
 /// The owner of everything. Lives on the control thread.
 #[derive(Debug)]
@@ -58,12 +58,14 @@ pub(super) struct LiveNetwork {
     pub(super) counters: Arc<NetworkCounters>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct LiveUnderlay {
     pub(super) id: UnderlayId,
     /// As it was bound; the MTU may be another since.
     pub(super) bound: Underlay,
     pub(super) counters: Arc<UnderlayCounters>,
+    /// The front-end's side, where the wire is one.
+    pub(super) endpoint: Option<WireEndpoint>,
 }
 
 /// The numbers that workers know objects by.
@@ -234,6 +236,9 @@ impl Control {
         let underlays: Vec<_> =
             self.underlays.extract_if(.., |name, _| document.find_underlay(name).is_none()).collect();
         for (_, underlay) in underlays {
+            if let Some(endpoint) = underlay.endpoint {
+                endpoint.stop();
+            }
             self.worker.remove_underlay(underlay.id);
             self.retire(Slot::Underlay(underlay.id), Some(Counted::Underlay(underlay.counters)));
         }
@@ -285,6 +290,9 @@ impl Control {
             port.endpoint.stop();
         }
         for (_, underlay) in std::mem::take(&mut self.underlays) {
+            if let Some(endpoint) = underlay.endpoint {
+                endpoint.stop();
+            }
             self.worker.remove_underlay(underlay.id);
         }
         self.shut_down = true;

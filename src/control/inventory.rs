@@ -68,6 +68,8 @@ pub struct UnderlayEntry {
     pub id: UnderlayId,
     /// Its counters.
     pub counters: Arc<UnderlayCounters>,
+    /// Its front-end's session, where it has one.
+    pub session: Option<Arc<Session>>,
 }
 
 impl Inventory {

@@ -1,18 +1,19 @@
 //! Bringing up what a new document needs, with a way back.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 
 use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
 use dreamwire_datapath::snapshot::{NetworkId, PortId, UnderlayId};
-use dreamwire_datapath::underlay::SocketUnderlay;
+use dreamwire_datapath::underlay::{self, RingUnderlay, RingUnderlayConfig, SocketUnderlay};
 
 use super::core::{Control, LiveNetwork, LivePort, LiveUnderlay, Slot};
 use super::session::Session;
 use super::totals::Counted;
 use crate::card;
-use crate::config::{Document, Mistake, Port, Underlay};
-use crate::port::{ConfigSpace, EndpointSpec, PortEndpoint};
+use crate::config::{Document, Mistake, Port, Underlay, Wire};
+use crate::port::{ConfigSpace, EndpointSpec, PortEndpoint, WireEndpoint};
 
 /// A step that was made: how to undo it, and what it replaced.
 #[derive(Debug)]
@@ -58,7 +59,10 @@ impl Control {
             .filter(|new| self.underlays.get(&new.name).is_none_or(|live| !same_binding(&live.bound, new)))
             .collect();
         let held = |control: &Self, new: &Underlay| {
-            let holds = |live: &LiveUnderlay| (live.bound.address, live.bound.port) == (new.address, new.port);
+            let holds = |live: &LiveUnderlay| {
+                let same_socket = new.wire.is_some() && socket_of(&live.bound) == socket_of(new);
+                (live.bound.address, live.bound.port) == (new.address, new.port) || same_socket
+            };
             control.underlays.iter().find(|(_, live)| holds(live)).map(|(name, _)| name.clone())
         };
         // What conflicts with nothing of ours is bound first: most failures show before anything was touched.
@@ -78,10 +82,29 @@ impl Control {
             let slot = self.slots.underlays.take().ok_or_else(|| all_in_use("underlay", &new.name))?;
             let (id, counters) = (UnderlayId(slot), Arc::clone(driver.counters()));
             self.worker.add_underlay(id, driver);
-            self.underlays.insert(new.name.clone(), LiveUnderlay { id, bound: new.clone(), counters });
+            let live = LiveUnderlay { id, bound: new.clone(), counters, endpoint: None };
+            self.underlays.insert(new.name.clone(), live);
             steps.push(Step::UnderlayAdded { name: new.name.clone() });
+            let endpoint = self.plug_in(new, id)?;
+            self.underlays.get_mut(&new.name).expect("it was just put there").endpoint = endpoint;
         }
         Ok(())
+    }
+
+    /// Starts the front-end's side of an underlay that has one.
+    fn plug_in(&self, underlay: &Underlay, id: UnderlayId) -> Result<Option<WireEndpoint>, Mistake> {
+        let Some(wire) = &underlay.wire else { return Ok(None) };
+        let spec = EndpointSpec {
+            name: underlay.name.clone(),
+            socket: wire.socket.clone(),
+            mode: wire.mode,
+            queue_pairs: 1,
+            mtu: underlay.mtu,
+            features: card::offered(&card::WIRE_SWITCHED_OFF),
+            config_space: None,
+        };
+        let started = WireEndpoint::start(&spec, id, &self.worker, self.run_dir());
+        started.map(Some).map_err(|message| Mistake::new(format!("underlay.{}.socket", underlay.name), message))
     }
 
     /// Counters live as long as the name.
@@ -90,7 +113,10 @@ impl Control {
     }
 
     fn remove_underlay(&mut self, name: &str, steps: &mut Vec<Step>) {
-        if let Some(live) = self.underlays.remove(name) {
+        if let Some(mut live) = self.underlays.remove(name) {
+            if let Some(endpoint) = live.endpoint.take() {
+                endpoint.stop();
+            }
             self.worker.remove_underlay(live.id);
             steps.push(Step::UnderlayRemoved { name: name.to_owned(), live });
         }
@@ -206,16 +232,21 @@ impl Control {
                     }
                 }
                 Step::UnderlayAdded { name } => {
-                    if let Some(live) = self.underlays.remove(&name) {
+                    if let Some(mut live) = self.underlays.remove(&name) {
+                        if let Some(endpoint) = live.endpoint.take() {
+                            endpoint.stop();
+                        }
                         self.worker.remove_underlay(live.id);
                         let kept = Step::keeps_counters_of(&steps, &live);
                         self.retire(Slot::Underlay(live.id), (!kept).then_some(Counted::Underlay(live.counters)));
                     }
                 }
-                Step::UnderlayRemoved { name, live } => {
-                    // Its address and port were ours a moment ago.
-                    match bind(&live.bound, Arc::clone(&live.counters)) {
-                        Ok(driver) => self.worker.add_underlay(live.id, driver),
+                Step::UnderlayRemoved { name, mut live } => {
+                    // Its address and port, or socket, were ours a moment ago.
+                    let bound = bind(&live.bound, Arc::clone(&live.counters));
+                    let added = bound.map(|driver| self.worker.add_underlay(live.id, driver));
+                    match added.and_then(|()| self.plug_in(&live.bound, live.id)) {
+                        Ok(endpoint) => live.endpoint = endpoint,
                         Err(error) => {
                             tracing::error!(underlay = name, "cannot be opened again after a refused change: {error}");
                         }
@@ -307,14 +338,30 @@ fn endpoint_spec(port: &Port, document: &Document) -> EndpointSpec {
     }
 }
 
-/// Everything but the MTU, which only warnings are made of.
+/// Everything but the MTU, which for sockets only warnings are made of.
 fn same_binding(old: &Underlay, new: &Underlay) -> bool {
-    Underlay { mtu: new.mtu, ..old.clone() } == *new
+    let mtu = if new.wire.is_some() { old.mtu } else { new.mtu };
+    Underlay { mtu, ..old.clone() } == *new
 }
 
-fn bind(underlay: &Underlay, counters: Arc<UnderlayCounters>) -> Result<SocketUnderlay, Mistake> {
+fn socket_of(underlay: &Underlay) -> Option<&Path> {
+    underlay.wire.as_ref().map(|wire| wire.socket.as_path())
+}
+
+fn bind(underlay: &Underlay, counters: Arc<UnderlayCounters>) -> Result<underlay::Underlay, Mistake> {
     let Underlay { name, address, port, device, .. } = underlay;
-    SocketUnderlay::bind(*address, *port, device.as_deref(), counters).map_err(|error| {
+    if let Some(Wire { mac, gateway, neighbours, .. }) = &underlay.wire {
+        let config = RingUnderlayConfig {
+            mac: *mac,
+            address: *address,
+            udp_port: *port,
+            mtu: underlay.mtu,
+            gateway: *gateway,
+            neighbours: neighbours.iter().map(|neighbour| (neighbour.address, neighbour.mac)).collect(),
+        };
+        return Ok(RingUnderlay::new(config, counters).into());
+    }
+    SocketUnderlay::bind(*address, *port, device.as_deref(), counters).map(Into::into).map_err(|error| {
         let advice = match error.kind() {
             std::io::ErrorKind::AddrNotAvailable => "give the address to an interface of this host, or correct it",
             std::io::ErrorKind::AddrInUse => {

@@ -7,7 +7,7 @@
 //! A front-end that can truncate the file behind it may do so: see [`crate::sigbus`] and [`Memory::is_truncated`].
 //!
 //! One of the files with unsafe code in this crate; the others are `sigbus.rs`, `dirty_log.rs`, `interrupt.rs` and those of
-//! `ring/`: `buffers.rs`, `split.rs`, `packed.rs`.
+//! `ring/`: `buffers.rs`, `split.rs`, `packed.rs`, `narrow.rs`.
 
 use std::io;
 use std::marker::PhantomData;
@@ -194,6 +194,12 @@ impl Segment {
     pub(crate) fn skip(self, bytes: u32) -> Segment {
         debug_assert!(bytes <= self.bytes);
         Segment { host: self.host + bytes as usize, bytes: self.bytes - bytes }
+    }
+
+    /// The first `bytes` bytes of it, or all if there are no more.
+    #[inline]
+    pub(crate) fn limit(self, bytes: u32) -> Segment {
+        Segment { bytes: self.bytes.min(bytes), ..self }
     }
 
     /// Copies the first `into.len()` bytes out.

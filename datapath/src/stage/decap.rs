@@ -1,68 +1,72 @@
 //! The decap stage: a burst of inner frames out of an underlay's datagrams.
 
-use dreamwire_vhost::frame::{HEADER_COPY_BYTES, NetHeader};
-
 use super::parse::ETHERNET_BYTES;
 use crate::burst::{Burst, NextHop, Origin};
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
 use crate::offload::Offload;
 use crate::snapshot::{Snapshot, UnderlayId};
-use crate::underlay::SocketRx;
-use crate::vxlan;
+use crate::underlay::{Arrival, Rx};
+use crate::worker::outlets::Outlets;
 
-/// Takes the frames of the underlay's next datagrams into `burst` and counts them: at their network, or where they have
-/// none, at the underlay. Returns the number of datagrams.
+/// Takes the frames of the underlay's next packets into `burst` and counts them: at their network, or where they have
+/// none, at the underlay. What is for this host itself is told to the underlay's sending half. Returns the number of
+/// packets.
 #[inline]
 pub(crate) fn decap(
     burst: &mut Burst,
     underlay: UnderlayId,
-    rx: &mut SocketRx,
+    rx: &mut Rx,
     counters: &UnderlayCounters,
     snapshot: &Snapshot,
+    outlets: &mut Outlets,
 ) -> usize {
-    let datagrams = rx.receive();
-    counters.rx_calls.add(1);
+    let packets = rx.receive(&mut burst.frames);
+    counters.rx_calls.add(rx.calls());
     burst.length = 0;
-    for slot in 0..datagrams {
-        let (datagram, source) = rx.datagram(slot);
+    for slot in 0..packets {
         let unclaimed = |reason| {
             counters.rx_unclaimed.add(1);
             counters.drops.add(reason, 1);
         };
-        let (Some((vni, inner)), Some(vtep)) = (vxlan::decapsulate(datagram), source) else {
-            unclaimed(DropReason::BadEncapsulation);
-            continue;
+        let index = burst.length;
+        let (vni, vtep) = match rx.open(slot, index, &mut burst.frames) {
+            Arrival::Inner(vni, vtep) => (vni, vtep),
+            Arrival::Host => {
+                let frame = &burst.frames[slot];
+                match outlets.hear(underlay, frame, rx.payload(frame, slot)) {
+                    Ok(()) => counters.rx_host.add(1),
+                    Err(reason) => unclaimed(reason),
+                }
+                continue;
+            }
+            Arrival::Drop(reason) => {
+                unclaimed(reason);
+                continue;
+            }
         };
         let network_id = snapshot.by_vni.get(&(underlay, vni)).copied();
         let Some((network_id, network)) = network_id.and_then(|id| Some((id, snapshot.network(id)?))) else {
             unclaimed(DropReason::UnknownVni);
             continue;
         };
-        network.counters.tunnel_rx.add(1, inner.len() as u64);
+        let inner_bytes = burst.frames[index].frame_bytes;
+        network.counters.tunnel_rx.add(1, u64::from(inner_bytes));
         let known = network.tunnel.as_ref().is_some_and(|tunnel| tunnel.remotes.contains(&vtep));
-        let index = burst.length;
         burst.length += 1;
-        let frame = &mut burst.frames[index];
-        let header_bytes = inner.len().min(HEADER_COPY_BYTES);
-        frame.header[..header_bytes].copy_from_slice(&inner[..header_bytes]);
-        frame.header_bytes = header_bytes as u16;
-        frame.frame_bytes = inner.len() as u32;
-        frame.net = NetHeader::default();
-        frame.fault = None;
         burst.networks[index] = network_id;
         burst.origins[index] = Origin::Vtep(vtep);
         burst.offloads[index] = Offload::NONE;
         burst.datagrams[index] = slot as u8;
         burst.next_hops[index] = if !known {
             NextHop::Drop(DropReason::UnknownVtep)
-        } else if inner.len() < ETHERNET_BYTES {
+        } else if inner_bytes < ETHERNET_BYTES as u32 {
             NextHop::Drop(DropReason::TooShort)
-        } else if inner.len() as u64 > u64::from(network.frame_bytes_max()) {
+        } else if inner_bytes > network.frame_bytes_max() {
             NextHop::Drop(DropReason::TooLong)
         } else {
             NextHop::Undecided
         };
     }
-    datagrams
+    packets
 }

@@ -8,7 +8,7 @@ use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
 use crate::snapshot::{Network, Snapshot};
 use crate::stage::parse;
-use crate::underlay::SocketRx;
+use crate::underlay::Rx;
 use crate::worker::outlets::{Outgoing, Outlets};
 
 /// Who keeps the bytes behind a burst's header copies.
@@ -17,7 +17,7 @@ pub(crate) enum Tails<'a> {
     /// The ring that the burst was taken from.
     Ring(&'a Ring),
     /// The underlay's receive buffers.
-    Datagrams(&'a SocketRx),
+    Datagrams(&'a Rx),
     /// Nobody: each frame is all in its header copy.
     None,
 }
@@ -28,10 +28,7 @@ impl<'a> Tails<'a> {
         match self {
             Tails::Ring(ring) => ring.payload(frame),
             Tails::None => Payload::EMPTY,
-            Tails::Datagrams(rx) => {
-                let (bytes, _) = rx.datagram(usize::from(datagram));
-                Payload::private(&bytes[bytes.len() - frame.tail_bytes() as usize..])
-            }
+            Tails::Datagrams(rx) => rx.payload(frame, usize::from(datagram)),
         }
     }
 }

@@ -4,11 +4,14 @@ use std::io::IoSliceMut;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
 use nix::sys::socket::{AddressFamily, MsgFlags, MultiHeaders, SockaddrLike, SockaddrStorage, recvmmsg};
 use socket2::Socket;
 
-use super::SLOT_BYTES;
+use super::{Arrival, SLOT_BYTES, copy_header};
+use crate::drop_reason::DropReason;
+use crate::vxlan;
 
 /// The socket and its buffers.
 #[derive(Debug)]
@@ -52,6 +55,17 @@ impl SocketRx {
     pub(crate) fn datagram(&self, index: usize) -> (&[u8], Option<IpAddr>) {
         let (bytes, source) = self.received[index];
         (&self.buffers[index * SLOT_BYTES..][..bytes], source)
+    }
+
+    /// Writes the frame in datagram `slot` to `frame`.
+    #[inline]
+    pub(super) fn open(&self, slot: usize, frame: &mut RawFrame) -> Arrival {
+        let (datagram, source) = self.datagram(slot);
+        let (Some((vni, inner)), Some(vtep)) = (vxlan::decapsulate(datagram), source) else {
+            return Arrival::Drop(DropReason::BadEncapsulation);
+        };
+        copy_header(inner, frame);
+        Arrival::Inner(vni, vtep)
     }
 
     /// For epoll.

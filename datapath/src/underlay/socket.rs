@@ -45,8 +45,8 @@ impl SocketUnderlay {
     }
 
     /// The halves, with their buffers; they stay on the thread that asks for them.
-    pub(crate) fn into_halves(self) -> (SocketRx, SocketTx, Arc<UnderlayCounters>) {
-        (SocketRx::new(self.receives), SocketTx::new(self.sends, self.address, self.port), self.counters)
+    pub(crate) fn into_halves(self) -> (SocketRx, SocketTx) {
+        (SocketRx::new(self.receives), SocketTx::new(self.sends, self.address, self.port))
     }
 }
 
@@ -103,6 +103,7 @@ mod tests {
 
     use super::*;
     use crate::snapshot::NetworkId;
+    use crate::underlay::Inner;
     use crate::vni::Vni;
     use crate::vxlan;
 
@@ -114,12 +115,13 @@ mod tests {
             |address, port| SocketUnderlay::bind(address, port, None, Arc::default()).expect("needs CAP_NET_RAW");
         let receiver = bind(there, port);
         let sender = SocketUnderlay { port, ..bind(here, port + 1) };
-        let ((_, mut tx, _), (mut rx, _, _)) = (sender.into_halves(), receiver.into_halves());
+        let ((_, mut tx), (mut rx, _)) = (sender.into_halves(), receiver.into_halves());
         let vni = Vni::new(0xabcdef).unwrap();
         let frame: Vec<u8> = (0..1514).map(|n| n as u8).collect();
         for hash in 0..3 {
             let (header, tail) = frame.split_at(128);
-            tx.stage(NetworkId(7), vni, there, hash, header, Payload::private(tail)).unwrap();
+            let payload = Payload::private(tail);
+            tx.stage(Inner { network: NetworkId(7), vni, vtep: there, flow_hash: hash, header, payload }).unwrap();
         }
         let mut fates = Vec::new();
         tx.flush(|network, bytes, fate| fates.push((network, bytes, fate)));

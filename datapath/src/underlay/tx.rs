@@ -4,17 +4,15 @@ use std::io::IoSlice;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
 
-use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::BURST;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
 use smoltcp::wire::{IpAddress, IpProtocol, checksum};
 use socket2::Socket;
 
-use super::SLOT_BYTES;
+use super::{Inner, SLOT_BYTES};
 use crate::drop_reason::DropReason;
 use crate::snapshot::NetworkId;
-use crate::vni::Vni;
 use crate::vxlan;
 
 const UDP_HEADER_BYTES: usize = 8;
@@ -62,16 +60,9 @@ impl SocketTx {
 
     /// Writes one packet: outer UDP and VXLAN headers, then the inner frame. The one copy on the way out.
     #[inline]
-    pub(crate) fn stage(
-        &mut self,
-        network: NetworkId,
-        vni: Vni,
-        vtep: IpAddr,
-        flow_hash: u32,
-        header: &[u8],
-        payload: Payload<'_>,
-    ) -> Result<(), DropReason> {
-        let inner_bytes = header.len() + payload.bytes() as usize;
+    pub(crate) fn stage(&mut self, inner: Inner<'_>) -> Result<(), DropReason> {
+        let Inner { network, vni, vtep, flow_hash, header, payload } = inner;
+        let inner_bytes = inner.bytes();
         let bytes = OUTER_BYTES + inner_bytes;
         if bytes > PACKET_BYTES_MAX || vtep.is_ipv6() != self.source.is_ipv6() {
             return Err(DropReason::UnderlayRefused);
@@ -159,9 +150,11 @@ fn udp_checksum(source: IpAddr, destination: IpAddr, packet: &[u8]) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use dreamwire_vhost::memory::Payload;
     use socket2::{Domain, Type};
 
     use super::*;
+    use crate::vni::Vni;
 
     #[test]
     fn a_frame_too_long_for_ip_is_refused_not_cut() {
@@ -170,7 +163,8 @@ mod tests {
         let tail = vec![0; 65500];
         let vtep = "127.0.0.2".parse().unwrap();
         let vni = Vni::new(1).unwrap();
-        let staged = tx.stage(NetworkId(0), vni, vtep, 0, &[0; 128], Payload::private(&tail));
+        let payload = Payload::private(&tail);
+        let staged = tx.stage(Inner { network: NetworkId(0), vni, vtep, flow_hash: 0, header: &[0; 128], payload });
         assert_eq!(staged, Err(DropReason::UnderlayRefused));
     }
 }

@@ -12,7 +12,7 @@ use dreamwire_vhost::ring::Ring;
 use super::RingRow;
 use crate::fdb::FdbRow;
 use crate::snapshot::{PortId, Snapshot, UnderlayId};
-use crate::underlay::SocketUnderlay;
+use crate::underlay::Underlay;
 
 /// One message. Whoever waits for a reply gets one, or an error when the worker has ended.
 #[derive(Debug)]
@@ -20,7 +20,9 @@ pub(super) enum Command {
     Publish(Arc<Snapshot>),
     Attach { port: PortId, queue: u16, ring: Box<Ring> },
     Detach { port: PortId, queue: u16, reply: Sender<Option<Box<Ring>>> },
-    AddUnderlay { id: UnderlayId, driver: Box<SocketUnderlay> },
+    AddUnderlay { id: UnderlayId, driver: Box<Underlay> },
+    AttachWire { id: UnderlayId, queue: u16, ring: Box<Ring> },
+    DetachWire { id: UnderlayId, queue: u16, reply: Sender<Option<Box<Ring>>> },
     RemoveUnderlay { id: UnderlayId, reply: Sender<()> },
     Originate { port: PortId, frame: Box<[u8]>, reply: Sender<()> },
     ReadFdb { reply: Sender<Vec<FdbRow>> },

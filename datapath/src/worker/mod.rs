@@ -30,7 +30,7 @@ use nix::unistd::Pid;
 use crate::counters::WorkerCounters;
 use crate::fdb::FdbRow;
 use crate::snapshot::{PortId, Snapshot, UnderlayId};
-use crate::underlay::SocketUnderlay;
+use crate::underlay::Underlay;
 use mailbox::{Command, Mailbox};
 use sleep::Sleeper;
 pub use turn::Worker;
@@ -160,8 +160,18 @@ impl WorkerHandle {
     }
 
     /// Hands an underlay over.
-    pub fn add_underlay(&self, id: UnderlayId, driver: SocketUnderlay) {
-        self.mailbox.send(Command::AddUnderlay { id, driver: Box::new(driver) });
+    pub fn add_underlay(&self, id: UnderlayId, driver: impl Into<Underlay>) {
+        self.mailbox.send(Command::AddUnderlay { id, driver: Box::new(driver.into()) });
+    }
+
+    /// Hands a ring of an underlay's front-end over.
+    pub fn attach_wire(&self, id: UnderlayId, queue: u16, ring: Ring) {
+        self.mailbox.send(Command::AttachWire { id, queue, ring: Box::new(ring) });
+    }
+
+    /// Takes a ring of an underlay's front-end back; returns when the worker has let go of it.
+    pub fn detach_wire(&self, id: UnderlayId, queue: u16) -> Option<Ring> {
+        self.ask(|reply| Command::DetachWire { id, queue, reply }).flatten().map(|ring| *ring)
     }
 
     /// Closes an underlay; returns when the worker has let go of it and its address and port are free again.
@@ -271,6 +281,20 @@ fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: 
             if let Some(descriptor) = worker.underlay_descriptor(id) {
                 sleeper.watch_underlay(descriptor);
             }
+        }
+        Command::AttachWire { id, queue, ring } => {
+            sleeper.watch_wire(queue, &ring);
+            if let Some(unused) = worker.attach_wire(id, queue, *ring) {
+                tracing::error!(underlay = id.0, queue, "a ring was attached without the last one being detached");
+                sleeper.forget_ring(queue, &unused);
+            }
+        }
+        Command::DetachWire { id, queue, reply } => {
+            let ring = worker.detach_wire(id, queue);
+            if let Some(ring) = &ring {
+                sleeper.forget_ring(queue, ring);
+            }
+            let _ = reply.send(ring.map(Box::new));
         }
         Command::RemoveUnderlay { id, reply } => {
             worker.remove_underlay(id);

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use dreamwire_vhost::frame::NetHeader;
+use dreamwire_vhost::frame::{NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{Ring, SendError};
 use foldhash::fast::RandomState;
@@ -15,7 +15,7 @@ use crate::offload::Offload;
 use crate::pieces::Pieces;
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
 use crate::stage::parse::flow_hash;
-use crate::underlay::SocketTx;
+use crate::underlay::{Inner, Staged, Tx};
 
 /// One guest's receiveqs.
 #[derive(Debug, Default)]
@@ -37,7 +37,7 @@ struct Sink {
 
 #[derive(Debug)]
 struct Uplink {
-    tx: SocketTx,
+    tx: Tx,
     counters: Arc<UnderlayCounters>,
 }
 
@@ -85,6 +85,7 @@ pub(crate) struct Outlets {
     pieces: Pieces,
     /// Seeds the hash that chooses a flow's queue and outer source port.
     hasher: RandomState,
+    now_ns: u64,
     /// Here, because here receiveqs are found broken.
     pub(super) fault_log: FaultLog,
 }
@@ -97,12 +98,20 @@ impl Default for Outlets {
             uplinks: (0..UNDERLAYS_MAX).map(|_| None).collect(),
             pieces: Pieces::default(),
             hasher: RandomState::default(),
+            now_ns: 0,
             fault_log: FaultLog::default(),
         }
     }
 }
 
 impl Outlets {
+    /// The time, at the start of a turn.
+    #[inline]
+    pub(super) fn set_now(&mut self, now_ns: u64) {
+        self.now_ns = now_ns;
+        self.fault_log.set_now(now_ns);
+    }
+
     /// Takes over a guest's receiveq.
     pub(crate) fn attach(&mut self, port: PortId, pair: u16, ring: Ring) {
         let sinks = &mut self.sinks[usize::from(port.0)];
@@ -138,12 +147,26 @@ impl Outlets {
         Some(&self.sinks.get(usize::from(port.0))?.rings.get(usize::from(pair))?.as_ref()?.ring)
     }
 
-    pub(crate) fn add_uplink(&mut self, id: UnderlayId, tx: SocketTx, counters: Arc<UnderlayCounters>) {
+    pub(crate) fn add_uplink(&mut self, id: UnderlayId, tx: Tx, counters: Arc<UnderlayCounters>) {
         self.uplinks[usize::from(id.0)] = Some(Uplink { tx, counters });
     }
 
     pub(crate) fn remove_uplink(&mut self, id: UnderlayId) {
         self.uplinks[usize::from(id.0)] = None;
+    }
+
+    /// The place for the ring that an underlay sends through, if it has one.
+    pub(super) fn uplink_ring(&mut self, id: UnderlayId) -> Option<&mut Option<Ring>> {
+        self.uplinks.get_mut(usize::from(id.0))?.as_mut()?.tx.ring()
+    }
+
+    /// Tells an underlay what came for this host itself. `Err`: it did not.
+    #[cold]
+    pub(crate) fn hear(&mut self, id: UnderlayId, frame: &RawFrame, payload: Payload<'_>) -> Result<(), DropReason> {
+        match &mut self.uplinks[usize::from(id.0)] {
+            Some(uplink) => uplink.tx.hear(frame, payload, self.now_ns),
+            None => Err(DropReason::Removed),
+        }
     }
 
     /// Sends frames to a port, or counts at that port why not. What the receiver cannot do itself is done first.
@@ -218,6 +241,7 @@ impl Outlets {
         let tunnel = network.tunnel.as_ref();
         let uplink =
             tunnel.and_then(|tunnel| Some((tunnel.vni, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
+        let now_ns = self.now_ns;
         let Some((vni, uplink)) = uplink else {
             network.counters.drops.add(DropReason::Removed, 1);
             return;
@@ -227,8 +251,11 @@ impl Outlets {
             if uplink.tx.is_full() {
                 uplink.flush(snapshot);
             }
-            if let Err(reason) = uplink.tx.stage(frame.network, vni, vtep, flow_hash, header, payload) {
-                network.counters.drops.add(reason, 1);
+            let inner = Inner { network: frame.network, vni, vtep, flow_hash, header, payload };
+            match uplink.tx.stage(inner, now_ns) {
+                Ok(Staged::Waiting) => {}
+                Ok(Staged::Sent) => network.counters.tunnel_tx.add(1, inner.bytes() as u64),
+                Err(reason) => network.counters.drops.add(reason, 1),
             }
         };
         if frame.offload.is_none() {

@@ -46,6 +46,15 @@ impl Sleeper {
         }
     }
 
+    /// As above, for the ring that an underlay receives from.
+    pub(super) fn watch_wire(&mut self, queue: u16, ring: &Ring) {
+        if queue % 2 == 1
+            && let Some(kick) = ring.kick()
+        {
+            self.watch_underlay(kick.as_fd());
+        }
+    }
+
     pub(super) fn forget_ring(&mut self, queue: u16, ring: &Ring) {
         if queue % 2 == 1
             && let Some(kick) = ring.kick()

@@ -20,7 +20,7 @@ use crate::stage::police::police;
 use crate::stage::receive::receive;
 use crate::stage::switch::switch;
 use crate::stage::transmit::{Tails, transmit};
-use crate::underlay::{SocketRx, SocketUnderlay};
+use crate::underlay::{Rx, Underlay};
 
 /// Kicks of an untouched ring before its memory is believed not to be shared. QEMU kicks once by itself at the start.
 const KICKS_IN_VAIN_MAX: u32 = 2;
@@ -64,7 +64,7 @@ impl Source {
 #[derive(Debug)]
 struct Inlet {
     id: UnderlayId,
-    rx: SocketRx,
+    rx: Rx,
     flows: FlowCache<Option<(NetworkId, Origin)>>,
     counters: Arc<UnderlayCounters>,
 }
@@ -113,7 +113,7 @@ impl Worker {
     /// second it forgets old addresses, busy or not.
     pub fn turn(&mut self, now_ns: u64) -> usize {
         self.now_ns = now_ns;
-        self.outlets.fault_log.set_now(now_ns);
+        self.outlets.set_now(now_ns);
         if now_ns.saturating_sub(self.swept_ns) >= SWEEP_NS {
             self.swept_ns = now_ns;
             self.fdb.sweep(now_ns);
@@ -202,14 +202,15 @@ impl Worker {
     fn turn_inlet(&mut self, index: usize) -> usize {
         let Self { snapshot, inlets, outlets, fdb, burst, now_ns, .. } = self;
         let inlet = &mut inlets[index];
-        let datagrams = decap(burst, inlet.id, &mut inlet.rx, &inlet.counters, snapshot);
-        if burst.length > 0 {
+        let packets = decap(burst, inlet.id, &mut inlet.rx, &inlet.counters, snapshot, outlets);
+        if packets > 0 {
             let tag = |burst: &Burst, index: usize| Some((burst.networks[index], burst.origins[index]));
             switch(burst, snapshot, fdb, &mut inlet.flows, tag, *now_ns);
             transmit(burst, Tails::Datagrams(&inlet.rx), snapshot, outlets);
             outlets.flush(snapshot);
+            inlet.rx.complete();
         }
-        datagrams
+        packets
     }
 
     /// Carries one frame to its end that is made here in the name of a port's guest. It is guarded, learned from and
@@ -294,8 +295,8 @@ impl Worker {
     }
 
     /// Takes an underlay over.
-    pub fn add_underlay(&mut self, id: UnderlayId, driver: SocketUnderlay) {
-        let (rx, tx, counters) = driver.into_halves();
+    pub fn add_underlay(&mut self, id: UnderlayId, driver: impl Into<Underlay>) {
+        let (rx, tx, counters) = driver.into().into_halves();
         self.inlets.push(Inlet { id, rx, flows: FlowCache::default(), counters: Arc::clone(&counters) });
         self.outlets.add_uplink(id, tx, counters);
     }
@@ -306,9 +307,40 @@ impl Worker {
         self.inlets.retain(|inlet| inlet.id != id);
     }
 
+    /// Takes over one of the two rings of an underlay's front-end: 0 is its receiveq, 1 its transmitq. One that was not
+    /// detached before is given back; so is one that the underlay has no use for.
+    pub fn attach_wire(&mut self, id: UnderlayId, queue: u16, mut ring: Ring) -> Option<Ring> {
+        ring.disable_kicks();
+        // As for a port's: see `attach`.
+        ring.notify();
+        match self.wire_ring(id, queue) {
+            Some(place) => place.replace(ring),
+            None => Some(ring),
+        }
+    }
+
+    /// Gives a ring of an underlay's front-end back.
+    pub fn detach_wire(&mut self, id: UnderlayId, queue: u16) -> Option<Ring> {
+        self.wire_ring(id, queue)?.take()
+    }
+
+    fn wire_ring(&mut self, id: UnderlayId, queue: u16) -> Option<&mut Option<Ring>> {
+        match queue {
+            0 => self.outlets.uplink_ring(id),
+            1 => self.inlets.iter_mut().find(|inlet| inlet.id == id)?.rx.ring(),
+            _ => None,
+        }
+    }
+
     /// For epoll.
     pub(super) fn underlay_descriptor(&self, id: UnderlayId) -> Option<BorrowedFd<'_>> {
-        self.inlets.iter().find(|inlet| inlet.id == id).map(|inlet| inlet.rx.descriptor())
+        self.inlets.iter().find(|inlet| inlet.id == id)?.rx.descriptor()
+    }
+
+    /// The rings that underlays receive from.
+    fn wires(&mut self) -> impl Iterator<Item = &mut Ring> {
+        let rings = self.inlets.iter_mut().filter_map(|inlet| inlet.rx.ring()?.as_mut());
+        rings.filter(|ring| !ring.is_broken())
     }
 
     /// Sources that a turn looks at. No others: one that is not emptied must not keep the worker awake.
@@ -319,7 +351,7 @@ impl Worker {
 
     /// Whether every ring announces new work by a kick.
     pub fn may_sleep(&mut self) -> bool {
-        self.served().all(|source| source.ring.kick().is_some())
+        self.served().all(|source| source.ring.kick().is_some()) && self.wires().all(|ring| ring.kick().is_some())
     }
 
     /// Asks all guests for kicks; true if one of them has work already.
@@ -332,12 +364,13 @@ impl Worker {
                 self.wake(index);
             }
         }
-        work
+        self.wires().fold(work, |work, ring| ring.enable_kicks() | work)
     }
 
     /// Tells all guests that kicks are not needed while the worker polls.
     pub fn disable_kicks(&mut self) {
         self.served().for_each(|source| source.ring.disable_kicks());
+        self.wires().for_each(Ring::disable_kicks);
     }
 
     /// Counts a kick that woke the worker.

@@ -62,6 +62,12 @@ impl Buffers {
         }
     }
 
+    /// The pieces of memory that the current burst refers to.
+    #[inline]
+    pub(super) fn burst_segments(&mut self) -> &mut [Segment] {
+        &mut self.segments[..self.used]
+    }
+
     /// A frame out of a chain of one piece, which has at least the net header's bytes.
     #[inline]
     pub(super) fn gather_one(&mut self, segment: Segment, frame: &mut RawFrame) {

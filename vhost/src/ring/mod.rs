@@ -16,6 +16,7 @@
 mod buffers;
 mod inflight_packed;
 mod inflight_split;
+mod narrow;
 mod packed;
 mod position;
 mod recover;

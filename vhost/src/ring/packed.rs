@@ -334,6 +334,12 @@ impl PackedRing {
         self.buffers.payload(frame)
     }
 
+    /// The pieces of memory that the current burst refers to.
+    #[inline]
+    pub(super) fn burst_segments(&mut self) -> &mut [Segment] {
+        self.buffers.burst_segments()
+    }
+
     /// Stages the used descriptors of the burst. The device wrote nothing: length 0.
     #[inline]
     pub(super) fn complete(&mut self) {

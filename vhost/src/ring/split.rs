@@ -243,6 +243,12 @@ impl SplitRing {
         self.buffers.payload(frame)
     }
 
+    /// The pieces of memory that the current burst refers to.
+    #[inline]
+    pub(super) fn burst_segments(&mut self) -> &mut [Segment] {
+        self.buffers.burst_segments()
+    }
+
     /// Stages the used entries of the burst. The device wrote nothing: length 0.
     #[inline]
     pub(super) fn complete(&mut self) {

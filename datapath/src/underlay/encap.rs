@@ -1,0 +1,92 @@
+//! Outer headers by VTEP and network, with the next hop's card in them.
+
+use std::hash::BuildHasher;
+use std::net::IpAddr;
+
+use foldhash::fast::RandomState;
+
+use super::neighbours::{Ask, Neighbours};
+use super::open::Station;
+use super::outer::{Ends, OuterHeader};
+use crate::drop_reason::DropReason;
+use crate::mac::Mac;
+use crate::vni::Vni;
+
+/// Headers that are kept; a power of two. Two that want one place are made anew in turns, some 50 ns each.
+const HEADERS: usize = 4096;
+
+#[derive(Debug)]
+struct Kept {
+    vtep: IpAddr,
+    vni: Vni,
+    next_hop: IpAddr,
+    neighbour: u16,
+    header: OuterHeader,
+}
+
+/// What a wire without the kernel needs for sending. Owned by a worker.
+#[derive(Debug)]
+pub(crate) struct Encap {
+    pub(super) station: Station,
+    pub(super) neighbours: Neighbours,
+    gateway: Option<IpAddr>,
+    /// Bytes of an IP packet that the wire takes.
+    mtu: usize,
+    kept: Box<[Option<Kept>]>,
+    hasher: RandomState,
+}
+
+impl Encap {
+    pub(crate) fn new(station: Station, neighbours: Neighbours, gateway: Option<IpAddr>, mtu: u16) -> Self {
+        let kept = (0..HEADERS).map(|_| None).collect();
+        Self { station, neighbours, gateway, mtu: usize::from(mtu), kept, hasher: RandomState::default() }
+    }
+
+    /// The header for a frame of `inner_bytes` to `vtep`, or why there is none; and a question, if one is to be asked.
+    #[inline]
+    pub(crate) fn header(
+        &mut self,
+        vtep: IpAddr,
+        vni: Vni,
+        inner_bytes: usize,
+        now_ns: u64,
+    ) -> (Result<&mut OuterHeader, DropReason>, Option<Ask>) {
+        let place = self.hasher.hash_one((vtep, vni)) as usize % HEADERS;
+        if !self.kept[place].as_ref().is_some_and(|kept| kept.vtep == vtep && kept.vni == vni) {
+            match self.make(vtep, vni, now_ns) {
+                Ok(made) => self.kept[place] = Some(made),
+                Err(reason) => return (Err(reason), None),
+            }
+        }
+        let kept = self.kept[place].as_mut().expect("it was just made");
+        let (mac, ask) = self.neighbours.resolve(kept.neighbour, kept.next_hop, now_ns);
+        let Some(mac) = mac else {
+            // Its row may have become another's.
+            if let Some(row) = self.neighbours.row(kept.next_hop, now_ns) {
+                kept.neighbour = row;
+            }
+            return (Err(DropReason::Unresolved), ask);
+        };
+        if kept.header.destination() != mac {
+            kept.header.redirect(mac);
+        }
+        if kept.header.packet_bytes(inner_bytes) > self.mtu {
+            return (Err(DropReason::UnderlayRefused), ask);
+        }
+        (Ok(&mut kept.header), ask)
+    }
+
+    #[cold]
+    fn make(&mut self, vtep: IpAddr, vni: Vni, now_ns: u64) -> Result<Kept, DropReason> {
+        let ends = Ends {
+            source: (self.station.mac, self.station.address),
+            destination: (Mac([0; 6]), vtep),
+            udp_port: self.station.udp_port,
+        };
+        let header = OuterHeader::new(&ends, vni).ok_or(DropReason::UnderlayRefused)?;
+        // Without a gateway every VTEP is on the wire; with one, those that are configured as neighbours are.
+        let next_hop = self.gateway.filter(|_| !self.neighbours.is_fixed(vtep)).unwrap_or(vtep);
+        let neighbour = self.neighbours.row(next_hop, now_ns).ok_or(DropReason::Unresolved)?;
+        Ok(Kept { vtep, vni, next_hop, neighbour, header })
+    }
+}
