@@ -90,7 +90,7 @@ run_dir = "run"                  #! not an absolute path
 workers = [1, 2]                 #! not implemented yet: 2 workers
 polling = "sometimes"            #! unknown value "sometimes"; allowed: "poll", "adaptive", "interrupt"
 [[underlay]]                     #! underlay[0].address: missing: add address = "192.0.2.1" #! underlay[0].name: missing
-driver = "af_xdp"                #! "af_xdp" is not implemented yet; allowed: "socket", "vhost-user"
+driver = "dpdk"                  #! unknown value "dpdk"; allowed: "socket", "af_xdp", "vhost-user"
 device = "much-too-long-a-name"  #! not a network device's name
 mtu = 67                         #! 67 is out of range: 68 to 65535
 [[underlay]]
@@ -212,6 +212,43 @@ address = "2001:db8::1"
     assert_eq!(json["underlay"][1]["driver"], "vhost-user");
     let again = from_json(&json, Context::default()).unwrap();
     assert_eq!(again.document, accepted.document);
+}
+
+#[test]
+fn each_mistake_about_a_bypassed_device_is_reported_at_its_line() {
+    let text = "[[underlay]]\nname='x'\ndriver='af_xdp'\naddress='192.0.2.1'\ndevice='eth1'\nqueues=4\nmtu=1600\n";
+    let accepted = accept(text);
+    assert_eq!(
+        (accepted.document.underlay[0].queues, accepted.document.to_json()["underlay"][0]["driver"].as_str()),
+        (Some(4), Some("af_xdp"))
+    );
+    let again = from_json(&accepted.document.to_json(), Context::default()).unwrap();
+    assert_eq!(again.document, accepted.document);
+    expect_marked(
+        r#"
+[[underlay]]
+name = "a"
+driver = "af_xdp"
+device = "eth1"
+address = "192.0.2.1"
+queues = 65                      #! 65 is out of range: 1 to 64 (queues of the device)
+mtu = 9000                       #! driver "af_xdp" carries packets of up to 3826 bytes
+[[underlay]]
+name = "b"
+driver = "af_xdp"
+device = "eth1"                  #! underlay "a" has that device
+address = "192.0.2.2"
+mac = "02:00:00:00:00:01"        #! only driver "vhost-user" has it
+[[underlay]]                     #! missing: add device = "eth1"
+name = "c"
+driver = "af_xdp"
+address = "192.0.2.3"
+[[underlay]]
+name = "d"
+address = "192.0.2.4"
+queues = 2                       #! only driver "af_xdp" has it
+"#,
+    );
 }
 
 #[test]

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::snapshot::{NetworkId, PortId, Tunnel, UnderlayId};
+use dreamwire_datapath::underlay::af_xdp::{XdpUnderlay, XdpUnderlayConfig};
 use dreamwire_datapath::underlay::{Ends, OuterHeader, RingUnderlay, RingUnderlayConfig, SocketUnderlay};
 use dreamwire_datapath::vni::Vni;
 
@@ -92,17 +93,23 @@ fn unicast_flooding_and_learning_allocate_nothing() {
     });
 }
 
+/// Host number `here` of two, without an underlay yet.
+fn host(here: usize, addresses: [IpAddr; 2]) -> Lan {
+    let mut lan = Lan::new(2, 1);
+    let vni = Vni::new(7).expect("24 bits");
+    lan.network(0).tunnel = Some(Tunnel { vni, underlay: UnderlayId(0), remotes: vec![addresses[1 - here]] });
+    lan.snapshot.by_vni.insert((UnderlayId(0), vni), NetworkId(0));
+    // The station with address 1 is on the first host, the one with address 2 on the second.
+    lan.network(0).static_macs.insert(mac(here as u8 + 1), PortId(0));
+    lan.publish();
+    lan
+}
+
 /// Two hosts on the loopback device: one worker each, both run by this thread. Needs CAP_NET_RAW, as the daemon does.
 fn hosts() -> [Lan; 2] {
     let addresses = ["127.0.0.1", "127.0.0.2"].map(|text| text.parse::<IpAddr>().expect("an address"));
     [0, 1].map(|here| {
-        let mut lan = Lan::new(2, 1);
-        let vni = Vni::new(7).expect("24 bits");
-        lan.network(0).tunnel = Some(Tunnel { vni, underlay: UnderlayId(0), remotes: vec![addresses[1 - here]] });
-        lan.snapshot.by_vni.insert((UnderlayId(0), vni), NetworkId(0));
-        // The station with address 1 is on the first host, the one with address 2 on the second.
-        lan.network(0).static_macs.insert(mac(here as u8 + 1), PortId(0));
-        lan.publish();
+        let mut lan = host(here, addresses);
         let driver = SocketUnderlay::bind(addresses[here], 24789, None, Arc::default()).expect("needs CAP_NET_RAW");
         lan.worker.add_underlay(UnderlayId(0), driver);
         lan
@@ -111,7 +118,28 @@ fn hosts() -> [Lan; 2] {
 
 #[test]
 fn tunnels_allocate_nothing_both_ways() {
-    let [mut here, mut there] = hosts();
+    tunnels_are_steady(hosts());
+}
+
+/// Two hosts on a veth pair, past the kernel. Needs root, as the daemon does.
+#[test]
+fn tunnels_past_the_kernel_allocate_nothing_both_ways() {
+    let addresses = veth::addresses();
+    let drivers = veth::hosts(|here| {
+        let (device, address) = (veth::DEVICE.to_owned(), addresses[here]);
+        let config = XdpUnderlayConfig { device, queues: 1, address, udp_port: 4789, mtu: 1600 };
+        XdpUnderlay::open(&config, Arc::default()).expect("needs CAP_NET_ADMIN and CAP_BPF")
+    });
+    let mut hosts = [0, 1].map(|here| host(here, addresses));
+    for (here, driver) in drivers.into_iter().enumerate() {
+        let worker = &mut hosts[here].worker;
+        worker.add_underlay(UnderlayId(0), driver);
+        worker.set_next_hops(UnderlayId(0), &[(addresses[1 - here], veth::MACS[1 - here])]);
+    }
+    tunnels_are_steady(hosts);
+}
+
+fn tunnels_are_steady([mut here, mut there]: [Lan; 2]) {
     let mut arrived = 0;
     for number in 0..100u32 {
         let length = 60 + 13 * number as usize;

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use dreamwire_datapath::snapshot::REMOTES_MAX;
 use dreamwire_datapath::underlay::NEIGHBOURS_MAX;
+use dreamwire_datapath::underlay::af_xdp::MTU_MAX;
 
 use super::decode::{PLACEHOLDER_ADDRESS, SOCKET_PATH_BYTES_MAX};
 use super::document::{Document, Driver, Kind, Network, Underlay, Wire};
@@ -38,9 +39,25 @@ fn underlays(document: &Document, findings: &mut Findings) {
                 format!("{} port {} is another underlay's{first}; give each its own", underlay.address, underlay.port)
             });
         }
+        if underlay.driver == Driver::AfXdp {
+            xdp(document, underlay, index, findings);
+        }
         if let Some(wire) = &underlay.wire {
             self::wire(document, underlay, wire, index, findings);
         }
+    }
+}
+
+/// What a network device needs that is used past the kernel.
+fn xdp(document: &Document, underlay: &Underlay, index: usize, findings: &mut Findings) {
+    let others = document.underlay.iter().take(index).filter(|other| other.driver == Driver::AfXdp);
+    if let Some(other) = others.into_iter().find(|other| other.device.is_some() && other.device == underlay.device) {
+        let message = format!("underlay {:?} has that device; one program takes all of its tunnel packets", other.name);
+        mistake(findings, Kind::Underlay, index, &underlay.name, "device", message);
+    }
+    if underlay.mtu > MTU_MAX {
+        let message = format!("{}: driver \"af_xdp\" carries packets of up to {MTU_MAX} bytes", underlay.mtu);
+        mistake(findings, Kind::Underlay, index, &underlay.name, "mtu", message);
     }
 }
 
@@ -115,7 +132,7 @@ fn networks(document: &Document, findings: &mut Findings) {
         if outer > u32::from(underlay.mtu) {
             let fate = match underlay.driver {
                 Driver::Socket => "the kernel will fragment outer packets",
-                Driver::VhostUser => "what is too long will be dropped",
+                Driver::VhostUser | Driver::AfXdp => "what is too long will be dropped",
             };
             let message = format!(
                 "mtu {} and {} bytes of encapsulation exceed underlay {underlay_name:?}'s mtu of {}: {fate}; lower it to {} or raise the underlay's to {outer}",

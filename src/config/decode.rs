@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::card::SWITCHES;
 use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::snapshot::{NETWORKS_MAX, PORTS_MAX, UNDERLAYS_MAX};
+use dreamwire_datapath::underlay::af_xdp::QUEUES_MAX as XDP_QUEUES_MAX;
 use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::vxlan::UDP_PORT;
 use dreamwire_datapath::worker::Polling;
@@ -164,11 +165,11 @@ const WIRE_KEYS: [&str; 5] = ["socket", "mode", "mac", "gateway", "neighbours"];
 
 fn decode_underlay(fields: &mut Fields<'_>, run_dir: &Path) -> Underlay {
     let name = name_of(fields);
-    let drivers = [("socket", Driver::Socket), ("vhost-user", Driver::VhostUser)];
-    let driver = fields.word("driver", &drivers, &["af_xdp"]).unwrap_or(Driver::Socket);
+    let drivers = [("socket", Driver::Socket), ("af_xdp", Driver::AfXdp), ("vhost-user", Driver::VhostUser)];
+    let driver = fields.word("driver", &drivers, &[]).unwrap_or(Driver::Socket);
     let wire = match driver {
         Driver::VhostUser => Some(decode_wire(fields, &name, run_dir)),
-        Driver::Socket => {
+        Driver::Socket | Driver::AfXdp => {
             for key in WIRE_KEYS.into_iter().filter(|key| fields.has(key)).collect::<Vec<_>>() {
                 fields.not_here(key, "only driver \"vhost-user\" has it: set that driver, or remove it");
             }
@@ -178,9 +179,25 @@ fn decode_underlay(fields: &mut Fields<'_>, run_dir: &Path) -> Underlay {
     if driver == Driver::VhostUser {
         fields.not_here("device", "driver \"vhost-user\" uses no network device of this host: remove it");
     }
+    let queues = match driver {
+        Driver::AfXdp => {
+            let queues = fields.integer("queues", 1..=i64::from(XDP_QUEUES_MAX), "queues of the device");
+            Some(queues.and_then(|queues| u16::try_from(queues).ok()).unwrap_or(1))
+        }
+        Driver::Socket | Driver::VhostUser => {
+            fields.not_here("queues", "only driver \"af_xdp\" has it: set that driver, or remove it");
+            None
+        }
+    };
+    let device = match driver {
+        Driver::AfXdp => fields.required("device", "\"eth1\"", device_name),
+        Driver::Socket => fields.text("device", device_name),
+        Driver::VhostUser => None,
+    };
     Underlay {
         name,
         driver,
+        queues,
         wire,
         address: fields.required("address", "\"192.0.2.1\"", vtep).unwrap_or(PLACEHOLDER_ADDRESS),
         port: fields
@@ -188,7 +205,7 @@ fn decode_underlay(fields: &mut Fields<'_>, run_dir: &Path) -> Underlay {
             .and_then(|port| u16::try_from(port).ok())
             .unwrap_or(UDP_PORT),
         mtu: mtu(fields),
-        device: fields.text("device", device_name),
+        device,
     }
 }
 

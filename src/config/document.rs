@@ -73,9 +73,12 @@ pub struct Underlay {
     pub port: u16,
     /// Bytes of an IP packet that the wire carries in one piece.
     pub mtu: u16,
-    /// Network device to bind to.
+    /// Network device to bind to; the driver `af_xdp` always has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
+    /// The device's queues: what only the driver `af_xdp` has, and always has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
     /// What only the driver `vhost-user` has, and always has.
     #[serde(flatten)]
     pub wire: Option<Wire>,
@@ -118,6 +121,9 @@ pub enum Driver {
     /// A card that is served to a vhost-user front-end.
     #[serde(rename = "vhost-user")]
     VhostUser,
+    /// A network device, past the kernel.
+    #[serde(rename = "af_xdp")]
+    AfXdp,
 }
 
 /// What goes around a frame on the underlay.

@@ -1,6 +1,7 @@
 //! The state that the control thread owns, and the order of a change.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,6 +14,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::inventory::Inventory;
+use super::next_hops::NextHops;
 use super::session::Session;
 use super::slots::Slots;
 use super::totals::{Counted, Totals};
@@ -66,6 +68,8 @@ pub(super) struct LiveUnderlay {
     pub(super) counters: Arc<UnderlayCounters>,
     /// The front-end's side, where the wire is one.
     pub(super) endpoint: Option<WireEndpoint>,
+    /// Follows the kernel's next hops, where nobody else does.
+    pub(super) next_hops: Option<NextHops>,
 }
 
 /// The numbers that workers know objects by.
@@ -219,6 +223,18 @@ impl Control {
         let snapshot = Arc::new(self.build_snapshot());
         self.worker.publish(Arc::clone(&snapshot));
         self.snapshots.push_back(snapshot);
+        for (name, live) in &self.underlays {
+            if let Some(next_hops) = &live.next_hops {
+                next_hops.set_remotes(self.remotes_over(name));
+            }
+        }
+    }
+
+    /// The hosts that networks over an underlay reach.
+    pub(super) fn remotes_over(&self, underlay: &str) -> Vec<IpAddr> {
+        let networks = self.document.network.iter().filter(|network| network.underlay.as_deref() == Some(underlay));
+        let remotes: BTreeSet<IpAddr> = networks.flat_map(|network| network.remotes.iter().copied()).collect();
+        remotes.into_iter().collect()
     }
 
     /// Stops what the document no longer has.

@@ -24,6 +24,8 @@
 mod build;
 mod core;
 pub mod inventory;
+mod kernel_tables;
+mod next_hops;
 pub mod session;
 mod slots;
 pub mod totals;

@@ -6,13 +6,15 @@ use std::sync::Arc;
 
 use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
 use dreamwire_datapath::snapshot::{NetworkId, PortId, UnderlayId};
+use dreamwire_datapath::underlay::af_xdp::{XdpError, XdpUnderlay, XdpUnderlayConfig};
 use dreamwire_datapath::underlay::{self, RingUnderlay, RingUnderlayConfig, SocketUnderlay};
 
 use super::core::{Control, LiveNetwork, LivePort, LiveUnderlay, Slot};
+use super::next_hops::NextHops;
 use super::session::Session;
 use super::totals::Counted;
 use crate::card;
-use crate::config::{Document, Mistake, Port, Underlay, Wire};
+use crate::config::{Document, Driver, Mistake, Port, Underlay, Wire};
 use crate::port::{ConfigSpace, EndpointSpec, PortEndpoint, WireEndpoint};
 
 /// A step that was made: how to undo it, and what it replaced.
@@ -61,7 +63,9 @@ impl Control {
         let held = |control: &Self, new: &Underlay| {
             let holds = |live: &LiveUnderlay| {
                 let same_socket = new.wire.is_some() && socket_of(&live.bound) == socket_of(new);
-                (live.bound.address, live.bound.port) == (new.address, new.port) || same_socket
+                let is_xdp = [live.bound.driver, new.driver] == [Driver::AfXdp; 2];
+                let same_device = is_xdp && live.bound.device == new.device;
+                (live.bound.address, live.bound.port) == (new.address, new.port) || same_socket || same_device
             };
             control.underlays.iter().find(|(_, live)| holds(live)).map(|(name, _)| name.clone())
         };
@@ -82,13 +86,30 @@ impl Control {
             let slot = self.slots.underlays.take().ok_or_else(|| all_in_use("underlay", &new.name))?;
             let (id, counters) = (UnderlayId(slot), Arc::clone(driver.counters()));
             self.worker.add_underlay(id, driver);
-            let live = LiveUnderlay { id, bound: new.clone(), counters, endpoint: None };
+            let next_hops = self.follow(new, id);
+            let live = LiveUnderlay { id, bound: new.clone(), counters, endpoint: None, next_hops };
             self.underlays.insert(new.name.clone(), live);
             steps.push(Step::UnderlayAdded { name: new.name.clone() });
             let endpoint = self.plug_in(new, id)?;
             self.underlays.get_mut(&new.name).expect("it was just put there").endpoint = endpoint;
         }
         Ok(())
+    }
+
+    /// Begins to follow the next hops of an underlay that does not find them itself.
+    fn follow(&self, underlay: &Underlay, id: UnderlayId) -> Option<NextHops> {
+        let device = underlay.device.as_deref().filter(|_| underlay.driver == Driver::AfXdp)?;
+        let followed = NextHops::follow(device, id, &self.worker);
+        match followed {
+            Ok(next_hops) => {
+                next_hops.set_remotes(self.remotes_over(&underlay.name));
+                Some(next_hops)
+            }
+            Err(error) => {
+                tracing::error!(underlay = underlay.name, "cannot ask the kernel for next hops: {error}");
+                None
+            }
+        }
     }
 
     /// Starts the front-end's side of an underlay that has one.
@@ -117,6 +138,7 @@ impl Control {
             if let Some(endpoint) = live.endpoint.take() {
                 endpoint.stop();
             }
+            live.next_hops = None;
             self.worker.remove_underlay(live.id);
             steps.push(Step::UnderlayRemoved { name: name.to_owned(), live });
         }
@@ -246,7 +268,10 @@ impl Control {
                     let bound = bind(&live.bound, Arc::clone(&live.counters));
                     let added = bound.map(|driver| self.worker.add_underlay(live.id, driver));
                     match added.and_then(|()| self.plug_in(&live.bound, live.id)) {
-                        Ok(endpoint) => live.endpoint = endpoint,
+                        Ok(endpoint) => {
+                            live.endpoint = endpoint;
+                            live.next_hops = self.follow(&live.bound, live.id);
+                        }
                         Err(error) => {
                             tracing::error!(underlay = name, "cannot be opened again after a refused change: {error}");
                         }
@@ -340,7 +365,7 @@ fn endpoint_spec(port: &Port, document: &Document) -> EndpointSpec {
 
 /// Everything but the MTU, which for sockets only warnings are made of.
 fn same_binding(old: &Underlay, new: &Underlay) -> bool {
-    let mtu = if new.wire.is_some() { old.mtu } else { new.mtu };
+    let mtu = if new.driver == Driver::Socket { new.mtu } else { old.mtu };
     Underlay { mtu, ..old.clone() } == *new
 }
 
@@ -360,6 +385,15 @@ fn bind(underlay: &Underlay, counters: Arc<UnderlayCounters>) -> Result<underlay
             neighbours: neighbours.iter().map(|neighbour| (neighbour.address, neighbour.mac)).collect(),
         };
         return Ok(RingUnderlay::new(config, counters).into());
+    }
+    if let (Driver::AfXdp, Some(device), Some(queues)) = (underlay.driver, device, underlay.queues) {
+        let (device, mtu) = (device.clone(), underlay.mtu);
+        let config = XdpUnderlayConfig { device, queues, address: *address, udp_port: *port, mtu };
+        let opened = XdpUnderlay::open(&config, counters);
+        return opened.map(Into::into).map_err(|error| {
+            let key = if matches!(error, XdpError::NoAddress(_)) { "address" } else { "device" };
+            Mistake::new(format!("underlay.{name}.{key}"), error.to_string())
+        });
     }
     SocketUnderlay::bind(*address, *port, device.as_deref(), counters).map(Into::into).map_err(|error| {
         let advice = match error.kind() {

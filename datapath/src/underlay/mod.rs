@@ -4,6 +4,7 @@
 //! makes two halves of it: what receives and what sends. There are a few drivers, known here; which one it is, is asked
 //! once per packet by a branch that is always the same, nothing is called through a pointer.
 
+pub mod af_xdp;
 mod encap;
 mod host;
 mod neighbours;
@@ -31,8 +32,11 @@ pub(crate) use rx::SocketRx;
 pub use socket::SocketUnderlay;
 pub(crate) use tx::SocketTx;
 
+use af_xdp::{XdpRx, XdpTx, XdpUnderlay};
+
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
+use crate::mac::Mac;
 use crate::snapshot::NetworkId;
 use crate::vni::Vni;
 
@@ -49,6 +53,8 @@ pub enum Underlay {
     Socket(SocketUnderlay),
     /// A ring served to a vhost-user front-end.
     Ring(RingUnderlay),
+    /// A network device, past the kernel.
+    Xdp(Box<XdpUnderlay>),
 }
 
 impl Underlay {
@@ -57,6 +63,7 @@ impl Underlay {
         match self {
             Self::Socket(driver) => driver.counters(),
             Self::Ring(driver) => driver.counters(),
+            Self::Xdp(driver) => driver.counters(),
         }
     }
 
@@ -72,6 +79,10 @@ impl Underlay {
                 let (rx, tx) = driver.into_halves();
                 (Rx::Ring(Box::new(rx)), Tx::Ring(Box::new(tx)), counters)
             }
+            Self::Xdp(driver) => {
+                let (rx, tx) = driver.into_halves();
+                (Rx::Xdp(Box::new(rx)), Tx::Xdp(Box::new(tx)), counters)
+            }
         }
     }
 }
@@ -85,6 +96,12 @@ impl From<SocketUnderlay> for Underlay {
 impl From<RingUnderlay> for Underlay {
     fn from(driver: RingUnderlay) -> Self {
         Self::Ring(driver)
+    }
+}
+
+impl From<XdpUnderlay> for Underlay {
+    fn from(driver: XdpUnderlay) -> Self {
+        Self::Xdp(Box::new(driver))
     }
 }
 
@@ -104,6 +121,7 @@ pub(crate) enum Arrival {
 pub(crate) enum Rx {
     Socket(Box<SocketRx>),
     Ring(Box<RingRx>),
+    Xdp(Box<XdpRx>),
 }
 
 impl Rx {
@@ -113,6 +131,7 @@ impl Rx {
         match self {
             Self::Socket(rx) => rx.receive(),
             Self::Ring(rx) => rx.receive(frames),
+            Self::Xdp(rx) => rx.receive(),
         }
     }
 
@@ -122,6 +141,7 @@ impl Rx {
         match self {
             Self::Socket(rx) => rx.open(slot, &mut frames[into]),
             Self::Ring(rx) => rx.open(slot, into, frames),
+            Self::Xdp(rx) => rx.open(slot, &mut frames[into]),
         }
     }
 
@@ -134,6 +154,7 @@ impl Rx {
                 Payload::private(&bytes[bytes.len() - frame.tail_bytes() as usize..])
             }
             Self::Ring(rx) => rx.payload(frame),
+            Self::Xdp(rx) => rx.payload(frame, slot),
         }
     }
 
@@ -143,6 +164,7 @@ impl Rx {
         match self {
             Self::Socket(_) => {}
             Self::Ring(rx) => rx.complete(),
+            Self::Xdp(rx) => rx.complete(),
         }
     }
 
@@ -151,22 +173,23 @@ impl Rx {
     pub(crate) fn calls(&self) -> u64 {
         match self {
             Self::Socket(_) => 1,
-            Self::Ring(_) => 0,
+            Self::Ring(_) | Self::Xdp(_) => 0,
         }
     }
 
     /// For epoll. A ring's kick comes and goes with the ring.
-    pub(crate) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+    pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         match self {
-            Self::Socket(rx) => Some(rx.descriptor()),
-            Self::Ring(_) => None,
+            Self::Socket(rx) => vec![rx.descriptor()],
+            Self::Ring(_) => Vec::new(),
+            Self::Xdp(rx) => rx.descriptors().collect(),
         }
     }
 
     /// The ring that packets are taken from, if the driver has one.
     pub(crate) fn ring(&mut self) -> Option<&mut Option<Ring>> {
         match self {
-            Self::Socket(_) => None,
+            Self::Socket(_) | Self::Xdp(_) => None,
             Self::Ring(rx) => Some(&mut rx.ring),
         }
     }
@@ -205,6 +228,7 @@ pub(crate) enum Staged {
 pub(crate) enum Tx {
     Socket(Box<SocketTx>),
     Ring(Box<RingTx>),
+    Xdp(Box<XdpTx>),
 }
 
 impl Tx {
@@ -213,7 +237,7 @@ impl Tx {
     pub(crate) fn is_full(&self) -> bool {
         match self {
             Self::Socket(tx) => tx.is_full(),
-            Self::Ring(_) => false,
+            Self::Ring(_) | Self::Xdp(_) => false,
         }
     }
 
@@ -223,6 +247,7 @@ impl Tx {
         match self {
             Self::Socket(tx) => tx.stage(inner).map(|()| Staged::Waiting),
             Self::Ring(tx) => tx.send(inner, now_ns).map(|()| Staged::Sent),
+            Self::Xdp(tx) => tx.send(inner, now_ns).map(|()| Staged::Sent),
         }
     }
 
@@ -233,13 +258,14 @@ impl Tx {
         match self {
             Self::Socket(tx) => tx.flush(done),
             Self::Ring(tx) => tx.flush(),
+            Self::Xdp(tx) => tx.flush(),
         }
     }
 
     /// Takes what [`Rx::open`] found to be for this host. `Err`: it was not.
     pub(crate) fn hear(&mut self, frame: &RawFrame, payload: Payload<'_>, now_ns: u64) -> Result<(), DropReason> {
         match self {
-            Self::Socket(_) => Err(DropReason::NotForHost),
+            Self::Socket(_) | Self::Xdp(_) => Err(DropReason::NotForHost),
             Self::Ring(tx) => tx.hear(frame, payload, now_ns),
         }
     }
@@ -247,8 +273,16 @@ impl Tx {
     /// The ring that packets are put into, if the driver has one.
     pub(crate) fn ring(&mut self) -> Option<&mut Option<Ring>> {
         match self {
-            Self::Socket(_) => None,
+            Self::Socket(_) | Self::Xdp(_) => None,
             Self::Ring(tx) => Some(&mut tx.ring),
+        }
+    }
+
+    /// The cards of the next hops to these VTEPs, sorted by VTEP: all that are known now. For drivers that do not find
+    /// them out themselves.
+    pub(crate) fn set_next_hops(&mut self, told: &[(IpAddr, Mac)]) {
+        if let Self::Xdp(tx) = self {
+            tx.encap.neighbours.replace(told);
         }
     }
 }

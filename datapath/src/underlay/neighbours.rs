@@ -105,6 +105,22 @@ impl Neighbours {
         (row.mac, Some(Ask { address, last_known: row.mac }))
     }
 
+    /// Somebody who knows says which cards there are, sorted by address: what is not among them is not known any more.
+    pub(crate) fn replace(&mut self, told: &[(IpAddr, Mac)]) {
+        for row in &mut self.rows {
+            let found = told.binary_search_by_key(&row.address, |(address, _)| *address);
+            row.mac = found.ok().map(|index| told[index].1);
+            row.is_fixed = row.mac.is_some();
+        }
+        let now_ns = 0;
+        for &(address, mac) in told {
+            if let Some(index) = self.row(address, now_ns) {
+                let row = &mut self.rows[usize::from(index)];
+                (row.mac, row.is_fixed) = (Some(mac), true);
+            }
+        }
+    }
+
     /// Somebody says where an address is. Believed if it is sent to, and not configured.
     pub(crate) fn hear(&mut self, address: IpAddr, mac: Mac, now_ns: u64) {
         if !mac.is_station() {
@@ -166,6 +182,21 @@ mod tests {
         assert_eq!(table.resolve(row, address(1), 0).0, None);
         table.hear(address(7), Mac([2, 0, 0, 0, 0, 66]), 0);
         assert_eq!(table.resolve(0, address(7), 100 * EXPIRE_NS), (Some(MAC), None), "configured");
+    }
+
+    #[test]
+    fn what_the_kernel_tells_replaces_what_it_told_before() {
+        let mut table = Neighbours::new(&[], false);
+        let row = table.row(address(2), 0).unwrap();
+        assert_eq!(table.resolve(row, address(2), 0), (None, None), "nobody is asked");
+        table.replace(&[(address(1), MAC), (address(2), MAC)]);
+        assert_eq!(table.resolve(row, address(2), 10 * EXPIRE_NS), (Some(MAC), None));
+        let moved = Mac([2, 0, 0, 0, 0, 10]);
+        table.replace(&[(address(1), moved)]);
+        assert_eq!(table.resolve(row, address(2), 10 * EXPIRE_NS), (None, None));
+        let row = table.row(address(1), 0).unwrap();
+        assert_eq!(table.resolve(row, address(1), 0), (Some(moved), None));
+        assert_eq!(table.rows.len(), 2);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What the control thread tells a worker.
 
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -11,6 +12,7 @@ use dreamwire_vhost::ring::Ring;
 
 use super::RingRow;
 use crate::fdb::FdbRow;
+use crate::mac::Mac;
 use crate::snapshot::{PortId, Snapshot, UnderlayId};
 use crate::underlay::Underlay;
 
@@ -23,6 +25,7 @@ pub(super) enum Command {
     AddUnderlay { id: UnderlayId, driver: Box<Underlay> },
     AttachWire { id: UnderlayId, queue: u16, ring: Box<Ring> },
     DetachWire { id: UnderlayId, queue: u16, reply: Sender<Option<Box<Ring>>> },
+    SetNextHops { id: UnderlayId, told: Box<[(IpAddr, Mac)]> },
     RemoveUnderlay { id: UnderlayId, reply: Sender<()> },
     Originate { port: PortId, frame: Box<[u8]>, reply: Sender<()> },
     ReadFdb { reply: Sender<Vec<FdbRow>> },

@@ -16,6 +16,7 @@ mod sleep;
 mod turn;
 
 use std::io;
+use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,6 +30,7 @@ use nix::unistd::Pid;
 
 use crate::counters::WorkerCounters;
 use crate::fdb::FdbRow;
+use crate::mac::Mac;
 use crate::snapshot::{PortId, Snapshot, UnderlayId};
 use crate::underlay::Underlay;
 use mailbox::{Command, Mailbox};
@@ -164,6 +166,12 @@ impl WorkerHandle {
         self.mailbox.send(Command::AddUnderlay { id, driver: Box::new(driver.into()) });
     }
 
+    /// Tells an underlay which cards the next hops to these VTEPs have: all that are known now.
+    pub fn set_next_hops(&self, id: UnderlayId, mut told: Box<[(IpAddr, Mac)]>) {
+        told.sort_unstable();
+        self.mailbox.send(Command::SetNextHops { id, told });
+    }
+
     /// Hands a ring of an underlay's front-end over.
     pub fn attach_wire(&self, id: UnderlayId, queue: u16, ring: Ring) {
         self.mailbox.send(Command::AttachWire { id, queue, ring: Box::new(ring) });
@@ -278,10 +286,9 @@ fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: 
         }
         Command::AddUnderlay { id, driver } => {
             worker.add_underlay(id, *driver);
-            if let Some(descriptor) = worker.underlay_descriptor(id) {
-                sleeper.watch_underlay(descriptor);
-            }
+            worker.underlay_descriptors(id).into_iter().for_each(|descriptor| sleeper.watch_underlay(descriptor));
         }
+        Command::SetNextHops { id, told } => worker.set_next_hops(id, &told),
         Command::AttachWire { id, queue, ring } => {
             sleeper.watch_wire(queue, &ring);
             if let Some(unused) = worker.attach_wire(id, queue, *ring) {

@@ -11,6 +11,7 @@ use foldhash::fast::RandomState;
 use super::fault_log::FaultLog;
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
+use crate::mac::Mac;
 use crate::offload::Offload;
 use crate::pieces::Pieces;
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
@@ -158,6 +159,12 @@ impl Outlets {
     /// The place for the ring that an underlay sends through, if it has one.
     pub(super) fn uplink_ring(&mut self, id: UnderlayId) -> Option<&mut Option<Ring>> {
         self.uplinks.get_mut(usize::from(id.0))?.as_mut()?.tx.ring()
+    }
+
+    pub(super) fn set_next_hops(&mut self, id: UnderlayId, told: &[(IpAddr, Mac)]) {
+        if let Some(uplink) = self.uplinks.get_mut(usize::from(id.0)).and_then(Option::as_mut) {
+            uplink.tx.set_next_hops(told);
+        }
     }
 
     /// Tells an underlay what came for this host itself. `Err`: it did not.

@@ -1,5 +1,6 @@
 //! One worker's state, and one turn of its loop: the straight line that every frame takes.
 
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use crate::burst::{Burst, NextHop, Origin};
 use crate::counters::{UnderlayCounters, WorkerCounters};
 use crate::fdb::{Fdb, FdbRow, Location};
 use crate::flow_cache::FlowCache;
+use crate::mac::Mac;
 use crate::offload::Offload;
 use crate::snapshot::{Network, NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
 use crate::stage::decap::decap;
@@ -333,8 +335,13 @@ impl Worker {
     }
 
     /// For epoll.
-    pub(super) fn underlay_descriptor(&self, id: UnderlayId) -> Option<BorrowedFd<'_>> {
-        self.inlets.iter().find(|inlet| inlet.id == id)?.rx.descriptor()
+    pub(super) fn underlay_descriptors(&self, id: UnderlayId) -> Vec<BorrowedFd<'_>> {
+        self.inlets.iter().filter(|inlet| inlet.id == id).flat_map(|inlet| inlet.rx.descriptors()).collect()
+    }
+
+    /// Tells an underlay the cards of the next hops to these VTEPs, sorted by VTEP.
+    pub fn set_next_hops(&mut self, id: UnderlayId, told: &[(IpAddr, Mac)]) {
+        self.outlets.set_next_hops(id, told);
     }
 
     /// The rings that underlays receive from.
