@@ -455,6 +455,33 @@ fn without_a_front_end_or_room_frames_are_dropped_and_counted() {
 }
 
 #[test]
+fn a_wire_whose_rings_are_broken_stops_alone() {
+    let there: IpAddr = "192.0.2.2".parse().unwrap();
+    let mut scene = Scene::with("192.0.2.1", "192.0.2.2", |config| config.neighbours = vec![(there, THEIRS)]);
+    for queue in &mut scene.wire.queues {
+        // The next chain starts outside of the table; the receiveq is full, so that only its index can be wrong.
+        let index = queue.ring.available_index;
+        queue.ring.post(9999);
+        queue.ring.set_available_index(index.wrapping_add(1000));
+    }
+    assert_eq!(scene.lan.run(), 0);
+    scene.lan.send(0, &frame(Mac::BROADCAST, mac(1), 100, 1));
+    assert_eq!(scene.lan.received(1).len(), 1, "the guests are served");
+    assert_eq!(scene.wire.received(), Vec::<Vec<u8>>::new());
+    scene.lan.assert_moved(&[
+        ("p0 rx", 1),
+        ("p0 rx_bytes", 100),
+        ("p1 tx", 1),
+        ("p1 tx_bytes", 100),
+        ("blue copies", 1),
+        ("blue drop bad_receive_chain", 1),
+    ]);
+    for queue in [0, 1] {
+        assert!(scene.lan.worker.detach_wire(WIRE, queue).unwrap().fault().is_some());
+    }
+}
+
+#[test]
 fn a_worker_with_a_wire_sleeps_and_is_woken_by_its_kick() {
     let mut scene = Scene::new("192.0.2.1", "192.0.2.2");
     assert!(scene.lan.worker.may_sleep());

@@ -10,10 +10,12 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use dreamwire_vhost::frame::{HEADER_COPY_BYTES, NetHeader, RawFrame};
+use dreamwire_vhost::limiter::Limiter;
 use dreamwire_vhost::memory::Payload;
-use dreamwire_vhost::ring::{FRAME_BYTES_MAX, Ring, SendError};
+use dreamwire_vhost::ring::{FRAME_BYTES_MAX, Ring, RingFault, SendError};
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE};
 
 use super::encap::Encap;
@@ -75,9 +77,30 @@ impl RingUnderlay {
             scratch: vec![0; FRAME_BYTES_MAX as usize].into(),
             is_touched: false,
             counters: self.counters,
+            lines: Lines::default(),
         };
-        let rx = RingRx { ring: None, station, scratch: vec![0; FRAME_BYTES_MAX as usize].into() };
+        let scratch = vec![0; FRAME_BYTES_MAX as usize].into();
+        let rx = RingRx { ring: None, station, scratch, lines: Lines::default() };
         (rx, tx)
+    }
+}
+
+/// What is logged of rings that the front-end breaks, which it can do at will.
+#[derive(Debug)]
+struct Lines(Limiter);
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self(Limiter::new(Instant::now()))
+    }
+}
+
+impl Lines {
+    #[cold]
+    fn report(&mut self, queue: u16, fault: RingFault) {
+        if let Some(suppressed) = self.0.admit(Instant::now()) {
+            tracing::warn!(queue, %fault, suppressed, "the underlay's ring is quarantined until its driver resets");
+        }
     }
 }
 
@@ -88,6 +111,7 @@ pub(crate) struct RingRx {
     station: Station,
     /// For checksums: guest memory is summed in a private copy.
     scratch: Box<[u8]>,
+    lines: Lines,
 }
 
 impl RingRx {
@@ -97,8 +121,7 @@ impl RingRx {
         match ring.receive(frames) {
             Ok(count) => count,
             Err(fault) => {
-                // Once per ring: it is not served any more.
-                tracing::warn!(%fault, "the underlay's ring is quarantined until its driver resets");
+                self.lines.report(1, fault);
                 0
             }
         }
@@ -170,6 +193,7 @@ pub(crate) struct RingTx {
     scratch: Box<[u8]>,
     is_touched: bool,
     counters: Arc<UnderlayCounters>,
+    lines: Lines,
 }
 
 impl RingTx {
@@ -178,6 +202,7 @@ impl RingTx {
     pub(super) fn send(&mut self, inner: Inner<'_>, now_ns: u64) -> Result<(), DropReason> {
         let Self { ring, encap, scratch, is_touched, .. } = self;
         let Some(ring) = ring.as_mut() else { return Err(DropReason::PortDown) };
+        let was_broken = ring.is_broken();
         let inner_bytes = inner.bytes();
         let (outer, ask) = encap.header(inner.vtep, inner.vni, inner_bytes, now_ns);
         let sent = outer.and_then(|outer| {
@@ -205,6 +230,12 @@ impl RingTx {
             result.map_err(refusal)
         });
         *is_touched |= sent.is_ok();
+        if !was_broken
+            && ring.is_broken()
+            && let Some(fault) = ring.fault()
+        {
+            self.lines.report(0, fault);
+        }
         if let Some(ask) = ask {
             self.ask(ask);
         }
