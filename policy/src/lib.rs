@@ -1,8 +1,36 @@
 //! What a port may send and receive: pure decisions, without I/O, clock or threads.
 //!
-//! Policy never sees a packet. The datapath reads from a frame what it claims and asks here.
+//! Policy never sees a packet's payload. The datapath parses a private copy of the headers ([`parse()`]), asks [`decide()`] on
+//! a flow's first packet, and [`Conntrack::touch`] on every further one.
 #![forbid(unsafe_code)]
 
+pub mod bucket;
+pub mod classifier;
+pub mod conntrack;
+pub mod decide;
+pub mod explain;
+mod fragments;
+mod intervals;
+pub mod key;
+mod lpm;
+pub mod model;
+#[doc(hidden)]
+pub mod oracle;
+pub mod parse;
+mod rows;
 pub mod source_guard;
+mod table;
+pub mod tcp;
 
+pub use bucket::{Meter, MeterLimits, TokenBucket};
+pub use classifier::{Classifier, Verdict};
+pub use conntrack::{ConnState, Connection, ConnectionRow, Conntrack, ConntrackLimits, Grant, Refused, Touched, Track};
+pub use decide::{Decision, Reason, decide};
+pub use explain::{Explanation, explain};
+pub use key::{Family, Key};
+pub use model::{
+    Action, Direction, Group, GroupId, IcmpKind, Identity, Policy, PolicyError, PortRange, Posture, Prefix, Protocol,
+    Remote, Rule, RuleId,
+};
+pub use parse::{Fragment, Packet, Parsed, Transport, parse};
 pub use source_guard::{Claim, SourceGuard};

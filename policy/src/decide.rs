@@ -1,0 +1,185 @@
+//! What happens to a packet at a port, in one direction: classifier and connection tracking together. Called on a miss of
+//! the flow cache.
+//!
+//! The rules judge the first packet of a connection; everything else of it follows, for as long as the rules would still let
+//! that first packet through. So after a change of policy the next packet of each connection judges it again: it stays with
+//! its state, or ends.
+
+use crate::classifier::Classifier;
+use crate::conntrack::{ConnState, Connection, Conntrack, Grant, Refused};
+use crate::model::{Direction, RuleId};
+use crate::parse::{Fragment, Packet, Parsed};
+
+/// Why a decision was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// The rule in [`Decision::rule`].
+    Rule,
+    /// No rule matched: the network's posture.
+    Posture,
+    /// ARP, neighbour discovery, multicast listener messages: IP does not work without. The source guard looks into them.
+    Necessary,
+    /// A later fragment, whose first was let through.
+    FollowsFirst,
+    /// A later fragment, whose first was not, or which would overlap it.
+    FragmentWithoutFirst,
+    /// Headers that could not be read to their end.
+    Unreadable,
+    /// It fits no connection and cannot begin one.
+    InvalidState,
+    /// The port's rate of new connections.
+    NewFlowRate,
+    /// The port's connection table.
+    TableFull,
+}
+
+/// What to do with a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Decision {
+    /// Whether it passes.
+    pub allow: bool,
+    /// Why.
+    pub reason: Reason,
+    /// The rule that decided about it or about its connection's first packet.
+    pub rule: Option<RuleId>,
+    /// Whether that rule wants it logged: on a connection's first packet only, and on every denied one.
+    pub log: bool,
+    /// What it is to the connections known.
+    pub state: ConnState,
+    /// Its connection, for [`Conntrack::touch`].
+    pub connection: Option<Connection>,
+    /// Whether further packets with this key may pass without asking again, while the policy's generation lasts: with a
+    /// connection, if [`Conntrack::touch`] says so; without one, in any case. Never of what is denied: a packet of the
+    /// other direction may open the way.
+    pub cache: bool,
+}
+
+/// Decides about a packet in one direction.
+///
+/// `identity` is the remote's, from a tunnel header that is trusted; `policy_generation` names the classifier: it must change
+/// whenever the classifier does.
+pub fn decide(
+    classifier: &Classifier,
+    conntrack: &mut Conntrack,
+    parsed: &Parsed,
+    direction: Direction,
+    identity: Option<u16>,
+    policy_generation: u32,
+    now_ns: u64,
+) -> Decision {
+    if classifier.allows_all() {
+        return Decision { cache: true, ..stateless(true, Reason::Posture, None, false) };
+    }
+    let packet = match parsed {
+        Parsed::Unreadable => return stateless(false, Reason::Unreadable, None, false),
+        Parsed::Arp => return Decision { cache: true, ..stateless(true, Reason::Necessary, None, false) },
+        Parsed::Other(_) => {
+            let verdict = classifier.lookup_other(direction, identity);
+            let reason = because(verdict.rule);
+            return Decision { cache: verdict.allow, ..stateless(verdict.allow, reason, verdict.rule, verdict.log) };
+        }
+        Parsed::Ip(packet) => packet,
+    };
+    if let Fragment::Later { .. } = packet.fragment {
+        return match conntrack.follows_first(packet, direction, policy_generation, now_ns) {
+            true => stateless(true, Reason::FollowsFirst, None, false),
+            false => stateless(false, Reason::FragmentWithoutFirst, None, false),
+        };
+    }
+    if packet.key.is_neighbour_discovery() {
+        return Decision {
+            cache: packet.fragment == Fragment::Whole,
+            ..stateless(true, Reason::Necessary, None, false)
+        };
+    }
+    let decision = tracked(classifier, conntrack, packet, direction, identity, policy_generation, now_ns);
+    if decision.allow {
+        conntrack.allow_fragments(packet, direction, policy_generation, now_ns);
+    }
+    decision
+}
+
+fn tracked(
+    classifier: &Classifier,
+    conntrack: &mut Conntrack,
+    packet: &Packet,
+    direction: Direction,
+    identity: Option<u16>,
+    policy_generation: u32,
+    now_ns: u64,
+) -> Decision {
+    let track = conntrack.track(packet, direction, now_ns);
+    if let Some(connection) = track.connection {
+        let heard = identity.filter(|_| direction == Direction::Ingress);
+        let mut decision = of_connection(classifier, conntrack, connection, heard, policy_generation);
+        decision.state = track.state;
+        decision.cache = decision.allow && track.state != ConnState::Related && packet.fragment == Fragment::Whole;
+        return decision;
+    }
+    let state = track.state;
+    if state == ConnState::Invalid {
+        return Decision { state, ..stateless(false, Reason::InvalidState, None, false) };
+    }
+    let verdict = classifier.lookup(direction, &packet.key, identity);
+    let judged = Decision { state, ..stateless(verdict.allow, because(verdict.rule), verdict.rule, verdict.log) };
+    if !verdict.allow {
+        return judged;
+    }
+    let whole = packet.fragment == Fragment::Whole;
+    if state == ConnState::Untracked {
+        return Decision { cache: whole, ..judged };
+    }
+    let grant = Grant { policy_generation, rule: verdict.rule, log: verdict.log, identity };
+    match conntrack.admit(packet, direction, grant, now_ns) {
+        Ok(connection) => Decision { connection: Some(connection), cache: whole, ..judged },
+        Err(refused) => {
+            let reason = match refused {
+                Refused::Rate => Reason::NewFlowRate,
+                Refused::Full => Reason::TableFull,
+                Refused::Invalid => Reason::InvalidState,
+            };
+            Decision { allow: false, reason, ..judged }
+        }
+    }
+}
+
+/// Judges a connection again if another policy has judged it last, or its initiator shows another identity than then.
+fn of_connection(
+    classifier: &Classifier,
+    conntrack: &mut Conntrack,
+    connection: Connection,
+    heard: Option<u16>,
+    policy_generation: u32,
+) -> Decision {
+    let Some((grant, key, initiator)) = conntrack.grant(connection) else {
+        return stateless(false, Reason::InvalidState, None, false);
+    };
+    let identity = match initiator {
+        Direction::Ingress => heard.or(grant.identity),
+        Direction::Egress => grant.identity,
+    };
+    if grant.policy_generation == policy_generation && grant.identity == identity {
+        let decision = stateless(true, because(grant.rule), grant.rule, false);
+        return Decision { connection: Some(connection), ..decision };
+    }
+    let verdict = classifier.lookup(initiator, &key, identity);
+    let reason = because(verdict.rule);
+    if !verdict.allow {
+        conntrack.remove(connection);
+        return stateless(false, reason, verdict.rule, verdict.log);
+    }
+    conntrack.regrant(connection, Grant { policy_generation, rule: verdict.rule, log: verdict.log, identity });
+    Decision { connection: Some(connection), ..stateless(true, reason, verdict.rule, false) }
+}
+
+fn because(rule: Option<RuleId>) -> Reason {
+    if rule.is_some() { Reason::Rule } else { Reason::Posture }
+}
+
+fn stateless(allow: bool, reason: Reason, rule: Option<RuleId>, log: bool) -> Decision {
+    Decision { allow, reason, rule, log, state: ConnState::Untracked, connection: None, cache: false }
+}
+
+#[cfg(test)]
+#[path = "decide_tests.rs"]
+mod tests;

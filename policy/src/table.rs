@@ -1,0 +1,345 @@
+//! The connection table of one port: fixed size, two choices of an 8-way bucket, seeded hash.
+//!
+//! A connection is in one of two buckets that its hash names, or nowhere, so every operation is bounded. Nothing grows. When
+//! there is no room, the least useful connection of both buckets goes: expired, then closed, then never answered, then
+//! closing. An assured connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
+
+use std::hash::{BuildHasher, Hash, Hasher};
+
+use foldhash::SharedSeed;
+use foldhash::fast::SeedableRandomState;
+
+use crate::key::{Family, Key};
+use crate::model::Direction;
+use crate::tcp::{TcpState, Tracker};
+
+/// Connections in a bucket: their tags are 16 bytes.
+const WAYS: usize = 8;
+
+/// Buckets searched for a victim when the quota is reached and both buckets hold assured connections only.
+const SEARCHED_BUCKETS_MAX: usize = 16;
+
+/// A connection, whichever way its packets go: by its end in the VM and its far end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ConnKey {
+    /// Addresses as two words each: a u128 would be aligned to 16 and cost 8 bytes.
+    pub(crate) local: [u64; 2],
+    pub(crate) remote: [u64; 2],
+    pub(crate) local_port: u16,
+    /// Of ICMP: the query's type << 8 | code.
+    pub(crate) remote_port: u16,
+    pub(crate) protocol: u8,
+    pub(crate) family: Family,
+    /// Of ICMP: who asks, so that two pings of each other with one identifier are two. Else egress.
+    pub(crate) asker: Direction,
+}
+
+impl ConnKey {
+    /// The connection of a packet with this key that goes this way.
+    #[inline]
+    pub(crate) fn new(key: &Key, direction: Direction) -> Self {
+        let (local, remote, local_port, remote_port) = match direction {
+            Direction::Egress => (key.source, key.destination, key.source_port, key.destination_port),
+            Direction::Ingress => (key.destination, key.source, key.destination_port, key.source_port),
+        };
+        Self {
+            local: split(local),
+            remote: split(remote),
+            local_port,
+            remote_port,
+            protocol: key.protocol,
+            family: key.family,
+            asker: Direction::Egress,
+        }
+    }
+
+    /// The key of a packet of the connection that goes this way.
+    pub(crate) fn key(&self, direction: Direction, icmp: bool) -> Key {
+        let (local, remote) = (join(self.local), join(self.remote));
+        let flip = direction == Direction::Ingress;
+        let (source_port, destination_port) = match flip && !icmp {
+            true => (self.remote_port, self.local_port),
+            false => (self.local_port, self.remote_port),
+        };
+        Key {
+            source: if flip { remote } else { local },
+            destination: if flip { local } else { remote },
+            source_port,
+            destination_port,
+            protocol: self.protocol,
+            family: self.family,
+        }
+    }
+}
+
+#[inline]
+const fn split(number: u128) -> [u64; 2] {
+    [(number >> 64) as u64, number as u64]
+}
+
+#[inline]
+const fn join([high, low]: [u64; 2]) -> u128 {
+    (high as u128) << 64 | low as u128
+}
+
+impl Hash for ConnKey {
+    #[inline]
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u128(join(self.local));
+        state.write_u128(join(self.remote));
+        let tail = u64::from(self.local_port) << 48
+            | u64::from(self.remote_port) << 32
+            | u64::from(self.protocol) << 16
+            | (self.family as u64) << 8
+            | self.asker as u64;
+        state.write_u64(tail);
+    }
+}
+
+/// What the protocol's tracking keeps.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Tracked {
+    Tcp(Tracker),
+    /// UDP and UDP-Lite.
+    Udp {
+        /// When it counts as a stream, in ms of the caller's clock.
+        stream_ms: u32,
+    },
+    Icmp,
+    Other,
+}
+
+/// One connection: two cache lines.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Entry {
+    pub(crate) key: ConnKey,
+    pub(crate) expires_ns: u64,
+    /// Odd while taken. Counts up when taken and when freed, so an old reference is told from a new connection.
+    pub(crate) generation: u32,
+    /// The policy that last judged it.
+    pub(crate) policy_generation: u32,
+    /// The rule that let it pass; `u32::MAX`: none.
+    pub(crate) rule: u32,
+    /// Of the far end, from a tunnel header, if `FLAG_IDENTITY`.
+    pub(crate) identity: u16,
+    pub(crate) flags: u8,
+    /// Which way its first packet went.
+    pub(crate) initiator: Direction,
+    pub(crate) tracked: Tracked,
+}
+
+const _: () = assert!(size_of::<Entry>() == 128);
+
+impl Entry {
+    pub(crate) const REPLIED: u8 = 1;
+    pub(crate) const ASSURED: u8 = 2;
+    pub(crate) const LOG: u8 = 4;
+    pub(crate) const IDENTITY: u8 = 8;
+
+    pub(crate) const fn has(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// How useful it is; `None`: too useful to be dropped. Of two that are equally useful, the one that expires first goes.
+    fn worth(&self, now_ns: u64) -> Option<(u8, u64)> {
+        let state = match &self.tracked {
+            Tracked::Tcp(tracker) => tracker.state(),
+            _ => TcpState::None,
+        };
+        let class = match state {
+            _ if self.expires_ns <= now_ns => 0,
+            TcpState::Close | TcpState::TimeWait => 1,
+            _ if !self.has(Self::ASSURED) => 2,
+            TcpState::FinWait | TcpState::CloseWait | TcpState::LastAck => 3,
+            _ => return None,
+        };
+        Some((class, self.expires_ns))
+    }
+}
+
+/// The table.
+#[derive(Debug)]
+pub(crate) struct Table {
+    hasher: SeedableRandomState,
+    /// Part of the hash; 0: free.
+    tags: Box<[[u16; WAYS]]>,
+    entries: Box<[Entry]>,
+    count: u32,
+    limit: u32,
+    search_at: usize,
+    sweep_at: usize,
+    pub(crate) dropped_early: u64,
+}
+
+impl Table {
+    /// Room for `limit` connections. Two buckets to choose from fill to nine tenths before one overflows; this has a quarter
+    /// more than that to spare.
+    pub(crate) fn new(limit: u32, seed: u64) -> Self {
+        let limit = limit.max(WAYS as u32);
+        let buckets = (limit as usize * 5 / 4).div_ceil(WAYS).next_power_of_two();
+        let free = Entry {
+            key: ConnKey {
+                local: [0; 2],
+                remote: [0; 2],
+                local_port: 0,
+                remote_port: 0,
+                protocol: 0,
+                family: Family::V4,
+                asker: Direction::Egress,
+            },
+            expires_ns: 0,
+            generation: 0,
+            policy_generation: 0,
+            rule: u32::MAX,
+            identity: 0,
+            flags: 0,
+            initiator: Direction::Egress,
+            tracked: Tracked::Other,
+        };
+        Self {
+            hasher: SeedableRandomState::with_seed(seed, SharedSeed::global_random()),
+            tags: vec![[0; WAYS]; buckets].into_boxed_slice(),
+            entries: vec![free; buckets * WAYS].into_boxed_slice(),
+            count: 0,
+            limit,
+            search_at: 0,
+            sweep_at: 0,
+            dropped_early: 0,
+        }
+    }
+
+    pub(crate) fn count(&self) -> u32 {
+        self.count
+    }
+
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().filter(|entry| entry.generation % 2 == 1)
+    }
+
+    #[inline]
+    pub(crate) fn entry(&self, slot: usize) -> &Entry {
+        &self.entries[slot]
+    }
+
+    #[inline]
+    pub(crate) fn entry_mut(&mut self, slot: usize) -> &mut Entry {
+        &mut self.entries[slot]
+    }
+
+    /// The slot, if that reference is still to the same connection.
+    #[inline]
+    pub(crate) fn resolve(&self, slot: u32, generation: u32) -> Option<usize> {
+        let slot = slot as usize;
+        self.entries.get(slot).is_some_and(|entry| entry.generation == generation).then_some(slot)
+    }
+
+    #[inline]
+    fn places(&self, key: &ConnKey) -> ([usize; 2], u16) {
+        let hash = self.hasher.hash_one(key);
+        let mask = self.tags.len() - 1;
+        ([hash as usize & mask, (hash >> 24) as usize & mask], (hash >> 48) as u16 | 1)
+    }
+
+    /// The slot of a connection that has not expired.
+    #[inline]
+    pub(crate) fn find(&mut self, key: &ConnKey, now_ns: u64) -> Option<usize> {
+        let slot = self.peek(key)?;
+        if self.entries[slot].expires_ns <= now_ns {
+            self.free(slot);
+            return None;
+        }
+        Some(slot)
+    }
+
+    /// As [`Self::find`], expired or not.
+    #[inline]
+    pub(crate) fn peek(&self, key: &ConnKey) -> Option<usize> {
+        let (buckets, tag) = self.places(key);
+        for bucket in buckets {
+            for (way, &other) in self.tags[bucket].iter().enumerate() {
+                let slot = bucket * WAYS + way;
+                if other == tag && self.entries[slot].key == *key {
+                    return Some(slot);
+                }
+            }
+        }
+        None
+    }
+
+    /// Takes a slot for a connection that is not in the table. `None`: there is no room, and nobody less useful.
+    pub(crate) fn insert(&mut self, key: ConnKey, now_ns: u64) -> Option<usize> {
+        let (buckets, tag) = self.places(&key);
+        let slot = self.room(buckets, now_ns)?;
+        if self.count >= self.limit {
+            self.make_room(now_ns)?;
+        }
+        let entry = &mut self.entries[slot];
+        entry.key = key;
+        entry.generation = entry.generation.wrapping_add(1);
+        entry.flags = 0;
+        self.tags[slot / WAYS][slot % WAYS] = tag;
+        self.count += 1;
+        Some(slot)
+    }
+
+    /// A free slot in one of two buckets, the emptier one's; if both are full, that of the least useful connection.
+    fn room(&mut self, buckets: [usize; 2], now_ns: u64) -> Option<usize> {
+        let [a, b] = buckets.map(|bucket| self.tags[bucket].iter().filter(|&&tag| tag == 0).count());
+        let emptier = if a >= b { buckets[0] } else { buckets[1] };
+        if let Some(way) = self.tags[emptier].iter().position(|&tag| tag == 0) {
+            return Some(emptier * WAYS + way);
+        }
+        let slot = self.least_useful(&buckets, now_ns)?;
+        self.drop_early(slot, now_ns);
+        Some(slot)
+    }
+
+    /// Frees one slot somewhere: the quota is reached.
+    fn make_room(&mut self, now_ns: u64) -> Option<()> {
+        for _ in 0..SEARCHED_BUCKETS_MAX {
+            let bucket = self.search_at;
+            self.search_at = (bucket + 1) & (self.tags.len() - 1);
+            if let Some(slot) = self.least_useful(&[bucket], now_ns) {
+                self.drop_early(slot, now_ns);
+                return Some(());
+            }
+        }
+        None
+    }
+
+    fn least_useful(&self, buckets: &[usize], now_ns: u64) -> Option<usize> {
+        let slots = buckets.iter().flat_map(|&bucket| bucket * WAYS..(bucket + 1) * WAYS);
+        let taken = slots.filter(|&slot| self.entries[slot].generation % 2 == 1);
+        let candidates = taken.filter_map(|slot| self.entries[slot].worth(now_ns).map(|worth| (worth, slot)));
+        candidates.min().map(|(_, slot)| slot)
+    }
+
+    fn drop_early(&mut self, slot: usize, now_ns: u64) {
+        if self.entries[slot].expires_ns > now_ns {
+            self.dropped_early += 1;
+        }
+        self.free(slot);
+    }
+
+    pub(crate) fn free(&mut self, slot: usize) {
+        let entry = &mut self.entries[slot];
+        assert!(entry.generation % 2 == 1, "slot {slot} is free already");
+        entry.generation = entry.generation.wrapping_add(1);
+        self.tags[slot / WAYS][slot % WAYS] = 0;
+        self.count -= 1;
+    }
+
+    /// Frees what has expired in the next `buckets` buckets.
+    pub(crate) fn sweep(&mut self, buckets: usize, now_ns: u64) {
+        for _ in 0..buckets.min(self.tags.len()) {
+            let bucket = self.sweep_at;
+            self.sweep_at = (bucket + 1) & (self.tags.len() - 1);
+            for slot in bucket * WAYS..(bucket + 1) * WAYS {
+                if self.entries[slot].generation % 2 == 1 && self.entries[slot].expires_ns <= now_ns {
+                    self.free(slot);
+                }
+            }
+        }
+    }
+}

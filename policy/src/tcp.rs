@@ -1,0 +1,633 @@
+//! TCP connection state, as Linux nf_conntrack keeps it: a state per connection, a window per direction.
+//!
+//! Theory: of every packet the state table says which state it leads to, whether it is ignored (it may be right, and it is us
+//! who are out of step: it passes and changes nothing), or invalid. A packet that would change the state is first held
+//! against the windows: data may not start behind what the receiver has offered, nor end before what it has acknowledged;
+//! an acknowledgment may not name what was not sent, nor lag too far behind (G. van Rooij, "Real Stateful TCP Packet
+//! Filtering in IP Filter", 2000). A reset must not lie behind what its receiver has acknowledged, and in an established
+//! connection must hit exactly, else the connection is kept (RFC 5961 §3). After a pick-up in the middle of a connection
+//! window scales are unknown, and windows do not decide.
+//!
+//! Owned by a [`crate::Conntrack`] entry. No clock: timeouts are returned, not kept.
+
+const FIN: u8 = 0x01;
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
+const URG: u8 = 0x20;
+
+const HEADER_BYTES: usize = 20;
+/// RFC 7323 §2.3: a larger shift counts as this.
+const SCALE_MAX: u8 = 14;
+/// How far an acknowledgment may lag where the window is smaller, in bytes: 64 KiB and a bit, as in van Rooij's paper.
+const ACK_LAG_BYTES: u32 = 66_000;
+/// Repeated identical acknowledgments after which an established connection gets the short timeout.
+const REPEATS_MAX: u8 = 3;
+
+const SECOND_NS: u64 = 1_000_000_000;
+const MINUTE_NS: u64 = 60 * SECOND_NS;
+/// For a connection that only repeats itself, or whose last data was never acknowledged.
+const STALLED_NS: u64 = 5 * MINUTE_NS;
+
+/// What connection tracking reads from a TCP header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Segment {
+    /// Sequence number.
+    pub sequence: u32,
+    /// Acknowledgment number.
+    pub acknowledgment: u32,
+    /// Highest right edge of a selective acknowledgment; the acknowledgment number if there is none.
+    pub selective: u32,
+    /// Bytes behind the header.
+    pub payload_bytes: u16,
+    /// Window as sent, before scaling.
+    pub window: u16,
+    /// Flags, low byte: CWR, ECE, URG, ACK, PSH, RST, SYN, FIN.
+    pub flags: u8,
+    /// Window scale option.
+    pub scale: Option<u8>,
+    /// SACK-permitted option.
+    pub sack_permitted: bool,
+    /// The first fragment of a longer segment: where it ends is not known.
+    pub fragmented: bool,
+}
+
+impl Segment {
+    /// Reads a header of which `rest` holds the first bytes; `segment_bytes` from its start to the packet's end.
+    #[inline]
+    pub(crate) fn parse(rest: &[u8], segment_bytes: usize) -> Option<Self> {
+        let tcp: &[u8; HEADER_BYTES] = rest.first_chunk()?;
+        let header_bytes = usize::from(tcp[12] >> 4) * 4;
+        if header_bytes < HEADER_BYTES || header_bytes > segment_bytes {
+            return None;
+        }
+        let acknowledgment = u32::from_be_bytes([tcp[8], tcp[9], tcp[10], tcp[11]]);
+        let mut segment = Self {
+            sequence: u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]),
+            acknowledgment,
+            selective: acknowledgment,
+            payload_bytes: u16::try_from(segment_bytes - header_bytes).ok()?,
+            window: u16::from_be_bytes([tcp[14], tcp[15]]),
+            flags: tcp[13],
+            ..Self::default()
+        };
+        if header_bytes > HEADER_BYTES {
+            segment.read_options(rest.get(HEADER_BYTES..header_bytes)?);
+        }
+        Some(segment)
+    }
+
+    #[inline]
+    fn read_options(&mut self, options: &[u8]) {
+        // RFC 7323 appendix A: the timestamp alone, which is what nearly every segment has.
+        if options.len() == 12 && options[..4] == [1, 1, 8, 10] {
+            return;
+        }
+        self.read_all_options(options);
+    }
+
+    /// RFC 9293 §3.1. Stops at the first option that contradicts itself.
+    fn read_all_options(&mut self, mut options: &[u8]) {
+        while let [kind, rest @ ..] = options {
+            match kind {
+                0 => return,
+                1 => {
+                    options = rest;
+                    continue;
+                }
+                _ => {}
+            }
+            let Some(length) = rest.first().map(|&length| usize::from(length)).filter(|&length| length >= 2) else {
+                return;
+            };
+            let Some((option, behind)) = options.split_at_checked(length) else { return };
+            match (kind, length) {
+                (3, 3) => self.scale = Some(option[2].min(SCALE_MAX)),
+                (4, 2) => self.sack_permitted = true,
+                (5, _) if (length - 2).is_multiple_of(8) => {
+                    for block in option[2..].chunks_exact(8) {
+                        let right = u32::from_be_bytes([block[4], block[5], block[6], block[7]]);
+                        if after(right, self.selective) {
+                            self.selective = right;
+                        }
+                    }
+                }
+                _ => {}
+            }
+            options = behind;
+        }
+    }
+
+    #[inline]
+    const fn has(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// The sequence number behind it; SYN and FIN count one each.
+    #[inline]
+    fn end(&self) -> u32 {
+        let controls = u32::from(self.has(SYN)) + u32::from(self.has(FIN));
+        self.sequence.wrapping_add(u32::from(self.payload_bytes)).wrapping_add(controls)
+    }
+
+    /// `None` for a combination of flags that no TCP sends.
+    #[inline]
+    fn kind(&self) -> Option<Kind> {
+        match self.flags & (FIN | SYN | RST | ACK | URG) {
+            f if f == SYN || f == SYN | URG => Some(Kind::Syn),
+            f if f == SYN | ACK => Some(Kind::SynAck),
+            f if f == RST || f == RST | ACK => Some(Kind::Rst),
+            f if f == FIN | ACK || f == FIN | ACK | URG => Some(Kind::Fin),
+            f if f == ACK || f == ACK | URG => Some(Kind::Ack),
+            _ => None,
+        }
+    }
+}
+
+/// `a` is later than `b` in sequence space (RFC 9293 §3.4).
+#[inline]
+const fn after(a: u32, b: u32) -> bool {
+    (b.wrapping_sub(a) as i32) < 0
+}
+
+#[inline]
+const fn before(a: u32, b: u32) -> bool {
+    after(b, a)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Kind {
+    Syn,
+    SynAck,
+    Fin,
+    Ack,
+    Rst,
+    /// Nothing was seen yet.
+    None,
+}
+
+/// State of a TCP connection, by the names that `conntrack -L` prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "the names are nf_conntrack's")]
+pub enum TcpState {
+    None,
+    SynSent,
+    SynRecv,
+    Established,
+    FinWait,
+    CloseWait,
+    LastAck,
+    TimeWait,
+    Close,
+    /// A SYN from each side: simultaneous open.
+    SynSent2,
+}
+
+impl TcpState {
+    /// How long an idle connection in this state is remembered: the kernel's defaults.
+    #[must_use]
+    pub const fn timeout_ns(self) -> u64 {
+        match self {
+            Self::None | Self::SynSent | Self::SynSent2 | Self::FinWait | Self::TimeWait => 2 * MINUTE_NS,
+            Self::SynRecv | Self::CloseWait => MINUTE_NS,
+            Self::Established => 5 * 24 * 60 * MINUTE_NS,
+            Self::LastAck => 30 * SECOND_NS,
+            Self::Close => 10 * SECOND_NS,
+        }
+    }
+
+    const fn is_established(self) -> bool {
+        matches!(self, Self::Established | Self::FinWait | Self::CloseWait | Self::LastAck | Self::TimeWait)
+    }
+}
+
+/// What the table says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    To(TcpState),
+    Ignore,
+    Invalid,
+}
+
+/// The state table: where `kind` leads from `state`.
+fn step(state: TcpState, kind: Kind, reply: bool) -> Step {
+    use Step::{Ignore, Invalid, To};
+    use TcpState::{Close, CloseWait, Established, FinWait, LastAck, None, SynRecv, SynSent, SynSent2, TimeWait};
+    match (kind, reply, state) {
+        (Kind::None, ..) | (_, true, None) => Invalid,
+        (Kind::Rst, false, None) => Invalid,
+        (Kind::Rst, ..) => To(Close),
+
+        (Kind::Syn, false, None | SynSent) => To(SynSent),
+        // The port is used again.
+        (Kind::Syn, false, TimeWait | Close) => To(SynSent),
+        (Kind::Syn, true, TimeWait) => To(SynSent),
+        (Kind::Syn, true, SynSent) | (Kind::Syn, _, SynSent2) => To(SynSent2),
+        // Perhaps a retransmission, perhaps a connection that we missed the end of.
+        (Kind::Syn, false, _) => Ignore,
+        (Kind::Syn, true, _) => Invalid,
+
+        (Kind::SynAck, false, SynRecv | SynSent2) => To(SynRecv),
+        (Kind::SynAck, false, _) => Invalid,
+        (Kind::SynAck, true, SynSent | SynSent2) => To(SynRecv),
+        (Kind::SynAck, true, _) => Ignore,
+
+        (Kind::Fin, _, SynRecv | Established) => To(FinWait),
+        (Kind::Fin, _, FinWait | CloseWait | LastAck) => To(LastAck),
+        (Kind::Fin, _, TimeWait) => To(TimeWait),
+        (Kind::Fin, _, Close) => To(Close),
+        (Kind::Fin, _, None | SynSent | SynSent2) => Invalid,
+
+        (Kind::Ack, false, None | SynRecv) => To(Established),
+        (Kind::Ack, false, SynSent | SynSent2) => Invalid,
+        (Kind::Ack, true, SynSent | SynSent2) => Ignore,
+        (Kind::Ack, true, SynRecv) => To(SynRecv),
+        (Kind::Ack, _, Established) => To(Established),
+        (Kind::Ack, _, FinWait | CloseWait) => To(CloseWait),
+        (Kind::Ack, _, LastAck | TimeWait) => To(TimeWait),
+        (Kind::Ack, _, Close) => To(Close),
+    }
+}
+
+/// One direction: what its sender has sent, and may send.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sender {
+    /// Highest end sent.
+    end: u32,
+    /// Highest end that the receiver has allowed.
+    end_max: u32,
+    /// Largest window that this sender has advertised, scaled. 0: nothing was seen from it.
+    window_max: u32,
+    /// Highest acknowledgment sent.
+    ack_max: u32,
+    scale: u8,
+    flags: u8,
+}
+
+impl Sender {
+    const SCALE: u8 = 1;
+    const SACK: u8 = 2;
+    /// It was the first to close.
+    const CLOSED_FIRST: u8 = 4;
+    /// Windows do not decide.
+    const LIBERAL: u8 = 8;
+    const UNACKNOWLEDGED: u8 = 16;
+    const ACK_SEEN: u8 = 32;
+
+    const fn has(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    fn from_syn(segment: &Segment) -> Self {
+        let end = segment.end();
+        let mut sender = Self { end, end_max: end, window_max: u32::from(segment.window).max(1), ..Self::default() };
+        sender.read_options(segment);
+        sender
+    }
+
+    fn read_options(&mut self, segment: &Segment) {
+        self.scale = segment.scale.unwrap_or(0);
+        self.flags &= !(Self::SCALE | Self::SACK);
+        if segment.scale.is_some() {
+            self.flags |= Self::SCALE;
+        }
+        if segment.sack_permitted {
+            self.flags |= Self::SACK;
+        }
+    }
+}
+
+/// The last packet that mattered, for what it says about the next.
+#[derive(Debug, Clone, Copy)]
+struct Last {
+    sequence: u32,
+    acknowledgment: u32,
+    end: u32,
+    window: u32,
+    kind: Kind,
+    reply: bool,
+    /// Options of an ignored SYN.
+    scale: u8,
+    flags: u8,
+}
+
+/// A TCP connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tracker {
+    /// The initiator's, and the responder's.
+    senders: [Sender; 2],
+    last: Last,
+    state: TcpState,
+    repeats: u8,
+}
+
+/// What a packet did to a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// It belongs to the connection, which is now to be forgotten after so long.
+    Moved { timeout_ns: u64 },
+    /// It may belong to it; nothing changed.
+    Ignored,
+    /// It does not belong to it.
+    Invalid,
+    /// It opens a new connection in place of this one.
+    Reopen,
+}
+
+/// How a packet stands to the windows.
+enum Fit {
+    Inside,
+    /// Harmless: an old acknowledgment.
+    Stale,
+    Outside,
+}
+
+impl Tracker {
+    /// A connection that begins with this packet, or is picked up at it. `None` if none can begin so.
+    pub(crate) fn begin(segment: &Segment, pick_up: bool) -> Option<Self> {
+        let mut initiator = Sender::from_syn(segment);
+        let mut responder = Sender::default();
+        match step(TcpState::None, segment.kind()?, false) {
+            Step::To(TcpState::SynSent) => {}
+            Step::To(_) if pick_up => {
+                initiator.end_max = initiator.end.wrapping_add(initiator.window_max);
+                initiator.flags = Sender::SACK | Sender::LIBERAL;
+                responder.flags = Sender::SACK | Sender::LIBERAL;
+            }
+            _ => return None,
+        }
+        let last = Last {
+            sequence: 0,
+            acknowledgment: 0,
+            end: 0,
+            window: 0,
+            kind: Kind::None,
+            reply: false,
+            scale: 0,
+            flags: 0,
+        };
+        let mut tracker = Self { senders: [initiator, responder], last, state: TcpState::None, repeats: 0 };
+        match tracker.advance(segment, false, false) {
+            Effect::Moved { .. } => Some(tracker),
+            _ => None,
+        }
+    }
+
+    pub(crate) const fn state(&self) -> TcpState {
+        self.state
+    }
+
+    /// Whether an ICMP error may quote a segment with this sequence number as sent by that side (RFC 5927 §4.1).
+    pub(crate) fn may_have_sent(&self, sequence: u32, reply: bool) -> bool {
+        let sender = &self.senders[usize::from(reply)];
+        let receiver = &self.senders[usize::from(!reply)];
+        let lag = receiver.window_max.max(ACK_LAG_BYTES);
+        sender.window_max == 0
+            || sender.has(Sender::LIBERAL)
+            || (!after(sequence, sender.end) && after(sequence, sender.end.wrapping_sub(lag).wrapping_sub(1)))
+    }
+
+    /// Takes the next packet. `reply`: from the responder. `liberal`: windows do not decide.
+    #[inline]
+    pub(crate) fn advance(&mut self, segment: &Segment, reply: bool, liberal: bool) -> Effect {
+        let Some(kind) = segment.kind() else { return Effect::Invalid };
+        let mut from = self.state;
+        let mut to = match step(from, kind, reply) {
+            Step::To(state) => state,
+            Step::Invalid => return Effect::Invalid,
+            Step::Ignore if self.answers_ignored_syn(kind, segment, reply) => {
+                self.catch_up(reply);
+                from = TcpState::SynSent;
+                TcpState::SynRecv
+            }
+            Step::Ignore => return self.ignore(kind, segment, reply),
+        };
+        if to == TcpState::SynSent && matches!(from, TcpState::TimeWait | TcpState::Close) {
+            if self.is_over(reply) {
+                return Effect::Reopen;
+            }
+            return self.ignore(kind, segment, reply);
+        }
+        let mut windows_decide = true;
+        if kind == Kind::Rst {
+            match self.reset(segment, reply) {
+                Reset::Invalid => return Effect::Invalid,
+                // RFC 5961 §3.2: the receiver answers with a challenge; until then nothing is known.
+                Reset::Doubtful => to = from,
+                Reset::Exact => {}
+                Reset::AnswersIgnored => windows_decide = false,
+            }
+        }
+        if windows_decide {
+            match self.fit(kind, segment, reply, from, liberal) {
+                Fit::Inside => {}
+                Fit::Stale => return Effect::Ignored,
+                Fit::Outside => return Effect::Invalid,
+            }
+        }
+        self.last.kind = kind;
+        self.last.reply = reply;
+        self.state = to;
+        if from != to && to == TcpState::FinWait {
+            self.senders[usize::from(reply)].flags |= Sender::CLOSED_FIRST;
+        }
+        Effect::Moved { timeout_ns: self.timeout_ns() }
+    }
+
+    #[inline]
+    fn timeout_ns(&self) -> u64 {
+        let full = self.state.timeout_ns();
+        let unacknowledged = (self.senders[0].flags | self.senders[1].flags) & Sender::UNACKNOWLEDGED != 0;
+        if self.repeats >= REPEATS_MAX || unacknowledged { full.min(STALLED_NS) } else { full }
+    }
+
+    /// Both sides, or a reset from this one, have ended it.
+    fn is_over(&self, reply: bool) -> bool {
+        (self.senders[0].flags | self.senders[1].flags) & Sender::CLOSED_FIRST != 0
+            || (self.last.kind == Kind::Rst && self.last.reply == reply)
+            || self.state == TcpState::Close
+    }
+
+    /// A SYN/ACK that acknowledges a SYN that was ignored: both ends agree, and it is us who were wrong.
+    fn answers_ignored_syn(&self, kind: Kind, segment: &Segment, reply: bool) -> bool {
+        kind == Kind::SynAck
+            && self.last.kind == Kind::Syn
+            && self.last.reply != reply
+            && segment.acknowledgment == self.last.end
+    }
+
+    fn catch_up(&mut self, reply: bool) {
+        self.senders[usize::from(!reply)] = Sender {
+            end: self.last.end,
+            end_max: self.last.end,
+            window_max: self.last.window.max(1),
+            ack_max: 0,
+            scale: self.last.scale,
+            flags: self.last.flags,
+        };
+        self.senders[usize::from(reply)] = Sender::default();
+    }
+
+    fn ignore(&mut self, kind: Kind, segment: &Segment, reply: bool) -> Effect {
+        self.last.kind = kind;
+        self.last.reply = reply;
+        self.last.sequence = segment.sequence;
+        self.last.end = segment.end();
+        self.last.window = segment.window.into();
+        if kind == Kind::Syn && !reply {
+            let syn = Sender::from_syn(segment);
+            self.last.scale = syn.scale;
+            self.last.flags = syn.flags;
+        }
+        Effect::Ignored
+    }
+
+    fn reset(&self, segment: &Segment, reply: bool) -> Reset {
+        let receiver = &self.senders[usize::from(!reply)];
+        let established = self.state.is_established();
+        // Sent in answer to a SYN or ACK that was ignored above.
+        if self.last.reply != reply
+            && segment.acknowledgment == self.last.end
+            && matches!(self.last.kind, Kind::Syn)
+            && segment.has(ACK)
+            && self.state != TcpState::SynSent
+        {
+            return Reset::AnswersIgnored;
+        }
+        if !receiver.has(Sender::ACK_SEEN) || (segment.sequence == 0 && !established) {
+            return Reset::Exact;
+        }
+        if before(segment.sequence, receiver.ack_max) {
+            return Reset::Invalid;
+        }
+        let follows_own_last =
+            self.last.kind == Kind::Ack && self.last.reply == reply && segment.sequence == self.last.end;
+        match !established || segment.sequence == receiver.ack_max || follows_own_last {
+            true => Reset::Exact,
+            false => Reset::Doubtful,
+        }
+    }
+
+    /// Holds a packet against the windows and, if it is inside, moves them.
+    #[inline]
+    fn fit(&mut self, kind: Kind, segment: &Segment, reply: bool, state: TcpState, liberal: bool) -> Fit {
+        let [first, second] = &mut self.senders;
+        let (sender, receiver) = if reply { (second, first) } else { (first, second) };
+        let mut sequence = segment.sequence;
+        let mut end = segment.end();
+        let mut ack = segment.acknowledgment;
+        let mut sack = if receiver.has(Sender::SACK) { segment.selective } else { ack };
+        let scale = if segment.has(SYN) { 0 } else { sender.scale };
+        let window = u32::from(segment.window) << scale;
+        if segment.fragmented {
+            // Where it ends is not known: from now on this direction's windows mean nothing.
+            sender.flags |= Sender::LIBERAL;
+            receiver.flags |= Sender::LIBERAL;
+        }
+
+        if sender.window_max == 0 {
+            if segment.has(SYN) {
+                let flags = sender.flags & Sender::LIBERAL;
+                *sender = Sender::from_syn(segment);
+                sender.flags |= flags;
+                // RFC 7323 §2.2: both or neither.
+                if !(sender.has(Sender::SCALE) && receiver.has(Sender::SCALE)) {
+                    sender.scale = 0;
+                    receiver.scale = 0;
+                }
+                if !segment.has(ACK) {
+                    return Fit::Inside;
+                }
+            } else {
+                sender.end = end;
+                sender.window_max = window.max(1);
+                sender.end_max = end.wrapping_add(sender.window_max);
+                if receiver.window_max == 0 {
+                    receiver.end = sack;
+                    receiver.end_max = sack;
+                } else if sack == receiver.end.wrapping_add(1) {
+                    // A reply to a keep-alive that began with the picked-up connection.
+                    receiver.end = receiver.end.wrapping_add(1);
+                }
+            }
+        } else if matches!((state, reply), (TcpState::SynSent, false) | (TcpState::SynRecv, true))
+            && after(end, sender.end)
+        {
+            // A SYN with another initial sequence number.
+            let keep = sender.flags & (Sender::LIBERAL | Sender::ACK_SEEN);
+            let ack_max = sender.ack_max;
+            *sender = Sender { ack_max, ..Sender::from_syn(segment) };
+            sender.flags |= keep;
+        }
+
+        if !segment.has(ACK) || (segment.has(RST) && ack == 0) {
+            // Some stacks set ACK in a reset and leave the number zero.
+            ack = receiver.end;
+            sack = receiver.end;
+        }
+        // Without data only the acknowledgment is judged. A reset is judged by its sequence number, but for the zero that
+        // answers a SYN.
+        if sequence == end && (!segment.has(RST) || (sequence == 0 && state == TcpState::SynSent)) {
+            sequence = sender.end;
+            end = sender.end;
+        }
+
+        if !(liberal || sender.has(Sender::LIBERAL)) {
+            if after(sequence, sender.end_max) || after(sack, receiver.end) {
+                return Fit::Outside;
+            }
+            let oldest_end = sender.end.wrapping_sub(receiver.window_max);
+            let lag = sender.window_max.max(ACK_LAG_BYTES);
+            if before(end, oldest_end) && receiver.window_max != 0 {
+                return Fit::Stale;
+            }
+            if before(sack, receiver.end.wrapping_sub(lag)) {
+                return Fit::Stale;
+            }
+        }
+
+        let advertised = window.wrapping_add(sack.wrapping_sub(ack));
+        sender.window_max = sender.window_max.max(advertised);
+        if after(end, sender.end) {
+            sender.end = end;
+            sender.flags |= Sender::UNACKNOWLEDGED;
+        }
+        if segment.has(ACK) && (!sender.has(Sender::ACK_SEEN) || after(ack, sender.ack_max)) {
+            sender.ack_max = ack;
+            sender.flags |= Sender::ACK_SEEN;
+        }
+        if receiver.window_max != 0 && after(end, sender.end_max) {
+            receiver.window_max = receiver.window_max.wrapping_add(end.wrapping_sub(sender.end_max));
+        }
+        let allowed = sack.wrapping_add(window.max(1));
+        if after(allowed, receiver.end_max) {
+            receiver.end_max = allowed;
+        }
+        if ack == receiver.end {
+            receiver.flags &= !Sender::UNACKNOWLEDGED;
+        }
+        if kind == Kind::Ack {
+            let last = Last { sequence, acknowledgment: ack, end, window, ..self.last };
+            let repeated = self.last.reply == reply
+                && (self.last.sequence, self.last.acknowledgment, self.last.end, self.last.window)
+                    == (sequence, ack, end, window);
+            self.repeats = if repeated { self.repeats.saturating_add(1) } else { 0 };
+            self.last = Last { reply, ..last };
+        }
+        Fit::Inside
+    }
+}
+
+/// How a reset stands to the connection.
+enum Reset {
+    Exact,
+    Doubtful,
+    Invalid,
+    AnswersIgnored,
+}
+
+#[cfg(test)]
+#[path = "tcp_tests.rs"]
+mod tests;
