@@ -15,7 +15,7 @@ use crate::key::{Family, ICMP, ICMPV6, IcmpRole, Key, TCP, UDP, UDP_LITE, icmp_r
 use crate::model::{Direction, RuleId};
 use crate::parse::{Fragment, Packet, Quoted, Transport};
 use crate::table::{ConnKey, Entry, Table, Tracked};
-use crate::tcp::{Effect, TcpState, Tracker};
+use crate::tcp::{Context, Effect, TcpState, Tracker};
 
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -380,10 +380,11 @@ impl Conntrack {
         let entry = self.table.entry_mut(slot);
         let reply = direction != entry.initiator;
         let replied = entry.has(Entry::REPLIED);
+        let context = Context { replied, assured: entry.has(Entry::ASSURED), liberal };
         let timeout_ns = match (&mut entry.tracked, &packet.transport) {
             (Tracked::Tcp(tracker), Transport::Tcp(segment)) => {
                 let before = tracker.state();
-                match tracker.advance(segment, reply, liberal) {
+                match tracker.advance(segment, reply, context) {
                     Effect::Moved { timeout_ns } => {
                         let after = tracker.state();
                         // The only answer to a beginning is a reset: there is no connection.

@@ -198,8 +198,9 @@ impl TcpState {
         }
     }
 
-    const fn is_established(self) -> bool {
-        matches!(self, Self::Established | Self::FinWait | Self::CloseWait | Self::LastAck | Self::TimeWait)
+    /// A packet that ends a connection in one of these is taken for what it is: the ports may be used again already.
+    const fn is_closing(self) -> bool {
+        matches!(self, Self::FinWait | Self::CloseWait | Self::LastAck | Self::TimeWait | Self::Close)
     }
 }
 
@@ -341,7 +342,20 @@ enum Fit {
     Inside,
     /// Harmless: an old acknowledgment.
     Stale,
+    /// A SYN before the one that is known: the answer will say which counts.
+    OlderSyn,
     Outside,
+}
+
+/// What the connection's owner knows of it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Context {
+    /// It has gone both ways.
+    pub(crate) replied: bool,
+    /// Its handshake was completed.
+    pub(crate) assured: bool,
+    /// Windows do not decide.
+    pub(crate) liberal: bool,
 }
 
 impl Tracker {
@@ -369,7 +383,7 @@ impl Tracker {
             flags: 0,
         };
         let mut tracker = Self { senders: [initiator, responder], last, state: TcpState::None, repeats: 0 };
-        match tracker.advance(segment, false, false) {
+        match tracker.advance(segment, false, Context::default()) {
             Effect::Moved { .. } => Some(tracker),
             _ => None,
         }
@@ -389,9 +403,9 @@ impl Tracker {
             || (!after(sequence, sender.end) && after(sequence, sender.end.wrapping_sub(lag).wrapping_sub(1)))
     }
 
-    /// Takes the next packet. `reply`: from the responder. `liberal`: windows do not decide.
+    /// Takes the next packet. `reply`: from the responder.
     #[inline]
-    pub(crate) fn advance(&mut self, segment: &Segment, reply: bool, liberal: bool) -> Effect {
+    pub(crate) fn advance(&mut self, segment: &Segment, reply: bool, context: Context) -> Effect {
         let Some(kind) = segment.kind() else { return Effect::Invalid };
         let mut from = self.state;
         let mut to = match step(from, kind, reply) {
@@ -410,20 +424,24 @@ impl Tracker {
             }
             return self.ignore(kind, segment, reply);
         }
+        if to == TcpState::SynRecv && from == TcpState::SynSent && self.answers_ignored_syn(kind, segment, reply) {
+            self.catch_up(reply);
+        }
         let mut windows_decide = true;
         if kind == Kind::Rst {
-            match self.reset(segment, reply) {
+            match self.reset(segment, reply, context) {
                 Reset::Invalid => return Effect::Invalid,
                 // RFC 5961 §3.2: the receiver answers with a challenge; until then nothing is known.
                 Reset::Doubtful => to = from,
                 Reset::Exact => {}
-                Reset::AnswersIgnored => windows_decide = false,
+                Reset::Unchecked => windows_decide = false,
             }
         }
         if windows_decide {
-            match self.fit(kind, segment, reply, from, liberal) {
+            match self.fit(kind, segment, reply, from, context.liberal) {
                 Fit::Inside => {}
                 Fit::Stale => return Effect::Ignored,
+                Fit::OlderSyn => return self.ignore(kind, segment, reply),
                 Fit::Outside => return Effect::Invalid,
             }
         }
@@ -447,7 +465,6 @@ impl Tracker {
     fn is_over(&self, reply: bool) -> bool {
         (self.senders[0].flags | self.senders[1].flags) & Sender::CLOSED_FIRST != 0
             || (self.last.kind == Kind::Rst && self.last.reply == reply)
-            || self.state == TcpState::Close
     }
 
     /// A SYN/ACK that acknowledges a SYN that was ignored: both ends agree, and it is us who were wrong.
@@ -484,29 +501,29 @@ impl Tracker {
         Effect::Ignored
     }
 
-    fn reset(&self, segment: &Segment, reply: bool) -> Reset {
+    fn reset(&self, segment: &Segment, reply: bool, context: Context) -> Reset {
+        if self.state.is_closing() {
+            return Reset::Unchecked;
+        }
         let receiver = &self.senders[usize::from(!reply)];
-        let established = self.state.is_established();
-        // Sent in answer to a SYN or ACK that was ignored above.
-        if self.last.reply != reply
-            && segment.acknowledgment == self.last.end
-            && matches!(self.last.kind, Kind::Syn)
-            && segment.has(ACK)
-            && self.state != TcpState::SynSent
-        {
-            return Reset::AnswersIgnored;
+        let established = self.state == TcpState::Established && context.assured;
+        // After a SYN that was let through, what was acknowledged before says nothing.
+        if receiver.has(Sender::ACK_SEEN) && self.last.kind != Kind::Syn && (segment.sequence != 0 || established) {
+            if before(segment.sequence, receiver.ack_max) {
+                return Reset::Invalid;
+            }
+            let follows_own_last =
+                self.last.kind == Kind::Ack && self.last.reply == reply && segment.sequence == self.last.end;
+            if established && segment.sequence != receiver.ack_max && !follows_own_last {
+                return Reset::Doubtful;
+            }
         }
-        if !receiver.has(Sender::ACK_SEEN) || (segment.sequence == 0 && !established) {
-            return Reset::Exact;
-        }
-        if before(segment.sequence, receiver.ack_max) {
-            return Reset::Invalid;
-        }
-        let follows_own_last =
-            self.last.kind == Kind::Ack && self.last.reply == reply && segment.sequence == self.last.end;
-        match !established || segment.sequence == receiver.ack_max || follows_own_last {
-            true => Reset::Exact,
-            false => Reset::Doubtful,
+        // Sent in answer to a SYN or ACK that was ignored.
+        let ignored =
+            (context.replied && self.last.kind == Kind::Syn) || (!context.assured && self.last.kind == Kind::Ack);
+        match ignored && segment.acknowledgment == self.last.end {
+            true => Reset::Unchecked,
+            false => Reset::Exact,
         }
     }
 
@@ -552,14 +569,22 @@ impl Tracker {
                     receiver.end = receiver.end.wrapping_add(1);
                 }
             }
-        } else if matches!((state, reply), (TcpState::SynSent, false) | (TcpState::SynRecv, true))
-            && after(end, sender.end)
-        {
-            // A SYN with another initial sequence number.
-            let keep = sender.flags & (Sender::LIBERAL | Sender::ACK_SEEN);
-            let ack_max = sender.ack_max;
-            *sender = Sender { ack_max, ..Sender::from_syn(segment) };
-            sender.flags |= keep;
+        } else if segment.has(SYN) && matches!(state, TcpState::SynSent | TcpState::SynRecv) {
+            if after(end, sender.end) {
+                // A SYN with another initial sequence number.
+                let keep = sender.flags & Sender::LIBERAL;
+                *sender = Sender::from_syn(segment);
+                sender.flags |= keep;
+                if reply && !(sender.has(Sender::SCALE) && receiver.has(Sender::SCALE)) {
+                    sender.scale = 0;
+                    receiver.scale = 0;
+                }
+                if reply && !segment.has(ACK) {
+                    return Fit::Inside;
+                }
+            } else if before(end, sender.end) && !reply && !segment.has(ACK) {
+                return Fit::OlderSyn;
+            }
         }
 
         if !segment.has(ACK) || (segment.has(RST) && ack == 0) {
@@ -567,25 +592,33 @@ impl Tracker {
             ack = receiver.end;
             sack = receiver.end;
         }
-        // Without data only the acknowledgment is judged. A reset is judged by its sequence number, but for the zero that
-        // answers a SYN.
-        if sequence == end && (!segment.has(RST) || (sequence == 0 && state == TcpState::SynSent)) {
+        // A reset that answers a SYN has no number of its own.
+        if segment.has(RST) && sequence == 0 && state == TcpState::SynSent {
             sequence = sender.end;
             end = sender.end;
         }
 
-        if !(liberal || sender.has(Sender::LIBERAL)) {
-            if after(sequence, sender.end_max) || after(sack, receiver.end) {
-                return Fit::Outside;
-            }
-            let oldest_end = sender.end.wrapping_sub(receiver.window_max);
-            let lag = sender.window_max.max(ACK_LAG_BYTES);
-            if before(end, oldest_end) && receiver.window_max != 0 {
+        let lag = sender.window_max.max(ACK_LAG_BYTES);
+        let too_late = after(sequence, sender.end_max) || after(sack, receiver.end);
+        let too_early = (receiver.window_max != 0 && before(end, sender.end.wrapping_sub(receiver.window_max)))
+            || before(sack, receiver.end.wrapping_sub(lag));
+        if after(sequence, sender.end_max) && !too_early && !after(sack, receiver.end) && receiver.window_max != 0 {
+            // Some stacks send beyond the window that they were offered. By less than a window it passes, and its
+            // acknowledgment will not be one of data that was never seen.
+            let beyond = end.wrapping_sub(sender.end_max).wrapping_add(1);
+            if beyond <= receiver.window_max {
+                sender.end = end;
+                sender.flags |= Sender::UNACKNOWLEDGED;
                 return Fit::Stale;
             }
-            if before(sack, receiver.end.wrapping_sub(lag)) {
-                return Fit::Stale;
-            }
+        }
+        if too_late || too_early {
+            // What passes all the same teaches nothing.
+            return match (liberal || sender.has(Sender::LIBERAL), too_late) {
+                (true, _) => Fit::Inside,
+                (false, true) => Fit::Outside,
+                (false, false) => Fit::Stale,
+            };
         }
 
         let advertised = window.wrapping_add(sack.wrapping_sub(ack));
@@ -625,7 +658,8 @@ enum Reset {
     Exact,
     Doubtful,
     Invalid,
-    AnswersIgnored,
+    /// The windows are not asked.
+    Unchecked,
 }
 
 #[cfg(test)]

@@ -227,7 +227,7 @@ impl SlowConnection {
             return Some(true);
         }
         if next == 'S' && (self.state == 'T' || self.state == 'C') {
-            if self.closed_first || self.state == 'C' || self.last == (4, reply) {
+            if self.closed_first || self.last == (4, reply) {
                 return None;
             }
             self.last = (kind, reply);

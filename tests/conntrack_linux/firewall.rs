@@ -1,0 +1,153 @@
+//! Two firewalls for one packet: Linux (nftables over nf_conntrack, forwarding between two veth pairs) and ours.
+
+use std::time::Duration;
+
+use dreamwire_bench::topology::{FrameFilter, Netns, PacketSocket, VethEnd};
+use dreamwire_policy::{
+    Action, Classifier, Conntrack, ConntrackLimits, Decision, Direction, Group, GroupId, IcmpKind, Policy, PortRange,
+    Posture, Protocol, Remote, Rule, RuleId, decide, parse,
+};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+/// The same rules as [`rules`]: what the VM begins passes; from outside 443/tcp, 53/udp and pings do.
+const RULESET: &str = r#"
+table inet filter {
+    chain forward {
+        type filter hook forward priority 0; policy drop;
+        udp dport 9 accept
+        ct state established,related accept
+        iifname "vm" ct state new accept
+        iifname "net" ct state new tcp dport 443 accept
+        iifname "net" ct state new udp dport 53 accept
+        iifname "net" ct state new icmp type echo-request accept
+    }
+}
+"#;
+
+const LIMIT: Duration = Duration::from_secs(5);
+/// Identification of frames that mark the end of what was sent before them.
+const FENCE_ID: u16 = 0xffff;
+
+/// Both firewalls.
+pub(crate) struct Firewalls {
+    _namespaces: [Netns; 3],
+    net: PacketSocket,
+    vm: PacketSocket,
+    /// The router's, towards the net and towards the VM.
+    macs: [[u8; 6]; 2],
+    classifier: Classifier,
+    conntrack: Conntrack,
+    now_ns: u64,
+}
+
+impl Firewalls {
+    pub(crate) fn new() -> Self {
+        // One CPU handles what one CPU has sent, in order.
+        let mut cpu = CpuSet::new();
+        cpu.set(0).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &cpu).unwrap();
+        let [net, router, vm] = ["net", "router", "vm"].map(|label| Netns::new(label).unwrap());
+        let join = |netns, inside, address| {
+            let outside = VethEnd { netns, interface: "eth0", addresses: &[] };
+            Netns::join([VethEnd { netns: &router, interface: inside, addresses: &[address] }, outside], 1500).unwrap();
+            netns.disable_offloads("eth0").unwrap();
+            router.disable_offloads(inside).unwrap();
+        };
+        join(&net, "net", "10.1.0.254/24");
+        join(&vm, "vm", "10.2.0.254/24");
+        router
+            .sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.net.rp_filter=0 \
+                 net.ipv4.conf.vm.rp_filter=0 net.netfilter.nf_conntrack_checksum=0")
+            .unwrap();
+        for (interface, network) in [("net", 1), ("vm", 2)] {
+            for host in [1, 2, 9] {
+                let neighbour = format!("10.{network}.0.{host} lladdr 02:00:00:00:00:0{host} dev {interface}");
+                router.sh(&format!("ip neigh add {neighbour} nud permanent")).unwrap();
+            }
+        }
+        router.sh(&format!("printf '%s' '{RULESET}' | nft -f -")).expect("nftables; run scripts/setup");
+        let macs = ["net", "vm"].map(|interface| {
+            let text = router.sh(&format!("cat /sys/class/net/{interface}/address")).unwrap();
+            let bytes: Vec<u8> = text.trim().split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+            bytes.try_into().unwrap()
+        });
+        let sockets = [&net, &vm].map(|netns| netns.packet_socket("eth0").unwrap());
+        let [net_socket, vm_socket] = sockets;
+        let policy = Policy::new(vec![Group { id: GroupId(0), members: vec![] }], rules(), vec![]).unwrap();
+        let limits = ConntrackLimits { connections: 200_000, ..ConntrackLimits::default() };
+        Self {
+            _namespaces: [net, router, vm],
+            net: net_socket,
+            vm: vm_socket,
+            macs,
+            classifier: Classifier::compile(&policy, Posture::Enforced, &[GroupId(0)]),
+            conntrack: Conntrack::new(limits, 1),
+            now_ns: 0,
+        }
+    }
+
+    /// Whether Linux lets the datagram through of which these are the packets, in this order.
+    pub(crate) fn linux(&mut self, direction: Direction, packets: &[Vec<u8>]) -> bool {
+        let (from, to, mac) = match direction {
+            Direction::Ingress => (&self.net, &self.vm, self.macs[0]),
+            Direction::Egress => (&self.vm, &self.net, self.macs[1]),
+        };
+        let id = &packets[0][4..6];
+        let fence = fence(direction);
+        for packet in packets.iter().chain([&fence]) {
+            from.send(&frame(mac, packet)).unwrap();
+        }
+        let ipv4 = FrameFilter::any().ether_type(0x0800);
+        let mut passed = false;
+        loop {
+            let frames = to.receive(&ipv4, 1, LIMIT).unwrap();
+            let frame = frames.first().expect("the fence arrives");
+            match &frame.bytes[18..20] {
+                arrived if arrived == FENCE_ID.to_be_bytes() => return passed,
+                arrived => passed |= arrived == id,
+            }
+        }
+    }
+
+    /// What we say of one packet.
+    pub(crate) fn ours(&mut self, direction: Direction, packet: &[u8]) -> Decision {
+        // Far less than any timeout in all: Linux's clock hardly moves either.
+        self.now_ns += 1000;
+        let frame = frame([0; 6], packet);
+        let parsed = parse(&frame[..frame.len().min(128)], frame.len());
+        decide(&self.classifier, &mut self.conntrack, &parsed, direction, None, 1, self.now_ns)
+    }
+}
+
+fn rules() -> Vec<Rule> {
+    let rule = |id, protocol, port: Option<u16>, kind: Option<u8>| Rule {
+        id: RuleId(id),
+        group: GroupId(0),
+        direction: Direction::Ingress,
+        protocol,
+        ports: port.map(|port| PortRange { first: port, last: port }).into_iter().collect(),
+        icmp: kind.map(|kind| IcmpKind { kind, code: None }).into_iter().collect(),
+        remote: Remote::Any,
+        action: Action::Allow,
+        priority: 0,
+        log: false,
+    };
+    vec![
+        rule(1, Protocol::Tcp, Some(443), None),
+        rule(2, Protocol::Udp, Some(53), None),
+        rule(3, Protocol::Icmp, None, Some(8)),
+    ]
+}
+
+fn frame(router: [u8; 6], packet: &[u8]) -> Vec<u8> {
+    [&router[..], &[2, 0, 0, 0, 0, 1], &[8, 0], packet].concat()
+}
+
+fn fence(direction: Direction) -> Vec<u8> {
+    let (from, to) = match direction {
+        Direction::Ingress => ([10, 1, 0, 9], [10, 2, 0, 9]),
+        Direction::Egress => ([10, 2, 0, 9], [10, 1, 0, 9]),
+    };
+    super::packets::ipv4(FENCE_ID, 17, from, to, 0, &super::packets::udp(9, 9, 0))
+}
