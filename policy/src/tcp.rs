@@ -519,8 +519,8 @@ impl Tracker {
             }
         }
         // Sent in answer to a SYN or ACK that was ignored.
-        let ignored =
-            (context.replied && self.last.kind == Kind::Syn) || (!context.assured && self.last.kind == Kind::Ack);
+        let ignored = (context.replied && self.last.kind == Kind::Syn && self.last.reply != reply)
+            || (!context.assured && self.last.kind == Kind::Ack);
         match ignored && segment.acknowledgment == self.last.end {
             true => Reset::Unchecked,
             false => Reset::Exact,

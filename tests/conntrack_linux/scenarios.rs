@@ -143,7 +143,7 @@ fn tcp_scenarios(firewalls: &mut Firewalls) -> usize {
         ),
     ];
     let mut compared = 0;
-    for ((name, trace), port) in scenarios.iter().zip(60_000..) {
+    for ((name, trace), port) in scenarios.iter().zip(65_100..) {
         for (at, (segment, expected)) in trace.iter().enumerate() {
             let direction = if segment.ingress { IN } else { OUT };
             let packet = segment.packet(at as u16 + 1, port);
@@ -205,10 +205,10 @@ fn errors(firewalls: &mut Firewalls) -> usize {
         compared += check(firewalls, name, IN, &packet, expected);
     }
     let syn = Tcp { ingress: false, ..tcp(OUT, SYN, 500, 0, 0) };
-    let opened = syn.packet(1, 61_000);
+    let opened = syn.packet(1, 65_200);
     compared += check(firewalls, "SYN from the VM", OUT, &opened, true);
     compared += check(firewalls, "an error about it", IN, &unreachable(VM, &opened), true);
-    let forged = Tcp { sequence: 0x4000_0000, ..syn }.packet(1, 61_000);
+    let forged = Tcp { sequence: 0x4000_0000, ..syn }.packet(1, 65_200);
     let error = unreachable(VM, &forged);
     let (linux, ours) = (firewalls.linux(IN, std::slice::from_ref(&error)), firewalls.ours(IN, &error).allow);
     assert!(linux && !ours, "Linux {linux}, ours {ours}");
