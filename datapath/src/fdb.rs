@@ -67,7 +67,7 @@ pub struct FdbRow {
     pub mac: Mac,
     /// Where it was last seen.
     pub location: Location,
-    /// Time since it was last seen, in ns, give or take a second.
+    /// Time since it was last seen, in ns, give or take two seconds.
     pub idle_ns: u64,
 }
 
@@ -88,7 +88,8 @@ pub struct Fdb {
     by_port: Box<[u16]>,
     by_tunnel: Box<[u32]>,
     sweep_at: usize,
-    epoch: u64,
+    /// By network.
+    epochs: Box<[u64]>,
 }
 
 /// Network and address in one word. Never zero, which marks a free place: a station's address is not zero.
@@ -112,7 +113,7 @@ impl Default for Fdb {
             by_port: vec![0; PORTS_MAX].into_boxed_slice(),
             by_tunnel: vec![0; NETWORKS_MAX].into_boxed_slice(),
             sweep_at: 0,
-            epoch: 1,
+            epochs: vec![1; NETWORKS_MAX].into_boxed_slice(),
         }
     }
 }
@@ -124,16 +125,16 @@ impl Fdb {
         (self.hasher.hash_one(key) >> 32) as usize % BUCKETS
     }
 
-    /// Rises with every address that comes, moves or goes: what was looked up at the same epoch still holds, until it
-    /// grows old. Never zero.
+    /// Rises with every address that comes, moves or goes in `network`: what was looked up there at the same epoch still
+    /// holds, until it grows old. Never zero. One for each network: whoever has addresses move costs his own network.
     #[inline]
-    pub fn epoch(&self) -> u64 {
-        self.epoch
+    pub fn epoch(&self, network: NetworkId) -> u64 {
+        self.epochs[usize::from(network.0)]
     }
 
     /// Makes everything that was looked up before be looked up again.
     pub fn renew(&mut self) {
-        self.epoch += 1;
+        self.epochs.iter_mut().for_each(|epoch| *epoch += 1);
     }
 
     /// Where `mac` was last seen in `network` and when that is forgotten (ns), unless it was too long ago.
@@ -174,7 +175,7 @@ impl Fdb {
         let free = (0..WAYS).find(|&way| self.keys[bucket][way] == 0 || self.entries[bucket][way].expires_ns <= now_ns);
         let Some(way) = free.filter(|_| within_quota) else { return Learned::Refused };
         self.forget(bucket, way);
-        self.epoch += 1;
+        self.epochs[usize::from(key_network(key).0)] += 1;
         self.keys[bucket][way] = key;
         self.entries[bucket][way] = entry;
         self.count(key, entry.location, 1);
@@ -185,7 +186,7 @@ impl Fdb {
     fn forget(&mut self, bucket: usize, way: usize) {
         let key = std::mem::take(&mut self.keys[bucket][way]);
         if key != 0 {
-            self.epoch += 1;
+            self.epochs[usize::from(key_network(key).0)] += 1;
             self.count(key, self.entries[bucket][way].location, -1);
         }
     }
@@ -301,8 +302,8 @@ mod tests {
     #[test]
     fn the_epoch_rises_when_an_address_comes_moves_or_goes_and_only_then() {
         let mut fdb = Fdb::default();
-        let mut last = fdb.epoch();
-        let mut rose = |fdb: &Fdb| std::mem::replace(&mut last, fdb.epoch()) < fdb.epoch();
+        let mut last = fdb.epoch(NET);
+        let mut rose = |fdb: &Fdb| std::mem::replace(&mut last, fdb.epoch(NET)) < fdb.epoch(NET);
         fdb.learn(NET, mac(1), port(1), 0, AGE);
         assert!(rose(&fdb));
         fdb.learn(NET, mac(1), port(1), REFRESH_NS, AGE);
@@ -311,6 +312,8 @@ mod tests {
         assert!(rose(&fdb));
         fdb.retain(|_, _, _| false);
         assert!(rose(&fdb));
+        fdb.learn(NetworkId(4), mac(1), port(1), 0, AGE);
+        assert!(!rose(&fdb), "another network's");
     }
 
     #[test]

@@ -2,13 +2,14 @@
 //! with invented addresses fills his own.
 //!
 //! A direct-mapped table keyed by the first 12 bytes of a frame. An entry holds as long as nothing changed that the
-//! decision was made from: its `epoch` is the FDB's, which rises with every address that comes, moves or goes and with
-//! every new snapshot, and its `until_ns` is when the FDB wants to be asked again (an address grows old, or has to be
+//! decision was made from: its `epoch` is the FDB's for the network, which rises with every address that comes, moves or goes
+//! there and with every new snapshot, and its `until_ns` is when the FDB wants to be asked again (an address grows old, or has to be
 //! refreshed). So a hit answers what the FDB would answer, without two hash look-ups. Only known unicast is kept.
 
 use std::hash::{BuildHasher, RandomState};
 
 use crate::burst::NextHop;
+use crate::snapshot::NetworkId;
 
 /// Entries. 256 of 64 bytes are 16 KiB, of which a guest with few peers touches few.
 const ENTRIES: usize = 256;
@@ -17,6 +18,7 @@ const ENTRIES: usize = 256;
 struct Entry<T> {
     /// Destination and source address as they lie in the frame.
     stations: (u64, u32),
+    network: NetworkId,
     /// What else the decision depends on.
     tag: T,
     epoch: u64,
@@ -24,8 +26,8 @@ struct Entry<T> {
     next_hop: NextHop,
 }
 
-/// The table. `T` is what frames of one source may differ in beside their stations: nothing for a guest's, network and
-/// VTEP for an underlay's.
+/// The table. `T` is what frames of one source may differ in beside their stations: nothing for a guest's, the VTEP for
+/// an underlay's.
 #[derive(Debug)]
 pub(crate) struct FlowCache<T> {
     entries: Box<[Entry<T>; ENTRIES]>,
@@ -35,7 +37,14 @@ pub(crate) struct FlowCache<T> {
 
 impl<T: Copy + Default + Eq> Default for FlowCache<T> {
     fn default() -> Self {
-        let free = Entry { stations: (0, 0), tag: T::default(), epoch: 0, until_ns: 0, next_hop: NextHop::Undecided };
+        let free = Entry {
+            stations: (0, 0),
+            network: NetworkId(0),
+            tag: T::default(),
+            epoch: 0,
+            until_ns: 0,
+            next_hop: NextHop::Undecided,
+        };
         Self { entries: Box::new([free; ENTRIES]), multiplier: RandomState::new().hash_one(ENTRIES) | 1 }
     }
 }
@@ -50,23 +59,43 @@ pub(crate) fn stations(header: &[u8]) -> (u64, u32) {
 
 impl<T: Copy + Eq> FlowCache<T> {
     #[inline]
-    fn place(&self, stations: (u64, u32)) -> usize {
-        let mixed = (stations.0 ^ u64::from(stations.1).rotate_left(23)).wrapping_mul(self.multiplier);
+    fn place(&self, stations: (u64, u32), network: NetworkId) -> usize {
+        let rest = u64::from(stations.1) | u64::from(network.0) << 32;
+        let mixed = (stations.0 ^ rest.rotate_left(23)).wrapping_mul(self.multiplier);
         // The upper bits depend on all lower ones.
         (mixed >> (64 - ENTRIES.ilog2())) as usize
     }
 
     /// What was decided for `stations`, if it still holds.
     #[inline]
-    pub(crate) fn get(&self, stations: (u64, u32), tag: T, epoch: u64, now_ns: u64) -> Option<NextHop> {
-        let entry = &self.entries[self.place(stations)];
-        let holds = entry.stations == stations && entry.epoch == epoch && now_ns < entry.until_ns && entry.tag == tag;
+    pub(crate) fn get(
+        &self,
+        stations: (u64, u32),
+        network: NetworkId,
+        tag: T,
+        epoch: u64,
+        now_ns: u64,
+    ) -> Option<NextHop> {
+        let entry = &self.entries[self.place(stations, network)];
+        let holds = entry.stations == stations
+            && entry.network == network
+            && entry.epoch == epoch
+            && now_ns < entry.until_ns
+            && entry.tag == tag;
         holds.then_some(entry.next_hop)
     }
 
     /// Keeps a decision, in the place of another one.
-    pub(crate) fn put(&mut self, stations: (u64, u32), tag: T, epoch: u64, until_ns: u64, next_hop: NextHop) {
-        self.entries[self.place(stations)] = Entry { stations, tag, epoch, until_ns, next_hop };
+    pub(crate) fn put(
+        &mut self,
+        stations: (u64, u32),
+        network: NetworkId,
+        tag: T,
+        epoch: u64,
+        until_ns: u64,
+        next_hop: NextHop,
+    ) {
+        self.entries[self.place(stations, network)] = Entry { stations, network, tag, epoch, until_ns, next_hop };
     }
 }
 
@@ -75,17 +104,19 @@ mod tests {
     use super::*;
     use crate::snapshot::PortId;
 
+    const NET: NetworkId = NetworkId(4);
     const HOP: NextHop = NextHop::Port(PortId(3));
 
     #[test]
     fn an_entry_holds_for_its_stations_tag_epoch_and_time() {
         let mut cache = FlowCache::<u8>::default();
-        cache.put((1, 2), 7, 5, 100, HOP);
-        assert_eq!(cache.get((1, 2), 7, 5, 99), Some(HOP));
-        assert_eq!(cache.get((1, 2), 7, 5, 100), None);
-        assert_eq!(cache.get((1, 2), 7, 6, 99), None);
-        assert_eq!(cache.get((1, 2), 8, 5, 99), None);
-        assert_eq!(cache.get((2, 1), 7, 5, 99), None);
+        cache.put((1, 2), NET, 7, 5, 100, HOP);
+        assert_eq!(cache.get((1, 2), NET, 7, 5, 99), Some(HOP));
+        assert_eq!(cache.get((1, 2), NET, 7, 5, 100), None);
+        assert_eq!(cache.get((1, 2), NET, 7, 6, 99), None);
+        assert_eq!(cache.get((1, 2), NET, 8, 5, 99), None);
+        assert_eq!(cache.get((2, 1), NET, 7, 5, 99), None);
+        assert_eq!(cache.get((1, 2), NetworkId(5), 7, 5, 99), None);
     }
 
     #[test]
@@ -95,7 +126,7 @@ mod tests {
             let [a, b] = n.to_be_bytes();
             [2, 0, 0, 0, a, b, 2, 0, 0, 0, 0, 1]
         };
-        let places: std::collections::HashSet<_> = (0..256).map(|n| cache.place(stations(&header(n)))).collect();
+        let places: std::collections::HashSet<_> = (0..256).map(|n| cache.place(stations(&header(n)), NET)).collect();
         assert!(places.len() > 100, "{}", places.len());
     }
 }

@@ -26,6 +26,10 @@ const IPV6_FRAGMENT_HEADER_BYTES: u16 = 8;
 const TCP_CHECKSUM_AT: u16 = 16;
 const UDP_CHECKSUM_AT: u16 = 6;
 
+/// Pieces that one frame may ask to be cut into: 64 KiB in pieces of 64 bytes, less than any MSS in use. A guest that asked
+/// for pieces of one byte would hold its worker for milliseconds per frame.
+const PIECES_MAX: u32 = 1024;
+
 /// How a large frame is to be cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cut {
@@ -94,7 +98,7 @@ impl Offload {
     /// Reads what a sender with the negotiated `features` says about its frame, and checks it.
     #[inline]
     pub(crate) fn read(frame: &RawFrame, features: u64) -> Result<Offload, Lie> {
-        if frame.net == NetHeader::default() {
+        if frame.net.is_empty() {
             return Ok(Self::NONE);
         }
         Self::read_header(frame, features)
@@ -216,14 +220,15 @@ fn large(frame: &RawFrame, features: u64) -> Option<Large> {
     }
     // A fragment's payload is a multiple of 8 bytes (RFC 791 §3.2).
     let piece_bytes = if cut == Cut::Fragments { net.gso_size & !7 } else { net.gso_size };
-    (piece_bytes > 0).then_some(Large {
+    let large = Large {
         cut,
         is_ipv6: found_ipv6,
         piece_bytes,
         network_at: network_at as u16,
         transport_at: transport_at as u16,
         payload_at: payload_at as u16,
-    })
+    };
+    (piece_bytes > 0 && large.pieces(frame.frame_bytes) <= PIECES_MAX).then_some(large)
 }
 
 /// Protocol and header length of an IPv4 packet that is no fragment.

@@ -31,15 +31,38 @@ impl NetHeader {
     /// Reads the little-endian layout; `num_buffers`, if there, is ignored as §5.1.6.2 demands of a device.
     #[inline]
     pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
-        let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let [a, b, c, d, e, f, g, h, low, high, _, _] = *bytes;
+        Self::from_words(u64::from_le_bytes([a, b, c, d, e, f, g, h]), u16::from_le_bytes([low, high]))
+    }
+
+    /// The first 8 bytes and the next 2, as little-endian numbers.
+    #[inline]
+    pub(crate) fn from_words(first: u64, csum_offset: u16) -> Self {
         Self {
-            flags: bytes[0],
-            gso_type: bytes[1],
-            hdr_len: word(2),
-            gso_size: word(4),
-            csum_start: word(6),
-            csum_offset: word(8),
+            flags: first as u8,
+            gso_type: (first >> 8) as u8,
+            hdr_len: (first >> 16) as u16,
+            gso_size: (first >> 32) as u16,
+            csum_start: (first >> 48) as u16,
+            csum_offset,
         }
+    }
+
+    /// The inverse of [`NetHeader::from_words`].
+    #[inline]
+    pub(crate) fn to_words(self) -> (u64, u16) {
+        let first = u64::from(self.flags)
+            | u64::from(self.gso_type) << 8
+            | u64::from(self.hdr_len) << 16
+            | u64::from(self.gso_size) << 32
+            | u64::from(self.csum_start) << 48;
+        (first, self.csum_offset)
+    }
+
+    /// Whether it says nothing: no checksum to finish, nothing to cut.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.to_words() == (0, 0)
     }
 
     /// The little-endian layout with `num_buffers`.

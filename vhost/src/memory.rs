@@ -17,6 +17,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::frame::NetHeader;
 use crate::sigbus::Guarded;
 
 /// One mapped region, guest-physical `start..end`.
@@ -164,7 +165,8 @@ unsafe fn copy_short(from: *const u8, to: *mut u8, bytes: usize) {
     // SAFETY: the caller's promise, and each length fits its block.
     unsafe {
         match bytes {
-            64..=128 => ends::<64>(from, to, bytes),
+            64 => ptr::copy_nonoverlapping(from, to, 64),
+            65..=128 => ends::<64>(from, to, bytes),
             32..64 => ends::<32>(from, to, bytes),
             16..32 => ends::<16>(from, to, bytes),
             8..16 => ends::<8>(from, to, bytes),
@@ -227,6 +229,44 @@ impl Segment {
         assert!(from.len() <= self.bytes as usize, "{} > {}", from.len(), self.bytes);
         // SAFETY: as in `copy_out`, with the ends exchanged.
         unsafe { copy_short(from.as_ptr(), self.host as *mut u8, from.len()) }
+    }
+
+    /// Reads a virtio-net header of at least `LEGACY_BYTES` from its start: words, not bytes, so that what was just written
+    /// and what is read next are the same to the processor's store buffer.
+    ///
+    /// # Safety
+    /// As for [`Segment::copy_out`].
+    #[inline(always)]
+    pub(crate) unsafe fn read_net_header(self) -> NetHeader {
+        assert!(self.bytes as usize >= NetHeader::LEGACY_BYTES);
+        // SAFETY: mapped by the caller's promise, long enough, and each word read once.
+        let (first, second) = unsafe {
+            let at = self.host as *const u8;
+            (at.cast::<u64>().read_unaligned(), at.add(8).cast::<u16>().read_unaligned())
+        };
+        compiler_fence(Ordering::SeqCst);
+        NetHeader::from_words(u64::from_le(first), u16::from_le(second))
+    }
+
+    /// Writes a virtio-net header of `bytes` bytes to its start, for a frame in one chain.
+    ///
+    /// # Safety
+    /// As for [`Segment::copy_out`].
+    #[inline(always)]
+    pub(crate) unsafe fn write_net_header(self, net: NetHeader, bytes: u32) {
+        assert!(self.bytes >= bytes);
+        let (first, second) = net.to_words();
+        let at = self.host as *mut u8;
+        // SAFETY: mapped by the caller's promise, and long enough.
+        unsafe {
+            at.cast::<u64>().write_unaligned(first.to_le());
+            if bytes as usize == NetHeader::BYTES {
+                let with_num_buffers = u32::from(second) | 1 << 16;
+                at.add(8).cast::<u32>().write_unaligned(with_num_buffers.to_le());
+            } else {
+                at.add(8).cast::<u16>().write_unaligned(second.to_le());
+            }
+        }
     }
 
     /// Asks for the cache lines of its first bytes, to be read or written soon. No access: any address will do.

@@ -27,13 +27,13 @@ pub(crate) fn switch<T: Copy + Eq>(
             continue;
         }
         let stations = flow_cache::stations(burst.frames[index].headers());
-        let tag = tag(burst, index);
-        burst.next_hops[index] = match cache.get(stations, tag, fdb.epoch(), now_ns) {
+        let (network, tag) = (burst.networks[index], tag(burst, index));
+        burst.next_hops[index] = match cache.get(stations, network, tag, fdb.epoch(network), now_ns) {
             Some(next_hop) => next_hop,
             None => {
                 let (next_hop, until_ns) = decide(burst, index, snapshot, fdb, now_ns);
-                if matches!(next_hop, NextHop::Port(_) | NextHop::Vtep(_)) {
-                    cache.put(stations, tag, fdb.epoch(), until_ns, next_hop);
+                if matches!(next_hop, NextHop::Port(_) | NextHop::Vtep(_)) && until_ns > now_ns {
+                    cache.put(stations, network, tag, fdb.epoch(network), until_ns, next_hop);
                 }
                 next_hop
             }

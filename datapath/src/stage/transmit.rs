@@ -24,8 +24,9 @@ pub(crate) enum Tails<'a> {
 
 impl<'a> Tails<'a> {
     #[inline]
-    fn payload(self, frame: &RawFrame, datagram: u8) -> Payload<'a> {
+    pub(crate) fn payload(self, frame: &RawFrame, datagram: u8) -> Payload<'a> {
         match self {
+            _ if frame.tail_bytes() == 0 => Payload::EMPTY,
             Tails::Ring(ring) => ring.payload(frame),
             Tails::None => Payload::EMPTY,
             Tails::Datagrams(rx) => rx.payload(frame, usize::from(datagram)),
@@ -36,19 +37,7 @@ impl<'a> Tails<'a> {
 /// Sends or counts every frame of `burst`. `outlets` must be flushed afterwards.
 #[inline]
 pub(crate) fn transmit(burst: &Burst, tails: Tails<'_>, snapshot: &Snapshot, outlets: &mut Outlets) {
-    let frame = |index: usize| {
-        let frame = &burst.frames[index];
-        Outgoing {
-            network: burst.networks[index],
-            offload: &burst.offloads[index],
-            header: frame.headers(),
-            payload: if frame.tail_bytes() == 0 {
-                Payload::EMPTY
-            } else {
-                tails.payload(frame, burst.datagrams[index])
-            },
-        }
-    };
+    let frame = |index| Outgoing { burst, tails, index };
     let mut index = 0;
     while index < burst.length {
         let next_hop = burst.next_hops[index];
@@ -73,9 +62,9 @@ pub(crate) fn transmit(burst: &Burst, tails: Tails<'_>, snapshot: &Snapshot, out
 /// Sends frame `index` to everybody else in its network.
 fn flood(burst: &Burst, index: usize, frame: Outgoing<'_>, snapshot: &Snapshot, outlets: &mut Outlets) {
     let origin = burst.origins[index];
-    let Some(network) = snapshot.network(frame.network) else { return };
+    let Some(network) = snapshot.network(frame.network()) else { return };
     let mut copies = 0;
-    let is_group = parse::destination(frame.header).is_group();
+    let is_group = parse::destination(frame.header()).is_group();
     let ports = if is_group { &network.ports } else { &network.hear_unknown };
     for &port in ports.iter().filter(|&&port| origin != Origin::Port(port)) {
         outlets.send_to_port(snapshot, port, std::iter::once(frame));

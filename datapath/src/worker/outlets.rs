@@ -9,6 +9,7 @@ use dreamwire_vhost::ring::{Ring, SendError};
 use foldhash::fast::RandomState;
 
 use super::fault_log::FaultLog;
+use crate::burst::Burst;
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
@@ -16,6 +17,7 @@ use crate::offload::Offload;
 use crate::pieces::Pieces;
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
 use crate::stage::parse::flow_hash;
+use crate::stage::transmit::Tails;
 use crate::underlay::{Inner, Staged, Tx};
 
 /// One guest's receiveqs.
@@ -42,17 +44,38 @@ struct Uplink {
     counters: Arc<UnderlayCounters>,
 }
 
-/// A frame on its way out.
+/// A frame on its way out: one of a burst.
 #[derive(Clone, Copy)]
 pub(crate) struct Outgoing<'a> {
+    pub(crate) burst: &'a Burst,
+    pub(crate) tails: Tails<'a>,
+    pub(crate) index: usize,
+}
+
+impl<'a> Outgoing<'a> {
     /// The network that it is in.
-    pub(crate) network: NetworkId,
+    #[inline]
+    pub(crate) fn network(self) -> NetworkId {
+        self.burst.networks[self.index]
+    }
+
     /// What its sender left undone.
-    pub(crate) offload: &'a Offload,
+    #[inline]
+    pub(crate) fn offload(self) -> &'a Offload {
+        &self.burst.offloads[self.index]
+    }
+
     /// The private copy of its first bytes.
-    pub(crate) header: &'a [u8],
+    #[inline]
+    pub(crate) fn header(self) -> &'a [u8] {
+        self.burst.frames[self.index].headers()
+    }
+
     /// The rest.
-    pub(crate) payload: Payload<'a>,
+    #[inline]
+    pub(crate) fn payload(self) -> Payload<'a> {
+        self.tails.payload(&self.burst.frames[self.index], self.burst.datagrams[self.index])
+    }
 }
 
 /// What went into one queue and is not counted yet.
@@ -187,7 +210,7 @@ impl Outlets {
         let Self { sinks, touched, pieces, hasher, fault_log, .. } = self;
         let sinks = &mut sinks[usize::from(id.0)];
         let Some(port) = snapshot.port(id) else {
-            for network in frames.filter_map(|frame| snapshot.network(frame.network)) {
+            for network in frames.filter_map(|frame| snapshot.network(frame.network())) {
                 network.counters.drops.add(DropReason::Removed, 1);
             }
             return;
@@ -195,7 +218,7 @@ impl Outlets {
         let mut tally = Tally::default();
         for frame in frames {
             // The port may have fewer queues in this snapshot than its guest still has rings here.
-            let chosen = sinks.choose(|| flow_hash(hasher, frame.header));
+            let chosen = sinks.choose(|| flow_hash(hasher, frame.header()));
             let chosen = chosen.filter(|(pair, _)| usize::from(2 * pair) < port.counters.rings.len());
             let Some((pair, sink)) = chosen else {
                 port.counters.drops.add(DropReason::PortDown, 1);
@@ -219,14 +242,14 @@ impl Outlets {
                     }
                 }
             };
-            if frame.offload.is_none() {
-                send(NetHeader::default(), frame.header, frame.payload);
-            } else if frame.offload.suits(sink.features) {
-                send(frame.offload.to_net_header(), frame.header, frame.payload);
+            if frame.offload().is_none() {
+                send(NetHeader::default(), frame.header(), frame.payload());
+            } else if frame.offload().suits(sink.features) {
+                send(frame.offload().to_net_header(), frame.header(), frame.payload());
             } else {
                 let finished = |header: &[u8], payload: Payload<'_>| send(NetHeader::default(), header, payload);
-                let count = pieces.cut(*frame.offload, frame.header, frame.payload, finished);
-                if let Some(network) = snapshot.network(frame.network) {
+                let count = pieces.cut(*frame.offload(), frame.header(), frame.payload(), finished);
+                if let Some(network) = snapshot.network(frame.network()) {
                     network.counters.cut_copies.add(count - 1);
                 }
             }
@@ -244,7 +267,7 @@ impl Outlets {
     /// Sends one frame to another host, or counts at the network why not. A tunnel carries finished frames only.
     #[inline]
     pub(crate) fn send_to_vtep(&mut self, snapshot: &Snapshot, vtep: IpAddr, frame: Outgoing<'_>) {
-        let Some(network) = snapshot.network(frame.network) else { return };
+        let Some(network) = snapshot.network(frame.network()) else { return };
         let tunnel = network.tunnel.as_ref();
         let uplink =
             tunnel.and_then(|tunnel| Some((tunnel.vni, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
@@ -253,22 +276,22 @@ impl Outlets {
             network.counters.drops.add(DropReason::Removed, 1);
             return;
         };
-        let flow_hash = flow_hash(&self.hasher, frame.header);
+        let flow_hash = flow_hash(&self.hasher, frame.header());
         let mut send = |header: &[u8], payload: Payload<'_>| {
             if uplink.tx.is_full() {
                 uplink.flush(snapshot);
             }
-            let inner = Inner { network: frame.network, vni, vtep, flow_hash, header, payload };
+            let inner = Inner { network: frame.network(), vni, vtep, flow_hash, header, payload };
             match uplink.tx.stage(inner, now_ns) {
                 Ok(Staged::Waiting) => {}
                 Ok(Staged::Sent) => network.counters.tunnel_tx.add(1, inner.bytes() as u64),
                 Err(reason) => network.counters.drops.add(reason, 1),
             }
         };
-        if frame.offload.is_none() {
-            send(frame.header, frame.payload);
+        if frame.offload().is_none() {
+            send(frame.header(), frame.payload());
         } else {
-            let count = self.pieces.cut(*frame.offload, frame.header, frame.payload, send);
+            let count = self.pieces.cut(*frame.offload(), frame.header(), frame.payload(), send);
             network.counters.cut_copies.add(count - 1);
         }
     }

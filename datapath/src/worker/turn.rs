@@ -15,7 +15,7 @@ use crate::fdb::{Fdb, FdbRow, Location};
 use crate::flow_cache::FlowCache;
 use crate::mac::Mac;
 use crate::offload::Offload;
-use crate::snapshot::{Network, NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use crate::snapshot::{Network, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
 use crate::stage::decap::decap;
 use crate::stage::parse::ETHERNET_BYTES;
 use crate::stage::police::police;
@@ -30,9 +30,12 @@ const KICKS_IN_VAIN_MAX: u32 = 2;
 /// Turns in a row that a transmitq may be found empty before it counts as idle: some 100 µs of an otherwise idle worker.
 const EMPTY_TURNS_MAX: u32 = 1024;
 
-/// Idle transmitqs looked at in one turn, so that many silent guests do not slow down those that talk. 512 of them are
-/// all seen within 64 turns, some 200 µs under full load; a worker that sleeps is told by their kicks.
+/// Idle transmitqs looked at in one turn, so that many silent guests do not slow down those that talk. A worker that
+/// sleeps is told by their kicks.
 const IDLE_PER_TURN: usize = 8;
+
+/// All idle ones are looked at this often at least, however long turns are. A glance at 512 costs some 10 µs.
+const IDLE_LAP_NS: u64 = 200_000;
 
 /// How often a part of the table of addresses is swept.
 const SWEEP_NS: u64 = 1_000_000_000;
@@ -67,7 +70,7 @@ impl Source {
 struct Inlet {
     id: UnderlayId,
     rx: Rx,
-    flows: FlowCache<Option<(NetworkId, Origin)>>,
+    flows: FlowCache<Option<Origin>>,
     counters: Arc<UnderlayCounters>,
 }
 
@@ -80,6 +83,8 @@ pub struct Worker {
     busy: usize,
     /// The next idle one to be looked at, counted from `busy`.
     next_idle: usize,
+    /// When all idle ones had been looked at.
+    idle_lap_ns: u64,
     inlets: Vec<Inlet>,
     outlets: Outlets,
     fdb: Fdb,
@@ -100,6 +105,7 @@ impl Worker {
             sources: Vec::with_capacity(PORTS_MAX),
             busy: 0,
             next_idle: 0,
+            idle_lap_ns: 0,
             inlets: Vec::with_capacity(UNDERLAYS_MAX),
             outlets: Outlets::default(),
             fdb: Fdb::default(),
@@ -153,15 +159,23 @@ impl Worker {
     #[inline]
     fn turn_idle(&mut self) -> usize {
         let mut moved = 0;
-        for _ in 0..IDLE_PER_TURN.min(self.sources.len() - self.busy) {
+        let idle = self.sources.len() - self.busy;
+        let is_overdue = self.now_ns - self.idle_lap_ns >= IDLE_LAP_NS;
+        if is_overdue || idle <= IDLE_PER_TURN {
+            self.idle_lap_ns = self.now_ns;
+        }
+        for _ in 0..if is_overdue { idle } else { idle.min(IDLE_PER_TURN) } {
             if self.busy + self.next_idle >= self.sources.len() {
                 self.next_idle = 0;
+                self.idle_lap_ns = self.now_ns;
             }
             let index = self.busy + self.next_idle;
-            self.next_idle += 1;
             if self.sources[index].ring.has_work() {
+                // Where it stood, another one stands that was looked at already, or none.
                 let index = self.wake(index);
                 moved += self.turn_source(index);
+            } else {
+                self.next_idle += 1;
             }
         }
         moved
@@ -206,7 +220,7 @@ impl Worker {
         let inlet = &mut inlets[index];
         let packets = decap(burst, inlet.id, &mut inlet.rx, &inlet.counters, snapshot, outlets);
         if packets > 0 {
-            let tag = |burst: &Burst, index: usize| Some((burst.networks[index], burst.origins[index]));
+            let tag = |burst: &Burst, index: usize| Some(burst.origins[index]);
             switch(burst, snapshot, fdb, &mut inlet.flows, tag, *now_ns);
             transmit(burst, Tails::Datagrams(&inlet.rx), snapshot, outlets);
             outlets.flush(snapshot);

@@ -71,21 +71,12 @@ impl Buffers {
     /// A frame out of a chain of one piece, which has at least the net header's bytes.
     #[inline]
     pub(super) fn gather_one(&mut self, segment: Segment, frame: &mut RawFrame) {
-        let mut net = [0; NetHeader::BYTES];
-        // Two lengths, each a constant.
-        let (net, segment) = if self.net_header_bytes as usize == NetHeader::BYTES {
-            // SAFETY: see the module's text.
-            unsafe { segment.copy_out(&mut net) };
-            (net, segment.skip(NetHeader::BYTES as u32))
-        } else {
-            // SAFETY: as above.
-            unsafe { segment.copy_out(&mut net[..NetHeader::LEGACY_BYTES]) };
-            (net, segment.skip(NetHeader::LEGACY_BYTES as u32))
-        };
+        // SAFETY: see the module's text.
+        frame.net = unsafe { segment.read_net_header() };
+        let segment = segment.skip(self.net_header_bytes);
         let header_bytes = (segment.bytes() as usize).min(HEADER_COPY_BYTES);
         // SAFETY: as above.
         unsafe { segment.copy_out(&mut frame.header[..header_bytes]) };
-        frame.net = NetHeader::from_bytes(&net);
         frame.header_bytes = header_bytes as u16;
         frame.frame_bytes = segment.bytes();
         (frame.fault, frame.tail) = (None, Tail::default());
@@ -179,20 +170,12 @@ impl Buffers {
     }
 
     /// Writes a frame into one piece that has room for it and its net header.
-    #[inline]
+    #[inline(always)]
     pub(super) fn fill_one(&mut self, into: Segment, net: NetHeader, header: &[u8], payload: Payload<'_>) {
         let whole = into;
-        let net = net.to_bytes(1);
-        // Two lengths, each a constant.
-        let into = if self.net_header_bytes as usize == NetHeader::BYTES {
-            // SAFETY: see the module's text.
-            unsafe { into.copy_in(&net) };
-            into.skip(NetHeader::BYTES as u32)
-        } else {
-            // SAFETY: as above.
-            unsafe { into.copy_in(&net[..NetHeader::LEGACY_BYTES]) };
-            into.skip(NetHeader::LEGACY_BYTES as u32)
-        };
+        // SAFETY: see the module's text.
+        unsafe { into.write_net_header(net, self.net_header_bytes) };
+        let into = into.skip(self.net_header_bytes);
         // SAFETY: as above.
         unsafe { into.copy_in(header) };
         if payload.bytes() > 0 {

@@ -292,7 +292,7 @@ impl Ring {
 
     /// Puts one frame into the guest's receiveq: `net`, then `header`, then `payload`. Seen by the guest after
     /// [`Ring::flush`]. Either the whole frame is staged or nothing of it.
-    #[inline]
+    #[inline(always)]
     pub fn send(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>) -> Result<(), SendError> {
         if let Some(fault) = self.fault {
             return Err(SendError::Fault(fault));
@@ -343,7 +343,7 @@ impl Ring {
     /// Whether something may have been made available. A glance: the ring is not touched beyond it.
     #[inline]
     pub fn has_work(&self) -> bool {
-        with_layout!(&self.layout, ring => ring.has_work())
+        self.fault.is_none() && with_layout!(&self.layout, ring => ring.has_work())
     }
 
     /// Tells the guest that kicks are not needed.

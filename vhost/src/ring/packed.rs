@@ -350,7 +350,7 @@ impl PackedRing {
         self.buffers.clear();
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn send(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>) -> Result<(), SendError> {
         if self.simple_at == self.simple_end {
             self.simple_end = self.look_ahead(self.next, BURST, Direction::DeviceWrites);
@@ -402,8 +402,10 @@ impl PackedRing {
         for &(chain, bytes) in &chains[..count] {
             self.stage_used(chain, bytes, FLAG_WRITE);
         }
-        // What was noted is used now, or lies elsewhere.
-        (self.simple_at, self.simple_end) = (0, 0);
+        // Chains of one descriptor are the next that were noted; of others it is not known where they lead.
+        let noted =
+            chains[..count].iter().all(|(chain, _)| chain.slots == 1) && count <= self.simple_end - self.simple_at;
+        (self.simple_at, self.simple_end) = if noted { (self.simple_at + count, self.simple_end) } else { (0, 0) };
         Ok(())
     }
 

@@ -198,6 +198,9 @@ impl SplitRing {
         debug_assert_eq!(self.taken, 0, "the last burst was not completed");
         let ready = usize::from(self.refresh_available(BURST as u16)?);
         let burst = ready.min(frames.len()).min(BURST);
+        if burst == 0 {
+            return Ok(0);
+        }
         for index in 0..burst {
             let head = self.available_entry(self.next_avail.wrapping_add(index as u16))?;
             self.heads[index] = head;
@@ -259,10 +262,10 @@ impl SplitRing {
         self.buffers.clear();
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn send(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>) -> Result<(), SendError> {
         if self.next_avail == self.posted_end {
-            self.look_ahead().map_err(SendError::Fault)?;
+            self.look_ahead()?;
         }
         let Posted { head, buffer } = self.posted[usize::from(self.next_avail) % BURST];
         let need = u64::from(self.buffers.net_header_bytes) + header.len() as u64 + u64::from(payload.bytes());
@@ -277,10 +280,14 @@ impl SplitRing {
     }
 
     /// Notes the next buffers that the guest has posted and asks for their cache lines.
-    fn look_ahead(&mut self) -> Result<(), RingFault> {
+    fn look_ahead(&mut self) -> Result<(), SendError> {
         // What was resumed goes the general way, which tells the tracker of it.
         let most = if self.resumed.is_some() { 0 } else { BURST as u16 };
-        let ready = self.refresh_available(1)?.min(most);
+        let ready = self.refresh_available(1).map_err(SendError::Fault)?;
+        if ready == 0 {
+            return Err(SendError::Full);
+        }
+        let ready = ready.min(most);
         self.posted[usize::from(self.next_avail) % BURST].buffer = Segment::EMPTY;
         for index in 0..ready {
             let index = self.next_avail.wrapping_add(index);
