@@ -6,7 +6,9 @@
 //! there and with every new snapshot, and its `until_ns` is when the FDB wants to be asked again (an address grows old, or has to be
 //! refreshed). So a hit answers what the FDB would answer, without two hash look-ups. Only known unicast is kept.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
+
+use foldhash::fast::RandomState;
 
 use crate::burst::NextHop;
 use crate::snapshot::NetworkId;
@@ -31,8 +33,8 @@ struct Entry<T> {
 #[derive(Debug)]
 pub(crate) struct FlowCache<T> {
     entries: Box<[Entry<T>; ENTRIES]>,
-    /// Odd and random: which pairs share a place cannot be foreseen.
-    multiplier: u64,
+    /// Seeded: which pairs share a place cannot be foreseen.
+    hasher: RandomState,
 }
 
 impl<T: Copy + Default + Eq> Default for FlowCache<T> {
@@ -45,7 +47,7 @@ impl<T: Copy + Default + Eq> Default for FlowCache<T> {
             until_ns: 0,
             next_hop: NextHop::Undecided,
         };
-        Self { entries: Box::new([free; ENTRIES]), multiplier: RandomState::new().hash_one(ENTRIES) | 1 }
+        Self { entries: Box::new([free; ENTRIES]), hasher: RandomState::default() }
     }
 }
 
@@ -60,10 +62,8 @@ pub(crate) fn stations(header: &[u8]) -> (u64, u32) {
 impl<T: Copy + Eq> FlowCache<T> {
     #[inline]
     fn place(&self, stations: (u64, u32), network: NetworkId) -> usize {
-        let rest = u64::from(stations.1) | u64::from(network.0) << 32;
-        let mixed = (stations.0 ^ rest.rotate_left(23)).wrapping_mul(self.multiplier);
-        // The upper bits depend on all lower ones.
-        (mixed >> (64 - ENTRIES.ilog2())) as usize
+        let hash = self.hasher.hash_one((stations.0, u64::from(stations.1) | u64::from(network.0) << 32));
+        (hash >> 32) as usize % ENTRIES
     }
 
     /// What was decided for `stations`, if it still holds.

@@ -38,9 +38,15 @@ pub(crate) fn source(header: &[u8]) -> Mac {
 /// outer UDP source port: RFC 7348 §5) keeps them in order. Fragments of one datagram agree: they are hashed without ports.
 #[inline]
 pub(crate) fn flow_hash(hasher: &RandomState, header: &[u8]) -> u32 {
+    if let Some(words) = plain_ipv4(header) {
+        return (hasher.hash_one(words) >> 32) as u32;
+    }
     let mut state = hasher.build_hasher();
     match flow_bytes(header) {
         Some((addresses, protocol, ports)) => {
+            if let (Ok(addresses), Ok(ports)) = (addresses.try_into(), ports.try_into()) {
+                return (hasher.hash_one(words(addresses, protocol, ports)) >> 32) as u32;
+            }
             state.write(addresses);
             state.write_u8(protocol);
             state.write(ports);
@@ -48,6 +54,25 @@ pub(crate) fn flow_hash(hasher: &RandomState, header: &[u8]) -> u32 {
         None => state.write(&header[..header.len().min(12)]),
     }
     (state.finish() >> 32) as u32
+}
+
+/// What is hashed of a packet with IPv4 addresses and ports.
+#[inline]
+fn words(addresses: [u8; 8], protocol: u8, ports: [u8; 4]) -> (u64, u64) {
+    (u64::from_ne_bytes(addresses), u64::from(u32::from_ne_bytes(ports)) | u64::from(protocol) << 32)
+}
+
+/// The short way to what [`flow_bytes`] finds in the usual packet: no tag, no IPv4 option, no fragment, TCP or UDP.
+#[inline]
+fn plain_ipv4(header: &[u8]) -> Option<(u64, u64)> {
+    let header: &[u8; 38] = header.first_chunk()?;
+    let [.., 0x08, 0x00, 0x45, _] = header[..16] else { return None };
+    let whole = u16::from_be_bytes([header[20], header[21]]) & 0x3fff == 0;
+    let protocol = header[23];
+    if !whole || !matches!(protocol, 6 | 17) {
+        return None;
+    }
+    Some(words(*header[26..].first_chunk()?, protocol, *header[34..].first_chunk()?))
 }
 
 /// The EtherType behind up to [`VLAN_TAGS_MAX`] tags, and the bytes behind it. `None` if the copy ends before.

@@ -33,13 +33,15 @@ pub(crate) struct Encap {
     /// Bytes of an IP packet that the wire takes.
     mtu: usize,
     kept: Box<[Option<Kept>]>,
+    /// The place of the last header: frames come in runs.
+    last: usize,
     hasher: RandomState,
 }
 
 impl Encap {
     pub(crate) fn new(station: Station, neighbours: Neighbours, gateway: Option<IpAddr>, mtu: u16) -> Self {
         let kept = (0..HEADERS).map(|_| None).collect();
-        Self { station, neighbours, gateway, mtu: usize::from(mtu), kept, hasher: RandomState::default() }
+        Self { station, neighbours, gateway, mtu: usize::from(mtu), kept, last: 0, hasher: RandomState::default() }
     }
 
     /// The header for a frame of `inner_bytes` to `vtep`, or why there is none; and a question, if one is to be asked.
@@ -51,12 +53,17 @@ impl Encap {
         inner_bytes: usize,
         now_ns: u64,
     ) -> (Result<&mut OuterHeader, DropReason>, Option<Ask>) {
-        let place = self.hasher.hash_one((vtep, vni)) as usize % HEADERS;
-        if !self.kept[place].as_ref().is_some_and(|kept| kept.vtep == vtep && kept.vni == vni) {
-            match self.make(vtep, vni, now_ns) {
-                Ok(made) => self.kept[place] = Some(made),
-                Err(reason) => return (Err(reason), None),
+        let is_for = |kept: &Option<Kept>| kept.as_ref().is_some_and(|kept| kept.vtep == vtep && kept.vni == vni);
+        let mut place = self.last;
+        if !is_for(&self.kept[place]) {
+            place = self.hasher.hash_one((vtep, vni)) as usize % HEADERS;
+            if !is_for(&self.kept[place]) {
+                match self.make(vtep, vni, now_ns) {
+                    Ok(made) => self.kept[place] = Some(made),
+                    Err(reason) => return (Err(reason), None),
+                }
             }
+            self.last = place;
         }
         let kept = self.kept[place].as_mut().expect("it was just made");
         let (mac, ask) = self.neighbours.resolve(kept.neighbour, kept.next_hop, now_ns);
