@@ -27,6 +27,10 @@ const ETHERNET_BYTES: usize = 14;
 const IPV4_BYTES: usize = 20;
 const UDP_BYTES: usize = 8;
 const TCP_BYTES: usize = 20;
+/// Where the checksum lies in a TCP frame.
+pub(super) const TCP_CHECKSUM_AT: usize = ETHERNET_BYTES + IPV4_BYTES + 16;
+/// IPv4's number of TCP.
+const TCP: u8 = 6;
 /// Ethernet, IPv4 and UDP headers.
 pub const HEADERS_BYTES: usize = ETHERNET_BYTES + IPV4_BYTES + UDP_BYTES;
 /// Ethernet, IPv4 and TCP headers.
@@ -103,6 +107,15 @@ impl FlowSet {
         }
     }
 
+    /// What may stand in the place of the TCP checksum of a frame to be segmented: the sum of the pseudo header as the frame
+    /// is sent with, and the same without the length. The latter is what DPDK asks for on the way to a NIC, and what OVS-DPDK
+    /// writes on the way to a VM too. `None` if the frames are whole.
+    pub fn pseudo_sums(&self) -> Option<[u16; 2]> {
+        let frame = &self.frames[0];
+        let sent = u16::from_be_bytes([frame[TCP_CHECKSUM_AT], frame[TCP_CHECKSUM_AT + 1]]);
+        self.is_segmented().then(|| [sent, sum(u32::from(TCP), &frame[26..34])])
+    }
+
     /// How much later than in a UDP frame magic and sequence number come.
     pub fn mark_shift(&self) -> usize {
         if self.is_segmented() { TCP_BYTES - UDP_BYTES } else { 0 }
@@ -155,9 +168,9 @@ pub(super) fn udp_checksum(frame: &[u8]) -> u16 {
 /// One TCP frame, to be segmented: its checksum is that of the pseudo header, as a guest leaves it.
 fn tcp_frame(from: Endpoint, to: Endpoint, bytes: usize, sequence: u64) -> Vec<u8> {
     assert!((FRAME_BYTES_MIN..=SEGMENTED_BYTES_MAX).contains(&bytes), "frames of {bytes} bytes");
-    let mut frame = ip_packet(from, to, bytes, 6);
+    let mut frame = ip_packet(from, to, bytes, TCP);
     let tcp_bytes = (bytes - ETHERNET_BYTES - IPV4_BYTES) as u32;
-    let pseudo = sum(6 + tcp_bytes, &frame[26..34]);
+    let pseudo = sum(u32::from(TCP) + tcp_bytes, &frame[26..34]);
     frame.extend(SOURCE_PORT.to_be_bytes());
     frame.extend(DESTINATION_PORT.to_be_bytes());
     // RFC 9293 §3.1: sequence and acknowledgement numbers, header length, ACK, window, checksum, urgent pointer.

@@ -2,15 +2,16 @@
 //!
 //! Every frame's length and first [`CHECKED_BYTES`] bytes are compared with what its sequence number says (behind a
 //! virtio-net header, that is one cache line); one in `sample` is compared to its last byte. Of frames to be segmented,
-//! whose headers are longer by 12 bytes, the MAC addresses are compared in the sample only. In a tunnel the outer headers
+//! whose headers are longer by 12 bytes, the MAC addresses are compared in the sample only, and the checksum, which the
+//! receiver does not look at, may be either of two ([`FlowSet::pseudo_sums`]). In a tunnel the outer headers
 //! of every packet are checked too. Sequence numbers repeat with the set, so a gap says how many frames are missing modulo
 //! the set; `Sink::in_sequence` weighs the gaps against what was sent. A frame that comes too late looks like a whole round
 //! lost, which no count of frames sent bears out: that is how reordering shows.
 
-use super::frame::{FRAME_BYTES_MIN, FlowSet, MAGIC, SEQUENCE_AT};
+use super::frame::{FRAME_BYTES_MIN, FlowSet, MAGIC, SEQUENCE_AT, TCP_CHECKSUM_AT};
 use super::vxlan::{OUTER_BYTES, OUTER_WORDS, Outer, OuterCheck};
 use crate::front_end::Received;
-use crate::front_end::header::bits;
+use crate::front_end::header::{VirtioNetHeader, bits};
 
 /// Compared in every frame: headers, magic, sequence number. All frames have them.
 pub const CHECKED_BYTES: usize = SEQUENCE_AT + 6;
@@ -22,6 +23,8 @@ const LAST_AT: usize = CHECKED_BYTES - 8;
 const _: () = assert!(CHECKED_BYTES <= FRAME_BYTES_MIN && 8 * (COMMON_WORDS + OWN_WORDS - 1) > LAST_AT);
 // magic_of and sequence_of take the words apart by these.
 const _: () = assert!(SEQUENCE_AT == 46 && LAST_AT == 44);
+// checksum_of by this: a frame to be segmented is looked at 12 bytes later.
+const _: () = assert!(TCP_CHECKSUM_AT == 12 + 8 * COMMON_WORDS + 6);
 
 /// What has arrived.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,15 +53,16 @@ pub struct Sink<'a> {
     start: usize,
     /// Frames arrive inside of outer packets.
     outer: Option<OuterCheck>,
-    is_segmented: bool,
+    /// Of frames to be segmented: see [`FlowSet::pseudo_sums`].
+    pseudo_sums: Option<[u16; 2]>,
     /// Per flow, the place in the set (sequence / flows) that comes next; `None` before its first frame.
     next: Vec<Option<u32>>,
     places: u32,
     sample: u64,
     until_sample: u64,
     arrived: Arrived,
-    /// The first corrupt frame, for the report.
-    specimen: Option<Vec<u8>>,
+    /// The first corrupt frame and its virtio-net header, for the report.
+    specimen: Option<(VirtioNetHeader, Vec<u8>)>,
 }
 
 impl<'a> Sink<'a> {
@@ -86,7 +90,7 @@ impl<'a> Sink<'a> {
             bytes: set.frames()[0].len(),
             start: shift,
             outer: None,
-            is_segmented: set.is_segmented(),
+            pseudo_sums: set.pseudo_sums(),
             places: (set.frames().len() / set.flows()) as u32,
             set,
             sample: sample.max(1),
@@ -119,7 +123,12 @@ impl<'a> Sink<'a> {
 
     /// The first corrupt frame.
     pub fn specimen(&self) -> Option<&[u8]> {
-        self.specimen.as_deref()
+        self.specimen.as_ref().map(|(_, frame)| frame.as_slice())
+    }
+
+    /// The first corrupt frame's virtio-net header.
+    pub fn specimen_header(&self) -> Option<VirtioNetHeader> {
+        self.specimen.as_ref().map(|(header, _)| *header)
     }
 
     /// Counts from zero, expecting `sequence` next.
@@ -161,14 +170,19 @@ impl<'a> Sink<'a> {
     fn prefix(&self, frame: &Received<'_>) -> Option<Prefix> {
         let words = frame.words::<6>(self.start)?;
         let [last] = frame.words::<1>(self.start + LAST_AT)?;
-        let [a, b, c, d, e, f] = words;
+        let [a, b, c, d, mut e, f] = words;
+        if let Some([sent, other]) = self.pseudo_sums
+            && checksum_of(e) == other
+        {
+            e = with_checksum(e, sent);
+        }
         Some(([a, b, c, d], [e, f, last]))
     }
 
     /// Length, what the virtio-net header says, and outer headers.
     #[inline]
     fn is_carried_right(&self, frame: &Received<'_>) -> bool {
-        if self.is_segmented {
+        if self.pseudo_sums.is_some() {
             let header = frame.header();
             let is_large = header.gso_type & !bits::GSO_ECN == bits::GSO_TCPV4 && header.flags & bits::NEEDS_CSUM != 0;
             return is_large && frame.len() == self.bytes;
@@ -186,6 +200,12 @@ impl<'a> Sink<'a> {
     fn compare(&mut self, index: usize, mut frame: Received<'_>) {
         let packet = frame.bytes();
         let is_good = match &self.outer {
+            // Its checksum is in the prefix.
+            None if self.pseudo_sums.is_some() => {
+                let expected = &self.set.frames()[index];
+                packet[..TCP_CHECKSUM_AT] == expected[..TCP_CHECKSUM_AT]
+                    && packet[TCP_CHECKSUM_AT + 2..] == expected[TCP_CHECKSUM_AT + 2..]
+            }
             None => packet == self.set.frames()[index],
             Some(_) => packet[OUTER_BYTES..] == self.set.frames()[index] && OuterCheck::checksum_holds(packet),
         };
@@ -209,7 +229,8 @@ impl<'a> Sink<'a> {
     #[cold]
     fn corrupt(&mut self, mut frame: Received<'_>) {
         self.arrived.corrupt += 1;
-        self.specimen.get_or_insert_with(|| frame.bytes().to_vec());
+        let header = frame.header();
+        self.specimen.get_or_insert_with(|| (header, frame.bytes().to_vec()));
     }
 
     /// Whether the gaps are explained by `lost` frames: they are at most that many unless frames were reordered (or
@@ -227,6 +248,18 @@ fn same(left: &Prefix, right: &Prefix) -> bool {
     differ(&left.0, &right.0) | differ(&left.1, &right.1) == 0
 }
 
+/// The TCP checksum of a frame to be segmented: the end of the first word of its own.
+#[inline]
+fn checksum_of(word: u64) -> u16 {
+    ((word >> 48) as u16).swap_bytes()
+}
+
+/// The word with another one.
+#[inline]
+fn with_checksum(word: u64, checksum: u16) -> u64 {
+    word & (u64::MAX >> 16) | u64::from(checksum.swap_bytes()) << 48
+}
+
 /// Bytes 46 to 51, big-endian: the end of the last word, which begins at 44.
 #[inline]
 fn sequence_of((_, [_, _, last]): &Prefix) -> u64 {
@@ -241,7 +274,6 @@ fn magic_of((_, [_, middle, _]): &Prefix) -> [u8; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::front_end::VirtioNetHeader;
     use crate::traffic::frame::{Endpoint, FlowSet, SEGMENTED_BYTES};
     use std::net::Ipv4Addr;
 
@@ -341,5 +373,18 @@ mod tests {
         assert_eq!(sink.arrived(), Arrived { good: 1, ..Arrived::default() });
         sink.take(Received::private(&mut set.frames()[1].clone(), VirtioNetHeader::default()));
         assert_eq!(sink.arrived().corrupt, 1);
+    }
+
+    #[test]
+    fn a_frame_to_be_segmented_may_have_the_pseudo_sum_without_length_and_no_other() {
+        let set = FlowSet::new(endpoint(1), endpoint(2), SEGMENTED_BYTES, 1, 4);
+        let mut sink = Sink::new(&set, 1);
+        // RFC 1071 over 10.0.0.1, 10.0.0.2 and protocol 6.
+        for (checksum, good, corrupt) in [(0x1409_u16, 1, 0), (0x140a, 1, 1)] {
+            let mut frame = set.frames()[0].clone();
+            frame[50..52].copy_from_slice(&checksum.to_be_bytes());
+            sink.take(Received::private(&mut frame, set.header()));
+            assert_eq!((sink.arrived().good, sink.arrived().corrupt), (good, corrupt), "{checksum:#x}");
+        }
     }
 }

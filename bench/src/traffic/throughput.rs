@@ -13,7 +13,7 @@ use super::frame::{self, Endpoint, FlowSet};
 use super::sink::Sink;
 use super::vxlan::Outer;
 use crate::front_end::split::RingError;
-use crate::front_end::{BURST, FrontEnd, FrontEndError};
+use crate::front_end::{BURST, FrontEnd, FrontEndError, VirtioNetHeader};
 
 /// Turns of generator and sink between two looks at the clock: some microseconds.
 const TURNS_PER_LOOK: u32 = 16;
@@ -29,6 +29,9 @@ const FIRST_FRAME_MAX: Duration = Duration::from_secs(10);
 
 /// Frames to be segmented in a set: 4 MiB, what a TCP connection may have under way.
 const SEGMENTED_FRAMES: usize = 64;
+
+/// Of an altered frame this much is shown: outer and inner headers, and the start of the payload.
+const SPECIMEN_BYTES: usize = 160;
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -106,8 +109,8 @@ impl Round {
     #[must_use]
     pub fn fault(&self, specimen: Option<&[u8]>) -> Option<String> {
         if self.corrupt > 0 {
-            let bytes: String = specimen.unwrap_or_default().iter().map(|byte| format!("{byte:02x}")).collect();
-            Some(format!("{} frames came out altered; the first: {bytes}", self.corrupt))
+            let start = start_of(specimen.unwrap_or_default());
+            Some(format!("{} frames came out altered; the first: {start}", self.corrupt))
         } else if self.received == 0 {
             Some(format!("nothing came out of {} frames", self.sent))
         } else if self.received > self.sent {
@@ -133,6 +136,16 @@ pub enum Failure {
         sent: u64,
         /// Frames that were not ours.
         foreign: u64,
+    },
+    /// What came through first was altered.
+    #[error("frames come out altered; the first has {bytes} bytes behind {header:?}: {start}")]
+    Altered {
+        /// Its length.
+        bytes: usize,
+        /// Its virtio-net header.
+        header: VirtioNetHeader,
+        /// Its beginning, in hexadecimal.
+        start: String,
     },
     /// The device never falls silent.
     #[error("frames keep coming {} s after the last was sent", DRAIN_MAX.as_secs())]
@@ -184,7 +197,7 @@ impl<'a> Throughput<'a> {
     /// Lets a switch learn both addresses, and waits until frames come through.
     ///
     /// # Errors
-    /// [`Failure::Nothing`], or a broken ring.
+    /// [`Failure::Nothing`], [`Failure::Altered`], or a broken ring.
     pub fn warm_up(&mut self) -> Result<(), Failure> {
         let started = Instant::now();
         // From the sink towards the generator, so that the sink's address is known; not counted anywhere.
@@ -203,6 +216,9 @@ impl<'a> Throughput<'a> {
             self.to.send_burst(&[&hello])?;
             self.from.pairs()[0].transmit.repost_burst(1)?;
             self.receive_for(Duration::from_millis(10))?;
+            if let (Some(header), Some(frame)) = (self.sink.specimen_header(), self.sink.specimen()) {
+                return Err(Failure::Altered { bytes: frame.len(), header, start: start_of(frame) });
+            }
         }
         self.to.pairs()[0].transmit.reap()?;
         self.run(Duration::from_millis(100).min(self.plan.duration)).map(|_| ())
@@ -314,6 +330,11 @@ impl<'a> Throughput<'a> {
     pub fn specimen(&self) -> Option<&[u8]> {
         self.sink.specimen()
     }
+}
+
+/// As much of a frame as tells what is wrong with it, in hexadecimal.
+fn start_of(frame: &[u8]) -> String {
+    frame.iter().take(SPECIMEN_BYTES).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Time in which nothing moves. The clock is read in idle turns alone: there is time for it.
