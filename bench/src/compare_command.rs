@@ -51,7 +51,7 @@ pub(crate) struct CompareArguments {
 pub(crate) struct StandardArguments {
     #[command(flatten)]
     schedule: ScheduleArguments,
-    /// Only comparisons whose name contains this
+    /// Only comparisons whose name is this or begins with it
     #[arg(long)]
     only: Vec<String>,
     /// Leave a device out
@@ -99,10 +99,15 @@ pub(crate) fn compare(arguments: &CompareArguments) -> Result<(), Error> {
 
 pub(crate) fn standard(arguments: &StandardArguments) -> Result<(), Error> {
     topology::clean_up_on_signals();
-    let is_wanted =
-        |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|only| name.contains(only.as_str()));
+    let mut wanted = compare::standard();
+    if !arguments.only.is_empty() {
+        wanted.retain(|standard| standard.is_named(&arguments.only));
+        if wanted.is_empty() {
+            return Err(Error::NoComparison(arguments.only.join(", ")));
+        }
+    }
     let mut comparisons = Vec::new();
-    for mut standard in compare::standard().into_iter().filter(|standard| is_wanted(&standard.name)) {
+    for mut standard in wanted {
         standard.lanes.retain(|lane| !arguments.without.contains(&lane.device));
         let mut out = io::stdout().lock();
         if arguments.list {

@@ -201,6 +201,8 @@ enum Error {
     Pin { cpu: usize, source: io::Error },
     #[error("round {round}: {problem}")]
     Content { round: usize, problem: String },
+    #[error("no comparison's name begins with {0}; --list names them all")]
+    NoComparison(String),
     #[error("writing the report: {0}")]
     Report(#[from] io::Error),
 }

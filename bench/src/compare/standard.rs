@@ -94,9 +94,29 @@ pub fn standard() -> Vec<Standard> {
     set
 }
 
+impl Standard {
+    /// Whether one of `wanted` is its name or begins it: `flows` takes in `flows-ovs`, but not `new-flows`.
+    #[must_use]
+    pub fn is_named(&self, wanted: &[String]) -> bool {
+        wanted.iter().any(|start| self.name.starts_with(start.as_str()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_is_chosen_by_how_it_begins() {
+        let named = |start: &str| {
+            let set = standard().into_iter().filter(|comparison| comparison.is_named(&[start.to_owned()]));
+            set.map(|comparison| comparison.name).collect::<Vec<_>>()
+        };
+        assert_eq!(named("flows"), ["flows-dreamwire", "flows-ovs"]);
+        assert_eq!(named("vxlan-encap"), ["vxlan-encap-64", "vxlan-encap-1518"]);
+        assert_eq!(named("l2-64"), ["l2-64"]);
+        assert!(named("encap").is_empty());
+    }
 
     #[test]
     fn names_are_unique_and_every_comparison_has_a_baseline() {
