@@ -66,6 +66,13 @@ impl Receive {
         &self.doorbell
     }
 
+    /// How many frames of `bytes` all buffers together hold.
+    pub fn frames_held(&self, bytes: usize) -> u16 {
+        let buffers =
+            if self.mergeable { (self.chains.header_bytes + bytes).div_ceil(self.chains.buffer_bytes()) } else { 1 };
+        (usize::from(self.chains.slots()) / buffers) as u16
+    }
+
     /// Frames received since the start.
     pub fn received(&self) -> u64 {
         self.received

@@ -8,6 +8,7 @@ pub mod cost;
 pub mod cpu;
 pub mod dreamwire;
 pub mod frame;
+mod in_flight;
 pub mod latency;
 pub mod sink;
 pub mod testpmd;

@@ -3,13 +3,14 @@
 //! Theory of operation. The generator reposts a set of frames as fast as its ring takes them; the sink checks what
 //! comes out. Both run in turns on one pinned core, so that the device has the other for itself. A round: discard
 //! what is still under way, run for a time, stop sending, wait until nothing comes any more, count. Loss is exact:
-//! frames that the device took and never delivered.
+//! frames that the device took and never delivered. No more large frames are under way than the receiver has buffers for.
 
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use super::frame::{self, Endpoint, FlowSet};
+use super::in_flight::{InFlight, LIMITED_BYTES};
 use super::sink::Sink;
 use super::vxlan::Outer;
 use crate::front_end::split::RingError;
@@ -249,14 +250,21 @@ impl<'a> Throughput<'a> {
 
         let started = Instant::now();
         let mut idle = Idle::default();
+        let held = self.to.pairs()[0].receive.frames_held(self.plan.size);
+        let mut limit = (self.plan.size > LIMITED_BYTES).then(|| InFlight::new(held, started));
         let elapsed = loop {
             for _ in 0..TURNS_PER_LOOK {
                 let transmit = &mut self.from.pairs()[0].transmit;
                 let burst = if self.plan.once { left.min(usize::from(BURST)) as u16 } else { BURST };
+                let burst = limit.as_ref().map_or(burst, |limit| burst.min(limit.room()));
                 let sent = transmit.repost_burst(burst)?;
                 left -= if self.plan.once { usize::from(sent) } else { 0 };
                 let sink = &mut self.sink;
                 let received = self.to.pairs()[0].receive.receive_views(|frame| sink.take(frame))?;
+                if let Some(limit) = &mut limit {
+                    let (arrived, transmit) = (self.sink.arrived(), &self.from.pairs()[0].transmit);
+                    limit.turn(sent, arrived.good + arrived.corrupt, transmit.in_flight() == 0, Instant::now());
+                }
                 idle.turn(sent == 0 && received == 0);
             }
             self.discard_backwards()?;
