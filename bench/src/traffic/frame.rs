@@ -108,8 +108,8 @@ impl FlowSet {
     }
 
     /// What may stand in the place of the TCP checksum of a frame to be segmented: the sum of the pseudo header as the frame
-    /// is sent with, and the same without the length. The latter is what DPDK asks for on the way to a NIC, and what OVS-DPDK
-    /// writes on the way to a VM too. `None` if the frames are whole.
+    /// is sent with, and the same without the length. The latter is what DPDK asks for on the way to a NIC, and what was
+    /// seen to come out of OVS-DPDK 3.1 at a VM's port. `None` if the frames are whole.
     pub fn pseudo_sums(&self) -> Option<[u16; 2]> {
         let frame = &self.frames[0];
         let sent = u16::from_be_bytes([frame[TCP_CHECKSUM_AT], frame[TCP_CHECKSUM_AT + 1]]);

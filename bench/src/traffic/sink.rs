@@ -2,8 +2,8 @@
 //!
 //! Every frame's length and first [`CHECKED_BYTES`] bytes are compared with what its sequence number says (behind a
 //! virtio-net header, that is one cache line); one in `sample` is compared to its last byte. Of frames to be segmented,
-//! whose headers are longer by 12 bytes, the MAC addresses are compared in the sample only, and the checksum, which the
-//! receiver does not look at, may be either of two ([`FlowSet::pseudo_sums`]). In a tunnel the outer headers
+//! whose headers are longer by 12 bytes, the MAC addresses are compared in the sample only, and the checksum, which
+//! OVS-DPDK was seen to change, may be either of two ([`FlowSet::pseudo_sums`]). In a tunnel the outer headers
 //! of every packet are checked too. Sequence numbers repeat with the set, so a gap says how many frames are missing modulo
 //! the set; `Sink::in_sequence` weighs the gaps against what was sent. A frame that comes too late looks like a whole round
 //! lost, which no count of frames sent bears out: that is how reordering shows.
