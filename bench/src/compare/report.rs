@@ -194,9 +194,20 @@ mod tests {
         let comparison = Comparison { title: "64 B".into(), window_s: 0.3, lanes };
         let svg = crate::compare::svg(&[comparison]).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
-        // The background is one too.
-        assert_eq!(svg.matches("<rect").count(), 3, "{svg}");
+        // The background is one too, and the legend has one for each device.
+        assert_eq!(svg.matches("<rect").count(), 5, "{svg}");
         assert!(svg.contains("a &lt; b") && svg.contains("not measured"), "{svg}");
+        assert!(svg.contains("(baseline: io)") && svg.contains("8.00 Mpps, 1.20 x"), "{svg}");
+    }
+
+    #[test]
+    fn plot_has_large_frames_in_gigabits() {
+        let mut report = lane("dreamwire", &[0.05]);
+        report.lane.case.size = 65_214;
+        let svg =
+            crate::compare::svg(&[Comparison { title: "TSO".into(), window_s: 0.3, lanes: vec![report] }]).unwrap();
+        // 0.512 Gbit/s per Mpps, as all of these rounds.
+        assert!(svg.contains("0.03 Gbit/s, 1.00 x") && !svg.contains("Mpps"), "{svg}");
     }
 
     #[test]

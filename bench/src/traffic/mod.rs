@@ -19,6 +19,7 @@ use std::path::PathBuf;
 
 pub use dreamwire::Dreamwire;
 pub use frame::{Endpoint, FlowSet};
+pub(crate) use in_flight::LIMITED_BYTES;
 pub use sink::Sink;
 pub use testpmd::Testpmd;
 pub use throughput::{Failure, Plan, Round, Tunnel};
