@@ -28,7 +28,11 @@ impl Random {
 }
 
 fn main() {
-    let smoke = std::env::args().any(|argument| argument == "--smoke");
+    run(std::env::args().any(|argument| argument == "--smoke"));
+}
+
+/// All rows; a short run if `smoke`.
+pub(crate) fn run(smoke: bool) {
     let (rounds, lookups) = if smoke { (3, 2_000) } else { (31, 100_000) };
     println!("rules   lookup ns [min..max]   miss ns [min..max]   compile ms   KiB");
     for rules in [10, 100, 1_000, 10_000] {
