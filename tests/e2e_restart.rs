@@ -141,7 +141,9 @@ fn guests_with_rings_of_every_kind_recover_when_the_daemon_ends_or_is_killed() {
         let probes = probes.map(|probe| probe.stop().unwrap());
         let events = [&one, &two].map(link_events);
         for (index, (card, probe)) in CARDS.iter().zip(&probes).enumerate() {
-            report(&format!("{} rings, {signal}", card.name), start, probe);
+            // While a guest comes back, its second queue is enabled after the first, and flows move there.
+            let moves = card.queue_pairs > 1;
+            report_moves(&format!("{} rings, {signal}", card.name), start, probe, moves);
             let [first, second] = [0, 1].map(|guest| events[guest][index] - link_events_before[guest][index]);
             eprintln!("    link events seen by the guests: {first} and {second}");
         }
@@ -224,11 +226,17 @@ fn traffic_is_back(one: &Guest, two: &Guest) {
 }
 
 fn report(what: &str, start: Instant, probe: &ProbeReport) {
+    report_moves(what, start, probe, false);
+}
+
+/// As [`report`]; where the flow may have moved to another queue, frames that waited in the old one may be overtaken.
+fn report_moves(what: &str, start: Instant, probe: &ProbeReport, moves: bool) {
     let (gap_ms, seconds) = (probe.longest_gap_ms, start.elapsed().as_secs_f64());
     eprintln!(
         "{what}: longest gap {gap_ms:.0} ms in {seconds:.1} s; {} of {} probes answered",
         probe.received, probe.sent
     );
     assert!(probe.received > 0, "{probe:?}");
-    assert_eq!((probe.duplicates, probe.reordered), (0, 0), "{probe:?}");
+    assert_eq!(probe.duplicates, 0, "{probe:?}");
+    assert!(moves || probe.reordered == 0, "{probe:?}");
 }

@@ -2,8 +2,6 @@
 
 use std::hash::{BuildHasher, Hasher};
 
-use foldhash::fast::RandomState;
-
 use crate::mac::Mac;
 
 /// Ethernet II header: destination, source, EtherType.
@@ -37,7 +35,7 @@ pub(crate) fn source(header: &[u8]) -> Mac {
 /// that is not IP, the MAC addresses. Frames of one flow and direction have one hash, so whatever is chosen by it (queue,
 /// outer UDP source port: RFC 7348 §5) keeps them in order. Fragments of one datagram agree: they are hashed without ports.
 #[inline]
-pub(crate) fn flow_hash(hasher: &RandomState, header: &[u8]) -> u32 {
+pub(crate) fn flow_hash(hasher: &impl BuildHasher, header: &[u8]) -> u32 {
     if let Some(words) = plain_ipv4(header) {
         return (hasher.hash_one(words) >> 32) as u32;
     }
@@ -128,6 +126,7 @@ fn be16(bytes: &[u8], at: usize) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use foldhash::fast::RandomState;
     use proptest::prelude::*;
 
     use super::*;

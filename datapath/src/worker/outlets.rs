@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dreamwire_vhost::frame::{NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{Ring, SendError};
-use foldhash::fast::RandomState;
+use foldhash::fast::FixedState;
 
 use super::fault_log::FaultLog;
 use crate::burst::Burst;
@@ -107,8 +107,9 @@ pub(crate) struct Outlets {
     /// By underlay.
     uplinks: Vec<Option<Uplink>>,
     pieces: Pieces,
-    /// Seeds the hash that chooses a flow's queue and outer source port.
-    hasher: RandomState,
+    /// Chooses a flow's queue and outer source port. Not seeded at random: both stay the same when the daemon is started
+    /// again, and with them the flow's order. Whoever aims at one queue has no more of it than with one flow.
+    hasher: FixedState,
     now_ns: u64,
     /// Here, because here receiveqs are found broken.
     pub(super) fault_log: FaultLog,
@@ -121,7 +122,7 @@ impl Default for Outlets {
             touched: Vec::with_capacity(PORTS_MAX),
             uplinks: (0..UNDERLAYS_MAX).map(|_| None).collect(),
             pieces: Pieces::default(),
-            hasher: RandomState::default(),
+            hasher: FixedState::default(),
             now_ns: 0,
             fault_log: FaultLog::default(),
         }
