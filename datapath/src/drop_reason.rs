@@ -53,6 +53,8 @@ pub enum DropReason {
     OuterFragment,
     /// An outer packet whose IPv4 header or UDP checksum is wrong.
     OuterChecksum,
+    /// The hand-off to the worker that owns the destination is full: that worker does not keep up.
+    HandoffFull,
 }
 
 impl DropReason {
@@ -60,7 +62,7 @@ impl DropReason {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All of them, in the order of their discriminants.
-    pub const ALL: [DropReason; 24] = [
+    pub const ALL: [DropReason; 25] = [
         Self::BadChain,
         Self::BadOffload,
         Self::TooShort,
@@ -85,6 +87,7 @@ impl DropReason {
         Self::NotForHost,
         Self::OuterFragment,
         Self::OuterChecksum,
+        Self::HandoffFull,
     ];
 
     /// The name in counters: snake case, stable.
@@ -114,6 +117,7 @@ impl DropReason {
             Self::NotForHost => "not_for_host",
             Self::OuterFragment => "outer_fragment",
             Self::OuterChecksum => "outer_checksum",
+            Self::HandoffFull => "handoff_full",
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::drop_reason::DropReason;
 use crate::snapshot::{Network, Snapshot};
 use crate::stage::parse;
 use crate::underlay::Rx;
+use crate::worker::handoff::Target;
 use crate::worker::outlets::{Outgoing, Outlets};
 
 /// Who keeps the bytes behind a burst's header copies.
@@ -74,15 +75,11 @@ pub(crate) fn transmit(burst: &Burst, tails: Tails<'_>, snapshot: &Snapshot, out
 fn flood(burst: &Burst, index: usize, frame: Outgoing<'_>, snapshot: &Snapshot, outlets: &mut Outlets) {
     let origin = burst.origins[index];
     let Some(network) = snapshot.network(frame.network) else { return };
-    let mut copies = 0;
+    let mut copies = flood_here(network, origin, frame, snapshot, outlets);
     let is_group = parse::destination(frame.header).is_group();
-    let ports = if is_group { &network.ports } else { &network.hear_unknown };
-    for &port in ports.iter().filter(|&&port| origin != Origin::Port(port)) {
-        outlets.send_to_port(snapshot, port, std::iter::once(frame));
-        copies += 1;
-    }
-    for &vtep in flood_list(network, origin) {
-        outlets.send_to_vtep(snapshot, vtep, frame);
+    // One copy for each worker, which makes the others.
+    for &worker in if is_group { &network.beyond.groups } else { &network.beyond.unknown } {
+        outlets.hand_off(snapshot, worker, Target::Flood(origin), std::iter::once(frame));
         copies += 1;
     }
     match copies {
@@ -91,10 +88,35 @@ fn flood(burst: &Burst, index: usize, frame: Outgoing<'_>, snapshot: &Snapshot, 
     }
 }
 
-/// The VTEPs that a flooded frame is replicated to: none if it came from one (split horizon).
-fn flood_list(network: &Network, origin: Origin) -> &[std::net::IpAddr] {
+/// Sends a frame to everybody else in its network whom this worker reaches itself; returns how many that were.
+pub(super) fn flood_here(
+    network: &Network,
+    origin: Origin,
+    frame: Outgoing<'_>,
+    snapshot: &Snapshot,
+    outlets: &mut Outlets,
+) -> u64 {
+    let mut copies = 0;
+    let is_group = parse::destination(frame.header).is_group();
+    let ports = if is_group { &network.ports } else { &network.hear_unknown };
+    for &port in ports.iter().filter(|&&port| origin != Origin::Port(port)) {
+        outlets.send_to_port(snapshot, port, std::iter::once(frame));
+        copies += 1;
+    }
+    for &vtep in flood_list(network, origin, snapshot) {
+        outlets.send_to_vtep(snapshot, vtep, frame);
+        copies += 1;
+    }
+    copies
+}
+
+/// The VTEPs that a flooded frame is replicated to: none if it came from one (split horizon), or if another worker has
+/// the underlay.
+fn flood_list<'a>(network: &'a Network, origin: Origin, snapshot: &Snapshot) -> &'a [std::net::IpAddr] {
     match (&network.tunnel, origin) {
-        (Some(tunnel), Origin::Port(_)) => &tunnel.remotes,
+        (Some(tunnel), Origin::Port(_)) if snapshot.uplink_worker(tunnel.underlay) == snapshot.worker => {
+            &tunnel.remotes
+        }
         _ => &[],
     }
 }
