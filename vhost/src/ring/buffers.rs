@@ -16,6 +16,18 @@ use crate::memory::{Memory, Payload, PayloadCursor, Segment};
 /// Takes the pieces of a chain one by one; false to be given no more.
 pub(super) type Take<'a> = &'a mut dyn FnMut(Segment) -> bool;
 
+/// Which way the buffers of a ring go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    DeviceReads,
+    DeviceWrites,
+}
+
+/// A u64 wherever it lies: an indirect table may have any alignment.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+pub(super) struct Unaligned(pub(super) u64);
+
 #[derive(Debug)]
 pub(super) struct Buffers {
     pub(super) memory: Arc<Memory>,

@@ -18,9 +18,11 @@ mod inflight_packed;
 mod inflight_split;
 mod narrow;
 mod packed;
+mod packed_chain;
 mod position;
 mod recover;
 mod split;
+mod split_chain;
 
 use std::sync::Arc;
 

@@ -36,7 +36,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::RingSetup;
-use super::packed::{DESCRIPTOR_BYTES, FLAG_NEXT, second_word};
+use super::packed_chain::{DESCRIPTOR_BYTES, FLAG_NEXT, second_word};
 use super::position::{Position, is_used, lap};
 use crate::memory::Memory;
 
