@@ -309,6 +309,13 @@ impl Conntrack {
         self.table.dropped_early
     }
 
+    /// Rises with every connection that ends, however: at the same epoch, what was known still is.
+    #[inline]
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.table.freed
+    }
+
     /// Everything that is known and has not expired.
     pub fn rows(&self, now_ns: u64) -> impl Iterator<Item = ConnectionRow> {
         self.table.entries().filter(move |entry| entry.expires_ns > now_ns).map(move |entry| row(entry, now_ns))

@@ -5,7 +5,7 @@
 //! that first packet through. So after a change of policy the next packet of each connection judges it again: it stays with
 //! its state, or ends.
 
-use crate::classifier::Classifier;
+use crate::classifier::{Classifier, Verdict};
 use crate::conntrack::{ConnState, Connection, Conntrack, Grant, Refused};
 use crate::model::{Direction, RuleId};
 use crate::parse::{Fragment, Packet, Parsed};
@@ -42,6 +42,8 @@ pub struct Decision {
     pub reason: Reason,
     /// The rule that decided about it or about its connection's first packet.
     pub rule: Option<RuleId>,
+    /// Whether the rules were asked, not a connection that they have judged before.
+    pub judged: bool,
     /// Whether that rule wants it logged: on a connection's first packet only, and on every denied one.
     pub log: bool,
     /// What it is to the connections known.
@@ -75,8 +77,7 @@ pub fn decide(
         Parsed::Arp => return Decision { cache: true, ..stateless(true, Reason::Necessary, None, false) },
         Parsed::Other(_) => {
             let verdict = classifier.lookup_other(direction, identity);
-            let reason = because(verdict.rule);
-            return Decision { cache: verdict.allow, ..stateless(verdict.allow, reason, verdict.rule, verdict.log) };
+            return Decision { cache: verdict.allow, ..judged(verdict) };
         }
         Parsed::Ip(packet) => packet,
     };
@@ -121,7 +122,7 @@ fn tracked(
         return Decision { state, ..stateless(false, Reason::InvalidState, None, false) };
     }
     let verdict = classifier.lookup(direction, &packet.key, identity);
-    let judged = Decision { state, ..stateless(verdict.allow, because(verdict.rule), verdict.rule, verdict.log) };
+    let judged = Decision { state, ..judged(verdict) };
     if !verdict.allow {
         return judged;
     }
@@ -163,21 +164,25 @@ fn of_connection(
         return Decision { connection: Some(connection), ..decision };
     }
     let verdict = classifier.lookup(initiator, &key, identity);
-    let reason = because(verdict.rule);
     if !verdict.allow {
         conntrack.remove(connection);
-        return stateless(false, reason, verdict.rule, verdict.log);
+        return judged(verdict);
     }
     conntrack.regrant(connection, Grant { policy_generation, rule: verdict.rule, log: verdict.log, identity });
-    Decision { connection: Some(connection), ..stateless(true, reason, verdict.rule, false) }
+    Decision { connection: Some(connection), log: false, ..judged(verdict) }
 }
 
 fn because(rule: Option<RuleId>) -> Reason {
     if rule.is_some() { Reason::Rule } else { Reason::Posture }
 }
 
+/// What the rules say now.
+fn judged(verdict: Verdict) -> Decision {
+    Decision { judged: true, ..stateless(verdict.allow, because(verdict.rule), verdict.rule, verdict.log) }
+}
+
 fn stateless(allow: bool, reason: Reason, rule: Option<RuleId>, log: bool) -> Decision {
-    Decision { allow, reason, rule, log, state: ConnState::Untracked, connection: None, cache: false }
+    Decision { allow, reason, rule, judged: false, log, state: ConnState::Untracked, connection: None, cache: false }
 }
 
 #[cfg(test)]

@@ -170,6 +170,8 @@ pub(crate) struct Table {
     search_at: usize,
     sweep_at: usize,
     pub(crate) dropped_early: u64,
+    /// Connections freed so far.
+    pub(crate) freed: u64,
 }
 
 impl Table {
@@ -206,6 +208,7 @@ impl Table {
             search_at: 0,
             sweep_at: 0,
             dropped_early: 0,
+            freed: 0,
         }
     }
 
@@ -328,6 +331,7 @@ impl Table {
         entry.generation = entry.generation.wrapping_add(1);
         self.tags[slot / WAYS][slot % WAYS] = 0;
         self.count -= 1;
+        self.freed += 1;
     }
 
     /// Frees what has expired in the next `buckets` buckets.
