@@ -7,6 +7,7 @@ use dreamwire_vhost::ring::BURST;
 
 use crate::drop_reason::DropReason;
 use crate::offload::Offload;
+use crate::perimeter::Stand;
 use crate::snapshot::{NetworkId, PortId};
 
 /// Where a frame goes. Set to its final value by the switch stage at the latest.
@@ -16,6 +17,8 @@ pub enum NextHop {
     Undecided,
     /// Its end, before it reached anybody.
     Drop(DropReason),
+    /// Its end at its receiver, where it was counted.
+    Gone,
     /// A local port.
     Port(PortId),
     /// Another host's VTEP.
@@ -44,6 +47,11 @@ pub struct Burst {
     pub(crate) next_hops: [NextHop; BURST],
     /// For frames from an underlay: the datagram that the frame is in.
     pub(crate) datagrams: [u8; BURST],
+    /// For frames from an underlay: the group that its tunnel header names; 0: none.
+    pub(crate) groups: [u16; BURST],
+    /// What the perimeters on its way have said, by direction. Kept up where the snapshot has policies.
+    pub(crate) egress: [Stand; BURST],
+    pub(crate) ingress: [Stand; BURST],
     pub(crate) length: usize,
 }
 
@@ -56,6 +64,9 @@ impl Default for Burst {
             offloads: [Offload::NONE; BURST],
             next_hops: [NextHop::Undecided; BURST],
             datagrams: [0; BURST],
+            groups: [0; BURST],
+            egress: [Stand::Unasked; BURST],
+            ingress: [Stand::Unasked; BURST],
             length: 0,
         }
     }

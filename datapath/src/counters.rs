@@ -50,8 +50,14 @@ impl Traffic {
 }
 
 /// Drops by reason.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Drops([Counter; DropReason::COUNT]);
+
+impl Default for Drops {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Counter::default()))
+    }
+}
 
 impl Drops {
     /// Counts `frames` drops.
@@ -135,6 +141,14 @@ pub struct NetworkCounters {
     pub learn_refused: Counter,
     /// Drops of frames that came out of the tunnel, or that the underlay did not take.
     pub drops: Drops,
+}
+
+/// A rule.
+#[derive(Debug, Default)]
+pub struct RuleCounters {
+    /// Times that it has decided: about a connection's first frame, about each one that it denied, and once about each
+    /// connection after a change of policy.
+    pub hits: Counter,
 }
 
 /// An underlay: outer packets.

@@ -17,6 +17,24 @@ pub enum DropReason {
     BadSource,
     /// The source is not one that the port may use.
     SourceGuard,
+    /// A rule of the sender's port, or its network's posture, denies it.
+    EgressDenied,
+    /// A rule of the receiver's port, or its network's posture, denies it.
+    IngressDenied,
+    /// Headers that cannot be read to their end, at a port with a policy.
+    Unreadable,
+    /// It fits no connection and cannot begin one.
+    InvalidState,
+    /// A later fragment of a datagram whose first was not let through.
+    FragmentWithoutFirst,
+    /// Beyond the port's rate of new connections.
+    NewFlowRate,
+    /// The port's connection table is full of more useful ones.
+    ConnectionsFull,
+    /// Beyond the port's packets or bits per second.
+    RateLimit,
+    /// The port has a policy, but its worker has nothing to hold it to it.
+    NoPerimeter,
     /// A frame that IEEE 802.1Q forbids to forward (pause, 01-80-c2-00-00-01).
     Reserved,
     /// The sender's ring is started but disabled (SET_VRING_ENABLE 0).
@@ -60,13 +78,22 @@ impl DropReason {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All of them, in the order of their discriminants.
-    pub const ALL: [DropReason; 24] = [
+    pub const ALL: [DropReason; 33] = [
         Self::BadChain,
         Self::BadOffload,
         Self::TooShort,
         Self::TooLong,
         Self::BadSource,
         Self::SourceGuard,
+        Self::EgressDenied,
+        Self::IngressDenied,
+        Self::Unreadable,
+        Self::InvalidState,
+        Self::FragmentWithoutFirst,
+        Self::NewFlowRate,
+        Self::ConnectionsFull,
+        Self::RateLimit,
+        Self::NoPerimeter,
         Self::Reserved,
         Self::SenderDisabled,
         Self::Hairpin,
@@ -87,6 +114,20 @@ impl DropReason {
         Self::OuterChecksum,
     ];
 
+    /// Whether a perimeter gives it, which has told of the frame.
+    pub(crate) const fn is_judgement(self) -> bool {
+        matches!(
+            self,
+            Self::EgressDenied
+                | Self::IngressDenied
+                | Self::Unreadable
+                | Self::InvalidState
+                | Self::FragmentWithoutFirst
+                | Self::NewFlowRate
+                | Self::ConnectionsFull
+        )
+    }
+
     /// The name in counters: snake case, stable.
     pub const fn name(self) -> &'static str {
         match self {
@@ -96,6 +137,15 @@ impl DropReason {
             Self::TooLong => "too_long",
             Self::BadSource => "bad_source",
             Self::SourceGuard => "source_guard",
+            Self::EgressDenied => "egress_denied",
+            Self::IngressDenied => "ingress_denied",
+            Self::Unreadable => "unreadable",
+            Self::InvalidState => "invalid_state",
+            Self::FragmentWithoutFirst => "fragment_without_first",
+            Self::NewFlowRate => "new_flow_rate",
+            Self::ConnectionsFull => "connections_full",
+            Self::RateLimit => "rate_limit",
+            Self::NoPerimeter => "no_perimeter",
             Self::Reserved => "reserved",
             Self::SenderDisabled => "sender_disabled",
             Self::Hairpin => "hairpin",

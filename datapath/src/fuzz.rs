@@ -16,9 +16,9 @@ const COPY_BYTES: usize = dreamwire_vhost::frame::HEADER_COPY_BYTES;
 /// When something was read that is not there.
 pub fn headers(bytes: &[u8]) {
     frame(bytes);
-    if let Some((vni, inner)) = vxlan::decapsulate(bytes) {
+    if let Some((tunnel, inner)) = vxlan::decapsulate(bytes) {
         assert_eq!(inner.len() + vxlan::HEADER_BYTES, bytes.len());
-        assert_eq!(vxlan::decapsulate(&[&vxlan::header(vni)[..], inner].concat()), Some((vni, inner)));
+        assert_eq!(vxlan::decapsulate(&[&vxlan::header(tunnel)[..], inner].concat()), Some((tunnel, inner)));
         frame(inner);
     }
 }

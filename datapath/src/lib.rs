@@ -11,6 +11,7 @@ mod flow_cache;
 pub mod fuzz;
 pub mod mac;
 mod offload;
+pub mod perimeter;
 mod pieces;
 pub mod rarp;
 pub mod snapshot;

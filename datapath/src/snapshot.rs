@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use dreamwire_policy::SourceGuard;
+use dreamwire_policy::{Classifier, MeterLimits, SourceGuard};
 
-use crate::counters::{NetworkCounters, PortCounters};
+use crate::counters::{NetworkCounters, PortCounters, RuleCounters};
 use crate::mac::Mac;
 use crate::stage::parse::ETHERNET_BYTES;
 use crate::vni::Vni;
@@ -44,6 +44,21 @@ pub struct Snapshot {
     pub networks: Vec<Option<Network>>,
     /// Which network a VNI on an underlay belongs to.
     pub by_vni: HashMap<(UnderlayId, Vni), NetworkId, foldhash::fast::RandomState>,
+    /// Changes whenever a classifier does: then every connection is judged again.
+    pub policy_generation: u32,
+    /// Whether any port has a policy.
+    pub has_policies: bool,
+    /// By [`RuleId`](dreamwire_policy::RuleId), written by the worker. Rules that are not here are not counted.
+    pub rules: Vec<Arc<RuleCounters>>,
+}
+
+/// What a port may send and receive, beside its source guard.
+#[derive(Debug, Clone)]
+pub struct PortPolicy {
+    /// Its rules.
+    pub classifier: Arc<Classifier>,
+    /// By [`Direction`](dreamwire_policy::Direction): packets and bits per second.
+    pub meters: [MeterLimits; 2],
 }
 
 /// A virtual machine's card.
@@ -57,6 +72,12 @@ pub struct Port {
     pub mac: Option<Mac>,
     /// What the guest may claim to be; `None` where it may claim anything.
     pub guard: Option<SourceGuard>,
+    /// What it may send and receive; `None`: everything.
+    pub policy: Option<PortPolicy>,
+    /// The group that other hosts are told it is in, by tunnels that carry it (VXLAN group policy); 0: none.
+    pub group: u16,
+    /// Who it is to the ports of this host; `None`: its frames' addresses say so.
+    pub identity: Option<u16>,
     /// Queue pairs.
     pub queue_pairs: u16,
     /// Written by the worker that owns the port.
@@ -95,6 +116,10 @@ pub struct Tunnel {
     pub underlay: UnderlayId,
     /// The other VTEPs: the flood list, and the only sources that are believed.
     pub remotes: Vec<IpAddr>,
+    /// Whether the sender's group travels with its frames (draft-smith-vxlan-group-policy).
+    pub carries_group: bool,
+    /// Those of `remotes` that are believed what group a frame is from.
+    pub trusted: Vec<IpAddr>,
 }
 
 /// Bytes of two VLAN tags, which a frame may have beyond its network's MTU, as on any Ethernet that carries QinQ.

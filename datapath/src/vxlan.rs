@@ -1,10 +1,10 @@
-//! The VXLAN header, RFC 7348 §5.
+//! The VXLAN header, RFC 7348 §5, with the group of draft-smith-vxlan-group-policy-05 §2.1, as Linux's `vxlan gbp` has it.
 //!
 //! ```text
 //!  0                   1                   2                   3
 //!  0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1
 //! +-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
-//! |R|R|R|R|I|R|R|R|            Reserved                           |
+//! |G|R|R|R|I|R|R|R|R|D|R|R|A|R|R|R|        Group Policy ID        |
 //! +-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
 //! |                VXLAN Network Identifier (VNI) |   Reserved    |
 //! +-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
@@ -21,23 +21,44 @@ pub const HEADER_BYTES: usize = 8;
 /// The I flag: the VNI is valid.
 const FLAG_VNI: u8 = 0x08;
 
-/// The header for a segment.
-#[inline]
-pub fn header(vni: Vni) -> [u8; HEADER_BYTES] {
-    let [_, a, b, c] = vni.get().to_be_bytes();
-    [FLAG_VNI, 0, 0, 0, a, b, c, 0]
+/// The G flag: the group policy ID is valid.
+const FLAG_GROUP: u8 = 0x80;
+
+/// What a VXLAN header says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// The segment.
+    pub vni: Vni,
+    /// The group that the frame is from; 0: none is said.
+    pub group: u16,
 }
 
-/// The segment and the inner frame of a UDP payload. `None` without a whole header or the I flag. Reserved bits are
-/// ignored, as §5 demands of a receiver.
+impl From<Vni> for Header {
+    fn from(vni: Vni) -> Self {
+        Self { vni, group: 0 }
+    }
+}
+
+/// The header as it is on the wire.
 #[inline]
-pub fn decapsulate(datagram: &[u8]) -> Option<(Vni, &[u8])> {
+pub fn header(Header { vni, group }: Header) -> [u8; HEADER_BYTES] {
+    let [_, a, b, c] = vni.get().to_be_bytes();
+    let [high, low] = group.to_be_bytes();
+    [if group == 0 { FLAG_VNI } else { FLAG_VNI | FLAG_GROUP }, 0, high, low, a, b, c, 0]
+}
+
+/// The header and the inner frame of a UDP payload. `None` without a whole header or
+/// the I flag. Other bits are ignored, as §5 demands of a receiver. A frame to which policy was applied already (A) is
+/// judged here all the same.
+#[inline]
+pub fn decapsulate(datagram: &[u8]) -> Option<(Header, &[u8])> {
     let (header, frame) = datagram.split_first_chunk::<HEADER_BYTES>()?;
     if header[0] & FLAG_VNI == 0 {
         return None;
     }
     let vni = Vni::new(u32::from_be_bytes([0, header[4], header[5], header[6]]))?;
-    Some((vni, frame))
+    let group = if header[0] & FLAG_GROUP == 0 { 0 } else { u16::from_be_bytes([header[2], header[3]]) };
+    Some((Header { vni, group }, frame))
 }
 
 /// Range of outer source ports: the dynamic ports, as §5 recommends.
@@ -58,11 +79,15 @@ mod tests {
     fn header_is_as_in_the_rfc_both_ways() {
         let vni = Vni::new(0x12_3456).unwrap();
         let bytes = [0x08, 0, 0, 0, 0x12, 0x34, 0x56, 0, 0xaa];
-        assert_eq!(header(vni), bytes[..8]);
-        assert_eq!(decapsulate(&bytes), Some((vni, &[0xaa][..])));
+        assert_eq!(header(vni.into()), bytes[..8]);
+        assert_eq!(decapsulate(&bytes), Some((vni.into(), &[0xaa][..])));
+        let bytes = [0x88, 0, 0xab, 0xcd, 0x12, 0x34, 0x56, 0, 0xaa];
+        let grouped = Header { vni, group: 0xabcd };
+        assert_eq!(header(grouped), bytes[..8]);
+        assert_eq!(decapsulate(&bytes), Some((grouped, &[0xaa][..])));
         assert_eq!(
-            decapsulate(&[0xff, 1, 2, 3, 0x12, 0x34, 0x56, 9]),
-            Some((vni, &[][..])),
+            decapsulate(&[0x7f, 1, 2, 3, 0x12, 0x34, 0x56, 9]),
+            Some((vni.into(), &[][..])),
             "reserved bits are ignored"
         );
     }

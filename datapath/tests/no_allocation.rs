@@ -97,7 +97,13 @@ fn unicast_flooding_and_learning_allocate_nothing() {
 fn host(here: usize, addresses: [IpAddr; 2]) -> Lan {
     let mut lan = Lan::new(2, 1);
     let vni = Vni::new(7).expect("24 bits");
-    lan.network(0).tunnel = Some(Tunnel { vni, underlay: UnderlayId(0), remotes: vec![addresses[1 - here]] });
+    lan.network(0).tunnel = Some(Tunnel {
+        vni,
+        underlay: UnderlayId(0),
+        remotes: vec![addresses[1 - here]],
+        carries_group: false,
+        trusted: vec![],
+    });
     lan.snapshot.by_vni.insert((UnderlayId(0), vni), NetworkId(0));
     // The station with address 1 is on the first host, the one with address 2 on the second.
     lan.network(0).static_macs.insert(mac(here as u8 + 1), PortId(0));
@@ -196,7 +202,8 @@ fn a_wire_that_is_a_ring_allocates_nothing_both_ways() {
     let (ours, theirs) = (mac(101), mac(102));
     let (wire, vni) = (UnderlayId(0), Vni::new(7).expect("24 bits"));
     let mut lan = Lan::new(2, 1);
-    lan.network(0).tunnel = Some(Tunnel { vni, underlay: wire, remotes: vec![there] });
+    lan.network(0).tunnel =
+        Some(Tunnel { vni, underlay: wire, remotes: vec![there], carries_group: false, trusted: vec![] });
     lan.snapshot.by_vni.insert((wire, vni), NetworkId(0));
     lan.publish();
     let config = RingUnderlayConfig {
@@ -214,7 +221,7 @@ fn a_wire_that_is_a_ring_allocates_nothing_both_ways() {
     }
     front_end.fill();
     let ends = Ends { source: (theirs, there), destination: (ours, here), udp_port: 4789 };
-    let mut outer = OuterHeader::new(&ends, vni).expect("one family");
+    let mut outer = OuterHeader::new(&ends, vni.into()).expect("one family");
     assert_steady(&mut lan, |lan, number| {
         let length = 60 + 7 * number as usize;
         lan.stations[0].send(&frame(mac(2), mac(1), length, 1));

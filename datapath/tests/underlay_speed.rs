@@ -34,7 +34,13 @@ fn hosts(driver: &str) -> [Lan; 2] {
     let mut drivers = veth::hosts(|here| open(driver, here)).into_iter();
     [0, 1].map(|here| {
         let mut lan = Lan::new(1, 1);
-        lan.network(0).tunnel = Some(Tunnel { vni, underlay: wire, remotes: vec![addresses[1 - here]] });
+        lan.network(0).tunnel = Some(Tunnel {
+            vni,
+            underlay: wire,
+            remotes: vec![addresses[1 - here]],
+            carries_group: false,
+            trusted: vec![],
+        });
         lan.network(0).static_macs.insert(mac(here as u8 + 1), PortId(0));
         lan.snapshot.by_vni.insert((wire, vni), NetworkId(0));
         lan.publish();

@@ -44,7 +44,8 @@ impl Scene {
     fn with(here: &str, there: &str, change: impl FnOnce(&mut RingUnderlayConfig)) -> Self {
         let (here, there): (IpAddr, IpAddr) = (here.parse().unwrap(), there.parse().unwrap());
         let mut lan = Lan::new(2, 1);
-        lan.network(0).tunnel = Some(Tunnel { vni: vni(), underlay: WIRE, remotes: vec![there] });
+        lan.network(0).tunnel =
+            Some(Tunnel { vni: vni(), underlay: WIRE, remotes: vec![there], carries_group: false, trusted: vec![] });
         lan.snapshot.by_vni.insert((WIRE, vni()), NetworkId(0));
         lan.publish();
         let mut config = RingUnderlayConfig {
@@ -74,7 +75,7 @@ impl Scene {
     /// An outer packet from the other host around `inner`.
     fn outer(&self, inner: &[u8]) -> Vec<u8> {
         let ends = Ends { source: (THEIRS, self.there), destination: (OURS, self.here), udp_port: UDP_PORT };
-        let mut header = OuterHeader::new(&ends, vni()).unwrap();
+        let mut header = OuterHeader::new(&ends, vni().into()).unwrap();
         let mut packet = header.finish(inner.len(), 77).to_vec();
         packet.extend(inner);
         if self.here.is_ipv6() {
@@ -118,7 +119,7 @@ impl Scene {
         assert_eq!(checked.dst_port(), UDP_PORT);
         assert_eq!(usize::from(checked.len()), udp.len());
         let (found, inner) = vxlan::decapsulate(&udp[8..]).unwrap();
-        assert_eq!(found, vni());
+        assert_eq!(found, vni().into());
         inner
     }
 

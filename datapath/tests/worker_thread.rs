@@ -18,7 +18,7 @@ fn snapshot(generation: u64) -> Arc<Snapshot> {
         generation,
         ports: PORTS.iter().map(|&id| Some(port(id, 0, 1))).collect(),
         networks: vec![Some(network("blue", &PORTS))],
-        by_vni: Default::default(),
+        ..Default::default()
     })
 }
 

@@ -75,6 +75,25 @@ pub struct Connection {
     generation: u32,
 }
 
+impl Connection {
+    /// In one word, never 0.
+    #[inline]
+    #[must_use]
+    pub const fn to_bits(self) -> u64 {
+        (self.generation as u64) << 32 | self.slot as u64
+    }
+
+    /// The inverse; `None` for 0.
+    #[inline]
+    #[must_use]
+    pub const fn from_bits(bits: u64) -> Option<Self> {
+        match bits {
+            0 => None,
+            bits => Some(Self { slot: bits as u32, generation: (bits >> 32) as u32 }),
+        }
+    }
+}
+
 /// Answer of [`Conntrack::track`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Track {

@@ -32,6 +32,9 @@ impl Control {
                 network,
                 mac: port.mac,
                 guard: source_guard(port),
+                policy: None,
+                group: 0,
+                identity: None,
                 queue_pairs: port.queues,
                 counters: Arc::clone(&live.counters),
             };
@@ -59,7 +62,13 @@ impl Control {
             static_macs: Default::default(),
             learning: network.learning,
             age_ns: u64::from(network.age_seconds) * SECOND_NS,
-            tunnel: live.wire.map(|(underlay, vni)| Tunnel { vni, underlay, remotes }),
+            tunnel: live.wire.map(|(underlay, vni)| Tunnel {
+                vni,
+                underlay,
+                remotes,
+                carries_group: false,
+                trusted: vec![],
+            }),
             counters: Arc::clone(&live.counters),
         }
     }

@@ -1,21 +1,36 @@
-//! The police stage: what a guarded port may not send ends here.
+//! The police stage: what a port may not send ends here.
+
+use dreamwire_policy::Direction;
 
 use crate::burst::{Burst, NextHop};
 use crate::claim::claim;
 use crate::drop_reason::DropReason;
-use crate::snapshot::Port;
+use crate::perimeter::Perimeters;
+use crate::snapshot::{Port, PortId, Snapshot};
 use crate::stage::parse;
 
-/// Drops every frame of a burst from `port` that its source guard does not allow.
+/// Drops every frame of a burst from `port` that its source guard or its rules do not allow.
 #[inline]
-pub(crate) fn police(burst: &mut Burst, port: &Port) {
-    let Some(guard) = &port.guard else { return };
-    for index in 0..burst.length {
-        let frame = &burst.frames[index];
-        if burst.next_hops[index] == NextHop::Undecided
-            && !guard.allows(parse::source(frame.headers()).0, claim(frame.headers(), frame.frame_bytes))
-        {
-            burst.next_hops[index] = NextHop::Drop(DropReason::SourceGuard);
+pub(crate) fn police(burst: &mut Burst, id: PortId, port: &Port, snapshot: &Snapshot, perimeters: &mut Perimeters) {
+    if let Some(guard) = &port.guard {
+        for index in 0..burst.length {
+            let frame = &burst.frames[index];
+            if burst.next_hops[index] == NextHop::Undecided
+                && !guard.allows(parse::source(frame.headers()).0, claim(frame.headers(), frame.frame_bytes))
+            {
+                burst.next_hops[index] = NextHop::Drop(DropReason::SourceGuard);
+            }
+        }
+    }
+    if port.policy.is_some() {
+        for index in 0..burst.length {
+            if burst.next_hops[index] == NextHop::Undecided {
+                let frame = &burst.frames[index];
+                match perimeters.judge(snapshot, id, Direction::Egress, None, frame) {
+                    Ok(stand) => burst.egress[index] = stand,
+                    Err(reason) => burst.next_hops[index] = NextHop::Drop(reason),
+                }
+            }
         }
     }
 }

@@ -119,7 +119,13 @@ mod tests {
             static_macs: [(STATIC, PortId(1))].into_iter().collect(),
             learning: true,
             age_ns: 1000,
-            tunnel: Some(Tunnel { vni: Vni::new(1).unwrap(), underlay: UnderlayId(0), remotes: vec![vtep()] }),
+            tunnel: Some(Tunnel {
+                vni: Vni::new(1).unwrap(),
+                underlay: UnderlayId(0),
+                remotes: vec![vtep()],
+                carries_group: false,
+                trusted: vec![],
+            }),
             counters: Default::default(),
         };
         Snapshot { networks: vec![Some(network)], ..Snapshot::default() }

@@ -6,7 +6,9 @@ use dreamwire_vhost::ring::Ring;
 
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
+use crate::perimeter::Perimeters;
 use crate::snapshot::{Network, Snapshot};
+use crate::stage::admit::admits_copy;
 use crate::stage::parse;
 use crate::underlay::Rx;
 use crate::worker::outlets::{Outgoing, Outlets};
@@ -36,7 +38,13 @@ impl<'a> Tails<'a> {
 
 /// Sends or counts every frame of `burst`. `outlets` must be flushed afterwards.
 #[inline]
-pub(crate) fn transmit(burst: &Burst, tails: Tails<'_>, snapshot: &Snapshot, outlets: &mut Outlets) {
+pub(crate) fn transmit(
+    burst: &Burst,
+    tails: Tails<'_>,
+    snapshot: &Snapshot,
+    perimeters: &mut Perimeters,
+    outlets: &mut Outlets,
+) {
     let frame = |index| Outgoing { burst, tails, index };
     let mut index = 0;
     while index < burst.length {
@@ -52,30 +60,41 @@ pub(crate) fn transmit(burst: &Burst, tails: Tails<'_>, snapshot: &Snapshot, out
                 outlets.send_to_port(snapshot, port, (first..index).map(frame));
             }
             NextHop::Vtep(vtep) => outlets.send_to_vtep(snapshot, vtep, frame(first)),
-            NextHop::Flood => flood(burst, first, frame(first), snapshot, outlets),
-            NextHop::Drop(reason) => count_drop(snapshot, burst, first, reason),
+            NextHop::Flood => flood(burst, first, frame(first), snapshot, perimeters, outlets),
+            NextHop::Gone => {}
+            NextHop::Drop(reason) => count_drop(snapshot, perimeters, burst, first, reason),
             NextHop::Undecided => unreachable!("the switch stage decides on every frame"),
         }
     }
 }
 
 /// Sends frame `index` to everybody else in its network.
-fn flood(burst: &Burst, index: usize, frame: Outgoing<'_>, snapshot: &Snapshot, outlets: &mut Outlets) {
-    let origin = burst.origins[index];
+fn flood(
+    burst: &Burst,
+    index: usize,
+    frame: Outgoing<'_>,
+    snapshot: &Snapshot,
+    perimeters: &mut Perimeters,
+    outlets: &mut Outlets,
+) {
+    let (origin, now_ns) = (burst.origins[index], perimeters.now_ns());
     let Some(network) = snapshot.network(frame.network()) else { return };
     let mut copies = 0;
     let is_group = parse::destination(frame.header()).is_group();
     let ports = if is_group { &network.ports } else { &network.hear_unknown };
     for &port in ports.iter().filter(|&&port| origin != Origin::Port(port)) {
-        outlets.send_to_port(snapshot, port, std::iter::once(frame));
+        // One that its receiver's perimeter ends was counted there.
         copies += 1;
+        if !snapshot.has_policies || admits_copy(burst, index, port, snapshot, perimeters, now_ns) {
+            outlets.send_to_port(snapshot, port, std::iter::once(frame));
+        }
     }
     for &vtep in flood_list(network, origin) {
         outlets.send_to_vtep(snapshot, vtep, frame);
         copies += 1;
     }
     match copies {
-        0 => count_drop(snapshot, burst, index, DropReason::NoDestination),
+        0 => count_drop(snapshot, perimeters, burst, index, DropReason::NoDestination),
         _ => network.counters.flood_copies.add(copies - 1),
     }
 }
@@ -90,7 +109,8 @@ fn flood_list(network: &Network, origin: Origin) -> &[std::net::IpAddr] {
 
 /// Counts the end of frame `index` where it came from.
 #[inline]
-fn count_drop(snapshot: &Snapshot, burst: &Burst, index: usize, reason: DropReason) {
+fn count_drop(snapshot: &Snapshot, perimeters: &mut Perimeters, burst: &Burst, index: usize, reason: DropReason) {
+    perimeters.sample(burst, index, reason);
     if let Origin::Port(id) = burst.origins[index]
         && let Some(port) = snapshot.port(id)
     {

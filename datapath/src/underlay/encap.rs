@@ -1,4 +1,4 @@
-//! Outer headers by VTEP and network, with the next hop's card in them.
+//! Outer headers by VTEP, network and sender's group, with the next hop's card in them.
 
 use std::hash::BuildHasher;
 use std::net::IpAddr;
@@ -10,7 +10,7 @@ use super::open::Station;
 use super::outer::{Ends, OuterHeader};
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
-use crate::vni::Vni;
+use crate::vxlan;
 
 /// Headers that are kept; a power of two. Two that want one place are made anew in turns, some 50 ns each.
 const HEADERS: usize = 4096;
@@ -18,7 +18,7 @@ const HEADERS: usize = 4096;
 #[derive(Debug)]
 struct Kept {
     vtep: IpAddr,
-    vni: Vni,
+    tunnel: vxlan::Header,
     next_hop: IpAddr,
     neighbour: u16,
     header: OuterHeader,
@@ -49,16 +49,16 @@ impl Encap {
     pub(crate) fn header(
         &mut self,
         vtep: IpAddr,
-        vni: Vni,
+        tunnel: vxlan::Header,
         inner_bytes: usize,
         now_ns: u64,
     ) -> (Result<&mut OuterHeader, DropReason>, Option<Ask>) {
-        let is_for = |kept: &Option<Kept>| kept.as_ref().is_some_and(|kept| kept.vtep == vtep && kept.vni == vni);
+        let is_for = |kept: &Option<Kept>| kept.as_ref().is_some_and(|kept| kept.vtep == vtep && kept.tunnel == tunnel);
         let mut place = self.last;
         if !is_for(&self.kept[place]) {
-            place = self.hasher.hash_one((vtep, vni)) as usize % HEADERS;
+            place = self.hasher.hash_one((vtep, tunnel.vni, tunnel.group)) as usize % HEADERS;
             if !is_for(&self.kept[place]) {
-                match self.make(vtep, vni, now_ns) {
+                match self.make(vtep, tunnel, now_ns) {
                     Ok(made) => self.kept[place] = Some(made),
                     Err(reason) => return (Err(reason), None),
                 }
@@ -84,16 +84,16 @@ impl Encap {
     }
 
     #[cold]
-    fn make(&mut self, vtep: IpAddr, vni: Vni, now_ns: u64) -> Result<Kept, DropReason> {
+    fn make(&mut self, vtep: IpAddr, tunnel: vxlan::Header, now_ns: u64) -> Result<Kept, DropReason> {
         let ends = Ends {
             source: (self.station.mac, self.station.address),
             destination: (Mac([0; 6]), vtep),
             udp_port: self.station.udp_port,
         };
-        let header = OuterHeader::new(&ends, vni).ok_or(DropReason::UnderlayRefused)?;
+        let header = OuterHeader::new(&ends, tunnel).ok_or(DropReason::UnderlayRefused)?;
         // Without a gateway every VTEP is on the wire; with one, those that are configured as neighbours are.
         let next_hop = self.gateway.filter(|_| !self.neighbours.is_fixed(vtep)).unwrap_or(vtep);
         let neighbour = self.neighbours.row(next_hop, now_ns).ok_or(DropReason::Unresolved)?;
-        Ok(Kept { vtep, vni, next_hop, neighbour, header })
+        Ok(Kept { vtep, tunnel, next_hop, neighbour, header })
     }
 }

@@ -38,7 +38,7 @@ use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
 use crate::snapshot::NetworkId;
-use crate::vni::Vni;
+use crate::vxlan;
 
 /// Room for one packet in a buffer: an IP packet at most (RFC 791 §3.1).
 const SLOT_BYTES: usize = 65536;
@@ -109,7 +109,7 @@ impl From<XdpUnderlay> for Underlay {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Arrival {
     /// An inner frame, which was written to the place given.
-    Inner(Vni, IpAddr),
+    Inner(vxlan::Header, IpAddr),
     /// Something for this host itself.
     Host,
     /// Nothing that is wanted.
@@ -199,7 +199,7 @@ impl Rx {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Inner<'a> {
     pub(crate) network: NetworkId,
-    pub(crate) vni: Vni,
+    pub(crate) tunnel: vxlan::Header,
     pub(crate) vtep: IpAddr,
     pub(crate) flow_hash: u32,
     /// The private copy of its first bytes, or all of it.

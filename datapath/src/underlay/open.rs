@@ -10,7 +10,6 @@ use crate::checksum::Sum;
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
 use crate::stage::parse::{ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6};
-use crate::vni::Vni;
 use crate::vxlan;
 
 pub(super) const PROTOCOL_ICMP: u8 = 1;
@@ -48,8 +47,8 @@ pub(crate) enum Opened {
 pub(crate) struct TunnelPacket {
     /// Whose it is.
     pub(crate) vtep: IpAddr,
-    /// The segment.
-    pub(crate) vni: Vni,
+    /// What its VXLAN header says.
+    pub(crate) tunnel: vxlan::Header,
     /// Start of the UDP header.
     pub(crate) udp_at: usize,
     /// Bytes of UDP header and what follows it.
@@ -188,7 +187,7 @@ fn open_udp(station: &Station, udp: &[u8], bytes: usize, vtep: IpAddr, udp_at: u
     }
     let datagram = &udp[UDP_BYTES..udp.len().min(udp_bytes)];
     match vxlan::decapsulate(datagram) {
-        Some((vni, _)) => Opened::Tunnel(TunnelPacket { vtep, vni, udp_at, udp_bytes, is_summed: word(6) != 0 }),
+        Some((tunnel, _)) => Opened::Tunnel(TunnelPacket { vtep, tunnel, udp_at, udp_bytes, is_summed: word(6) != 0 }),
         None => bad,
     }
 }
@@ -199,6 +198,7 @@ mod tests {
 
     use super::*;
     use crate::underlay::outer::{Ends, OuterHeader};
+    use crate::vni::Vni;
 
     const OURS: Mac = Mac([2, 0, 0, 0, 0, 1]);
     const THEIRS: Mac = Mac([2, 0, 0, 0, 0, 2]);
@@ -214,7 +214,7 @@ mod tests {
             destination: (OURS, here.parse().unwrap()),
             udp_port: 4789,
         };
-        let mut outer = OuterHeader::new(&ends, Vni::new(7).unwrap()).unwrap();
+        let mut outer = OuterHeader::new(&ends, Vni::new(7).unwrap().into()).unwrap();
         let inner: Vec<u8> = (0..200).map(|n| n as u8).collect();
         let mut frame = outer.finish_summed(200, 5, Sum::default().bytes(&inner)).to_vec();
         frame.extend(inner);
@@ -247,7 +247,10 @@ mod tests {
             let frame = packet(here, there);
             let Opened::Tunnel(found) = opened(here, &frame) else { panic!("no tunnel packet") };
             let vni = Vni::new(7).unwrap();
-            assert_eq!(found, TunnelPacket { vtep: there.parse().unwrap(), vni, udp_at, udp_bytes: 216, is_summed });
+            assert_eq!(
+                found,
+                TunnelPacket { vtep: there.parse().unwrap(), tunnel: vni.into(), udp_at, udp_bytes: 216, is_summed }
+            );
             assert_eq!((found.inner_at(), found.inner_bytes()), (frame.len() - 200, 200));
             if is_summed {
                 assert!(found.verify(&frame[..128], Sum::default().bytes(&frame[udp_at..])));

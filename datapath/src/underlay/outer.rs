@@ -9,7 +9,6 @@ use std::net::IpAddr;
 use crate::checksum::Sum;
 use crate::mac::Mac;
 use crate::stage::parse::{ETHERNET_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6};
-use crate::vni::Vni;
 use crate::vxlan;
 
 pub(crate) const IPV4_BYTES: usize = 20;
@@ -47,7 +46,7 @@ pub struct OuterHeader {
 
 impl OuterHeader {
     /// `None` if the two addresses are of different families.
-    pub fn new(ends: &Ends, vni: Vni) -> Option<Self> {
+    pub fn new(ends: &Ends, tunnel: vxlan::Header) -> Option<Self> {
         let mut bytes = [0; OUTER_BYTES_MAX];
         bytes[..6].copy_from_slice(&ends.destination.0.0);
         bytes[6..12].copy_from_slice(&ends.source.0.0);
@@ -68,7 +67,7 @@ impl OuterHeader {
                 ip[8..24].copy_from_slice(&source.octets());
                 ip[24..40].copy_from_slice(&destination.octets());
                 let pseudo = Sum::default().pseudo_header(&ip[8..40], PROTOCOL_UDP, 0);
-                (ETHERTYPE_IPV6, IPV6_BYTES, pseudo.word(ends.udp_port).bytes(&vxlan::header(vni)))
+                (ETHERTYPE_IPV6, IPV6_BYTES, pseudo.word(ends.udp_port).bytes(&vxlan::header(tunnel)))
             }
             _ => return None,
         };
@@ -76,10 +75,10 @@ impl OuterHeader {
         let udp_at = ETHERNET_BYTES + ip_bytes;
         bytes[udp_at + 2..udp_at + 4].copy_from_slice(&ends.udp_port.to_be_bytes());
         let vxlan_at = udp_at + UDP_BYTES;
-        bytes[vxlan_at..vxlan_at + vxlan::HEADER_BYTES].copy_from_slice(&vxlan::header(vni));
+        bytes[vxlan_at..vxlan_at + vxlan::HEADER_BYTES].copy_from_slice(&vxlan::header(tunnel));
         let length = (vxlan_at + vxlan::HEADER_BYTES) as u8;
         // An odd multiplier spreads neighbouring VNIs over the 16 bits.
-        let identification = (vni.get().wrapping_mul(0x9e37_79b1) >> 16) as u16;
+        let identification = (tunnel.vni.get().wrapping_mul(0x9e37_79b1) >> 16) as u16;
         Some(Self { bytes, length, constant, identification })
     }
 
@@ -167,6 +166,7 @@ mod tests {
     use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpAddress, IpProtocol, Ipv4Packet, Ipv6Packet, UdpPacket};
 
     use super::*;
+    use crate::vni::Vni;
 
     const VNI: u32 = 0x12_3456;
 
@@ -176,7 +176,7 @@ mod tests {
             destination: (Mac([2, 0, 0, 0, 0, 2]), destination.parse().unwrap()),
             udp_port: 4789,
         };
-        OuterHeader::new(&ends, Vni::new(VNI).unwrap()).unwrap()
+        OuterHeader::new(&ends, Vni::new(VNI).unwrap().into()).unwrap()
     }
 
     fn assert_udp(payload: &[u8], ends: (IpAddress, IpAddress), inner: &[u8], flow_hash: u32, summed: bool) {
@@ -185,7 +185,7 @@ mod tests {
         assert_eq!(udp.src_port(), vxlan::source_port(flow_hash));
         assert!(udp.verify_checksum(&ends.0, &ends.1));
         assert_eq!(udp.checksum() != 0, summed);
-        assert_eq!(vxlan::decapsulate(udp.payload()), Some((Vni::new(VNI).unwrap(), inner)));
+        assert_eq!(vxlan::decapsulate(udp.payload()), Some((Vni::new(VNI).unwrap().into(), inner)));
     }
 
     proptest! {
@@ -239,8 +239,8 @@ mod tests {
             destination: (Mac([2, 0, 0, 0, 0, 2]), "2001:db8::1".parse().unwrap()),
             udp_port: 4789,
         };
-        assert!(OuterHeader::new(&ends, Vni::new(1).unwrap()).is_none());
+        assert!(OuterHeader::new(&ends, Vni::new(1).unwrap().into()).is_none());
         std::mem::swap(&mut ends.source, &mut ends.destination);
-        assert!(OuterHeader::new(&ends, Vni::new(1).unwrap()).is_none());
+        assert!(OuterHeader::new(&ends, Vni::new(1).unwrap().into()).is_none());
     }
 }

@@ -157,7 +157,7 @@ impl RingRx {
         if slot != into {
             frames.swap(slot, into);
         }
-        Arrival::Inner(packet.vni, packet.vtep)
+        Arrival::Inner(packet.tunnel, packet.vtep)
     }
 
     #[inline]
@@ -204,7 +204,7 @@ impl RingTx {
         let Some(ring) = ring.as_mut() else { return Err(DropReason::PortDown) };
         let was_broken = ring.is_broken();
         let inner_bytes = inner.bytes();
-        let (outer, ask) = encap.header(inner.vtep, inner.vni, inner_bytes, now_ns);
+        let (outer, ask) = encap.header(inner.vtep, inner.tunnel, inner_bytes, now_ns);
         let sent = outer.and_then(|outer| {
             let mut start = [0; START_BYTES];
             let result = if outer.is_summed() {

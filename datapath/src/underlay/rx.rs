@@ -61,11 +61,11 @@ impl SocketRx {
     #[inline]
     pub(super) fn open(&self, slot: usize, frame: &mut RawFrame) -> Arrival {
         let (datagram, source) = self.datagram(slot);
-        let (Some((vni, inner)), Some(vtep)) = (vxlan::decapsulate(datagram), source) else {
+        let (Some((tunnel, inner)), Some(vtep)) = (vxlan::decapsulate(datagram), source) else {
             return Arrival::Drop(DropReason::BadEncapsulation);
         };
         copy_header(inner, frame);
-        Arrival::Inner(vni, vtep)
+        Arrival::Inner(tunnel, vtep)
     }
 
     /// For epoll.

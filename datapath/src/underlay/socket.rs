@@ -121,7 +121,15 @@ mod tests {
         for hash in 0..3 {
             let (header, tail) = frame.split_at(128);
             let payload = Payload::private(tail);
-            tx.stage(Inner { network: NetworkId(7), vni, vtep: there, flow_hash: hash, header, payload }).unwrap();
+            tx.stage(Inner {
+                network: NetworkId(7),
+                tunnel: vni.into(),
+                vtep: there,
+                flow_hash: hash,
+                header,
+                payload,
+            })
+            .unwrap();
         }
         let mut fates = Vec::new();
         tx.flush(|network, bytes, fate| fates.push((network, bytes, fate)));
@@ -133,7 +141,7 @@ mod tests {
             for index in 0..rx.receive() {
                 let (datagram, source) = rx.datagram(index);
                 assert_eq!(source, Some(here));
-                assert_eq!(vxlan::decapsulate(datagram), Some((vni, &frame[..])));
+                assert_eq!(vxlan::decapsulate(datagram), Some((vni.into(), &frame[..])));
                 seen += 1;
             }
         }

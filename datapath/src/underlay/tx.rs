@@ -61,7 +61,7 @@ impl SocketTx {
     /// Writes one packet: outer UDP and VXLAN headers, then the inner frame. The one copy on the way out.
     #[inline]
     pub(crate) fn stage(&mut self, inner: Inner<'_>) -> Result<(), DropReason> {
-        let Inner { network, vni, vtep, flow_hash, header, payload } = inner;
+        let Inner { network, tunnel, vtep, flow_hash, header, payload } = inner;
         let inner_bytes = inner.bytes();
         let bytes = OUTER_BYTES + inner_bytes;
         if bytes > PACKET_BYTES_MAX || vtep.is_ipv6() != self.source.is_ipv6() {
@@ -73,7 +73,7 @@ impl SocketTx {
         packet[2..4].copy_from_slice(&self.udp_port.to_be_bytes());
         packet[4..6].copy_from_slice(&(bytes as u16).to_be_bytes());
         packet[6..8].copy_from_slice(&[0, 0]);
-        packet[UDP_HEADER_BYTES..OUTER_BYTES].copy_from_slice(&vxlan::header(vni));
+        packet[UDP_HEADER_BYTES..OUTER_BYTES].copy_from_slice(&vxlan::header(tunnel));
         let (private, tail) = packet[OUTER_BYTES..].split_at_mut(header.len());
         private.copy_from_slice(header);
         payload.copy_out(tail);
@@ -164,7 +164,14 @@ mod tests {
         let vtep = "127.0.0.2".parse().unwrap();
         let vni = Vni::new(1).unwrap();
         let payload = Payload::private(&tail);
-        let staged = tx.stage(Inner { network: NetworkId(0), vni, vtep, flow_hash: 0, header: &[0; 128], payload });
+        let staged = tx.stage(Inner {
+            network: NetworkId(0),
+            tunnel: vni.into(),
+            vtep,
+            flow_hash: 0,
+            header: &[0; 128],
+            payload,
+        });
         assert_eq!(staged, Err(DropReason::UnderlayRefused));
     }
 }

@@ -7,12 +7,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam::channel::Sender;
 use crossbeam::queue::SegQueue;
+use dreamwire_policy::ConnectionRow;
 use dreamwire_vhost::eventfd::EventFd;
 use dreamwire_vhost::ring::Ring;
 
 use super::RingRow;
 use crate::fdb::FdbRow;
 use crate::mac::Mac;
+use crate::perimeter::Perimeter;
 use crate::snapshot::{PortId, Snapshot, UnderlayId};
 use crate::underlay::Underlay;
 
@@ -28,6 +30,8 @@ pub(super) enum Command {
     SetNextHops { id: UnderlayId, told: Box<[(IpAddr, Mac)]> },
     RemoveUnderlay { id: UnderlayId, reply: Sender<()> },
     Originate { port: PortId, frame: Box<[u8]>, reply: Sender<()> },
+    Guard { port: PortId, perimeter: Option<Box<Perimeter>>, reply: Sender<Option<Box<Perimeter>>> },
+    ReadConnections { port: PortId, reply: Sender<Vec<ConnectionRow>> },
     ReadFdb { reply: Sender<Vec<FdbRow>> },
     ReadRings { reply: Sender<Vec<RingRow>> },
     Stop,

@@ -24,6 +24,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use crossbeam::channel::bounded;
+use crossbeam::queue::ArrayQueue;
+use dreamwire_policy::ConnectionRow;
 use dreamwire_vhost::ring::Ring;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -31,6 +33,8 @@ use nix::unistd::Pid;
 use crate::counters::WorkerCounters;
 use crate::fdb::FdbRow;
 use crate::mac::Mac;
+use crate::perimeter::Perimeter;
+use crate::perimeter::events::{self, Event};
 use crate::snapshot::{PortId, Snapshot, UnderlayId};
 use crate::underlay::Underlay;
 use mailbox::{Command, Mailbox};
@@ -89,6 +93,7 @@ pub struct RingRow {
 pub struct WorkerHandle {
     mailbox: Arc<Mailbox>,
     counters: Arc<WorkerCounters>,
+    events: Arc<ArrayQueue<Event>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -97,6 +102,7 @@ impl WorkerHandle {
     pub fn spawn(config: WorkerConfig, initial: Arc<Snapshot>) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox::new()?);
         let counters = Arc::<WorkerCounters>::default();
+        let events = events::queue();
         let sleeper = Sleeper::new(mailbox.wake())?;
         let mut cpus = CpuSet::new();
         if let Some(cpu) = config.cpu {
@@ -104,7 +110,7 @@ impl WorkerHandle {
         }
         let (pinned, pinning) = bounded(1);
         let thread = thread::Builder::new().name(format!("worker-{}", config.index)).spawn({
-            let (mailbox, counters) = (Arc::clone(&mailbox), Arc::clone(&counters));
+            let (mailbox, counters, events) = (Arc::clone(&mailbox), Arc::clone(&counters), Arc::clone(&events));
             move || {
                 let result = config.cpu.map_or(Ok(()), |_| sched_setaffinity(Pid::from_raw(0), &cpus));
                 let failed = result.is_err();
@@ -112,7 +118,7 @@ impl WorkerHandle {
                 if failed {
                     return;
                 }
-                let worker = AssertUnwindSafe(|| run(initial, &config, &mailbox, &counters, sleeper));
+                let worker = AssertUnwindSafe(|| run(initial, &config, &mailbox, &counters, events, sleeper));
                 if catch_unwind(worker).is_err() {
                     tracing::error!(worker = config.index, "a worker has panicked; the process ends");
                     std::process::abort();
@@ -120,7 +126,7 @@ impl WorkerHandle {
             }
         })?;
         match pinning.recv() {
-            Ok(Ok(())) => Ok(Self { mailbox, counters, thread: Some(thread) }),
+            Ok(Ok(())) => Ok(Self { mailbox, counters, events, thread: Some(thread) }),
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(io::Error::other("the worker thread ended at once")),
         }
@@ -159,6 +165,22 @@ impl WorkerHandle {
     pub fn originate(&self, port: PortId, frame: &[u8]) {
         // Waited for: whoever can have frames made must not be able to queue them.
         self.ask(|reply| Command::Originate { port, frame: frame.into(), reply });
+    }
+
+    /// Gives a port what its policy keeps, before the snapshot that has the policy is published; returns what it had before.
+    /// `None` takes it.
+    pub fn guard(&self, port: PortId, perimeter: Option<Box<Perimeter>>) -> Option<Box<Perimeter>> {
+        self.ask(|reply| Command::Guard { port, perimeter, reply }).flatten()
+    }
+
+    /// The connections of a port with a policy.
+    pub fn connections(&self, port: PortId) -> Vec<ConnectionRow> {
+        self.ask(|reply| Command::ReadConnections { port, reply }).unwrap_or_default()
+    }
+
+    /// What the worker has to tell of single frames since the last call. The worker is not disturbed.
+    pub fn events(&self) -> impl Iterator<Item = Event> {
+        std::iter::from_fn(|| self.events.pop())
     }
 
     /// Hands an underlay over.
@@ -224,6 +246,7 @@ fn run(
     config: &WorkerConfig,
     mailbox: &Mailbox,
     counters: &Arc<WorkerCounters>,
+    events: Arc<ArrayQueue<Event>>,
     mut sleeper: Sleeper,
 ) {
     let busy_window_ns = match config.polling {
@@ -234,6 +257,7 @@ fn run(
     let started = Instant::now();
     mailbox.adopted.store(initial.generation, Ordering::Release);
     let mut worker = Worker::new(initial, Arc::clone(counters));
+    worker.tell(events);
     let mut last_busy_ns = 0;
     loop {
         while mailbox.is_waiting()
@@ -311,6 +335,8 @@ fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: 
             worker.originate(port, &frame);
             let _ = reply.send(());
         }
+        Command::Guard { port, perimeter, reply } => drop(reply.send(worker.guard(port, perimeter))),
+        Command::ReadConnections { port, reply } => drop(reply.send(worker.connection_rows(port))),
         Command::ReadFdb { reply } => drop(reply.send(worker.fdb_rows())),
         Command::ReadRings { reply } => drop(reply.send(worker.ring_rows())),
         Command::Stop => return false,

@@ -9,7 +9,7 @@ use dreamwire_vhost::ring::{Ring, SendError};
 use foldhash::fast::FixedState;
 
 use super::fault_log::FaultLog;
-use crate::burst::Burst;
+use crate::burst::{Burst, Origin};
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
@@ -19,6 +19,7 @@ use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MA
 use crate::stage::parse::flow_hash;
 use crate::stage::transmit::Tails;
 use crate::underlay::{Inner, Staged, Tx};
+use crate::vxlan;
 
 /// One guest's receiveqs.
 #[derive(Debug, Default)]
@@ -57,6 +58,14 @@ impl<'a> Outgoing<'a> {
     #[inline]
     pub(crate) fn network(self) -> NetworkId {
         self.burst.networks[self.index]
+    }
+
+    /// The group that other hosts are told it is from; 0: none.
+    fn group(self, snapshot: &Snapshot) -> u16 {
+        match self.burst.origins[self.index] {
+            Origin::Port(port) => snapshot.port(port).map_or(0, |port| port.group),
+            Origin::Vtep(_) => 0,
+        }
     }
 
     /// What its sender left undone.
@@ -270,19 +279,20 @@ impl Outlets {
     pub(crate) fn send_to_vtep(&mut self, snapshot: &Snapshot, vtep: IpAddr, frame: Outgoing<'_>) {
         let Some(network) = snapshot.network(frame.network()) else { return };
         let tunnel = network.tunnel.as_ref();
-        let uplink =
-            tunnel.and_then(|tunnel| Some((tunnel.vni, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
+        let uplink = tunnel.and_then(|tunnel| Some((tunnel, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
         let now_ns = self.now_ns;
-        let Some((vni, uplink)) = uplink else {
+        let Some((tunnel, uplink)) = uplink else {
             network.counters.drops.add(DropReason::Removed, 1);
             return;
         };
+        let group = if tunnel.carries_group { frame.group(snapshot) } else { 0 };
+        let tunnel = vxlan::Header { vni: tunnel.vni, group };
         let flow_hash = flow_hash(&self.hasher, frame.header());
         let mut send = |header: &[u8], payload: Payload<'_>| {
             if uplink.tx.is_full() {
                 uplink.flush(snapshot);
             }
-            let inner = Inner { network: frame.network(), vni, vtep, flow_hash, header, payload };
+            let inner = Inner { network: frame.network(), tunnel, vtep, flow_hash, header, payload };
             match uplink.tx.stage(inner, now_ns) {
                 Ok(Staged::Waiting) => {}
                 Ok(Staged::Sent) => network.counters.tunnel_tx.add(1, inner.bytes() as u64),

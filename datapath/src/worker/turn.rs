@@ -4,6 +4,8 @@ use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use crossbeam::queue::ArrayQueue;
+use dreamwire_policy::ConnectionRow;
 use dreamwire_vhost::frame::{HEADER_COPY_BYTES, RawFrame};
 use dreamwire_vhost::ring::Ring;
 
@@ -15,10 +17,14 @@ use crate::fdb::{Fdb, FdbRow, Location};
 use crate::flow_cache::FlowCache;
 use crate::mac::Mac;
 use crate::offload::Offload;
+use crate::perimeter::events::Event;
+use crate::perimeter::{Perimeter, Perimeters, Stand};
 use crate::snapshot::{Network, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use crate::stage::admit::{admit, meter};
 use crate::stage::decap::decap;
 use crate::stage::parse::ETHERNET_BYTES;
 use crate::stage::police::police;
+use crate::stage::recall::recall;
 use crate::stage::receive::receive;
 use crate::stage::switch::switch;
 use crate::stage::transmit::{Tails, transmit};
@@ -87,6 +93,7 @@ pub struct Worker {
     idle_lap_ns: u64,
     inlets: Vec<Inlet>,
     outlets: Outlets,
+    perimeters: Perimeters,
     fdb: Fdb,
     burst: Burst,
     /// For frames that are made here.
@@ -108,6 +115,7 @@ impl Worker {
             idle_lap_ns: 0,
             inlets: Vec::with_capacity(UNDERLAYS_MAX),
             outlets: Outlets::default(),
+            perimeters: Perimeters::default(),
             fdb: Fdb::default(),
             burst: Burst::default(),
             own_flows: FlowCache::default(),
@@ -122,6 +130,7 @@ impl Worker {
     pub fn turn(&mut self, now_ns: u64) -> usize {
         self.now_ns = now_ns;
         self.outlets.set_now(now_ns);
+        self.perimeters.set_now(now_ns);
         if now_ns.saturating_sub(self.swept_ns) >= SWEEP_NS {
             self.swept_ns = now_ns;
             self.fdb.sweep(now_ns);
@@ -194,7 +203,7 @@ impl Worker {
 
     #[inline]
     fn turn_source(&mut self, index: usize) -> usize {
-        let Self { snapshot, sources, outlets, fdb, burst, now_ns, .. } = self;
+        let Self { snapshot, sources, outlets, perimeters, fdb, burst, now_ns, .. } = self;
         let source = &mut sources[index];
         let Some((port, network)) = source.place(snapshot) else { return 0 };
         if let Err(fault) = receive(burst, &mut source.ring, source.queue, source.port, port, network) {
@@ -204,9 +213,16 @@ impl Worker {
         if burst.length == 0 {
             return 0;
         }
-        police(burst, port);
+        if snapshot.has_policies {
+            recall(burst, source.port, port, snapshot, perimeters, fdb);
+        }
+        police(burst, source.port, port, snapshot, perimeters);
         switch(burst, snapshot, fdb, &mut source.flows, |_, _| (), *now_ns);
-        transmit(burst, Tails::Ring(&source.ring), snapshot, outlets);
+        if snapshot.has_policies {
+            admit(burst, snapshot, perimeters, fdb);
+            meter(burst, snapshot, perimeters, *now_ns);
+        }
+        transmit(burst, Tails::Ring(&source.ring), snapshot, perimeters, outlets);
         outlets.flush(snapshot);
         if source.ring.complete() {
             port.counters.rings[usize::from(source.queue)].calls.add(1);
@@ -216,13 +232,19 @@ impl Worker {
 
     #[inline]
     fn turn_inlet(&mut self, index: usize) -> usize {
-        let Self { snapshot, inlets, outlets, fdb, burst, now_ns, .. } = self;
+        let Self { snapshot, inlets, outlets, perimeters, fdb, burst, now_ns, .. } = self;
         let inlet = &mut inlets[index];
         let packets = decap(burst, inlet.id, &mut inlet.rx, &inlet.counters, snapshot, outlets);
         if packets > 0 {
             let tag = |burst: &Burst, index: usize| Some(burst.origins[index]);
             switch(burst, snapshot, fdb, &mut inlet.flows, tag, *now_ns);
-            transmit(burst, Tails::Datagrams(&inlet.rx), snapshot, outlets);
+            if snapshot.has_policies {
+                burst.egress[..burst.length].fill(Stand::Unasked);
+                burst.ingress[..burst.length].fill(Stand::Unasked);
+                admit(burst, snapshot, perimeters, fdb);
+                meter(burst, snapshot, perimeters, *now_ns);
+            }
+            transmit(burst, Tails::Datagrams(&inlet.rx), snapshot, perimeters, outlets);
             outlets.flush(snapshot);
             inlet.rx.complete();
         }
@@ -233,7 +255,7 @@ impl Worker {
     /// switched like the guest's own. At most [`HEADER_COPY_BYTES`] and at least an Ethernet header; another is ignored, as
     /// is one for a port that the snapshot does not have.
     pub fn originate(&mut self, id: PortId, frame: &[u8]) {
-        let Self { snapshot, outlets, fdb, burst, now_ns, .. } = self;
+        let Self { snapshot, outlets, perimeters, fdb, burst, now_ns, .. } = self;
         let Some(port) = snapshot.port(id).filter(|port| snapshot.network(port.network).is_some()) else { return };
         if !(ETHERNET_BYTES..=HEADER_COPY_BYTES).contains(&frame.len()) {
             return;
@@ -248,9 +270,14 @@ impl Worker {
         burst.offloads[0] = Offload::NONE;
         burst.next_hops[0] = NextHop::Undecided;
         port.counters.originated.add(1);
-        police(burst, port);
+        (burst.egress[0], burst.ingress[0]) = (Stand::Unasked, Stand::Unasked);
+        police(burst, id, port, snapshot, perimeters);
         switch(burst, snapshot, fdb, &mut self.own_flows, |_, _| Some(id), *now_ns);
-        transmit(burst, Tails::None, snapshot, outlets);
+        if snapshot.has_policies {
+            admit(burst, snapshot, perimeters, fdb);
+            meter(burst, snapshot, perimeters, *now_ns);
+        }
+        transmit(burst, Tails::None, snapshot, perimeters, outlets);
         outlets.flush(snapshot);
     }
 
@@ -259,6 +286,7 @@ impl Worker {
         let old = std::mem::replace(&mut self.snapshot, snapshot);
         let snapshot = &self.snapshot;
         self.fdb.renew();
+        self.perimeters.adopt(snapshot);
         self.fdb.retain(|network, mac, location| {
             snapshot.network(network).is_some_and(|known| {
                 !known.static_macs.contains_key(&mac)
@@ -269,6 +297,23 @@ impl Worker {
             })
         });
         old
+    }
+
+    /// Gives a port what its policy keeps, or takes it; returns the last one, for the control thread to free.
+    pub fn guard(&mut self, port: PortId, perimeter: Option<Box<Perimeter>>) -> Option<Box<Perimeter>> {
+        let last = self.perimeters.guard(port, perimeter);
+        self.perimeters.adopt(&self.snapshot);
+        last
+    }
+
+    /// The connections of a port with a policy.
+    pub fn connection_rows(&self, port: PortId) -> Vec<ConnectionRow> {
+        self.perimeters.rows(port)
+    }
+
+    /// Tells of single frames into `queue` from now on.
+    pub fn tell(&mut self, queue: Arc<ArrayQueue<Event>>) {
+        self.perimeters.events.tell_to(queue);
     }
 
     /// Takes a ring over: even `queue`s are guests' receiveqs, odd ones their transmitqs. One that was not detached

@@ -176,6 +176,9 @@ pub(crate) fn port(id: u16, network: u16, queue_pairs: u16) -> Port {
         network: NetworkId(network),
         mac: None,
         guard: None,
+        policy: None,
+        group: 0,
+        identity: None,
         queue_pairs,
         counters: Arc::new(PortCounters::new(queue_pairs)),
     }
@@ -189,7 +192,7 @@ impl Lan {
             generation: 1,
             ports: ids.iter().map(|&id| Some(port(id, 0, queue_pairs))).collect(),
             networks: vec![Some(network("blue", &ids))],
-            by_vni: Default::default(),
+            ..Snapshot::default()
         };
         let mut lan = Self::without_rings(snapshot);
         for id in ids {
@@ -313,5 +316,8 @@ fn copy(snapshot: &Snapshot) -> Snapshot {
         ports: snapshot.ports.clone(),
         networks: snapshot.networks.clone(),
         by_vni: snapshot.by_vni.clone(),
+        policy_generation: snapshot.policy_generation,
+        has_policies: snapshot.has_policies,
+        rules: snapshot.rules.clone(),
     }
 }

@@ -232,7 +232,7 @@ impl XdpRx {
         }
         copy_header(&packet[found.inner_at()..found.inner_at() + found.inner_bytes()], frame);
         self.inner[slot] = (found.inner_at() as u16, found.inner_bytes() as u16);
-        Arrival::Inner(found.vni, found.vtep)
+        Arrival::Inner(found.tunnel, found.vtep)
     }
 
     #[inline]
@@ -264,7 +264,7 @@ impl XdpTx {
     #[inline]
     pub(super) fn send(&mut self, inner: Inner<'_>, now_ns: u64) -> Result<(), DropReason> {
         let inner_bytes = inner.bytes();
-        let (outer, _) = self.encap.header(inner.vtep, inner.vni, inner_bytes, now_ns);
+        let (outer, _) = self.encap.header(inner.vtep, inner.tunnel, inner_bytes, now_ns);
         let outer = outer?;
         // One flow, one queue: its packets stay in order.
         let queue = inner.flow_hash as usize % self.queues.len();

@@ -1,0 +1,197 @@
+//! What names a TCP or UDP flow at a port: the cheap half of parsing.
+//!
+//! A key exists only for frames that [`dreamwire_policy::parse()`] takes on its straight line too (untagged, whole, without
+//! IP options or extension headers, of lengths that agree), and two frames with one key have one source and destination
+//! for every stage: stations, addresses, ports. (For TCP, parsing has still to find a sound segment.)
+
+use std::hash::{Hash, Hasher};
+
+use zerocopy::{FromZeros, Immutable, KnownLayout};
+
+/// Which way a frame goes at the port that keeps its key.
+const INBOUND: u64 = 1;
+const TCP: u64 = 2;
+/// Where the sender's identity is in `kind`.
+const IDENTITY_SHIFT: u32 = 16;
+
+const PROTOCOL_TCP: u8 = 6;
+const PROTOCOL_UDP: u8 = 17;
+const UDP_BYTES: usize = 8;
+
+/// A flow with addresses of `WORDS` words, source and destination together: 1 for IPv4, 4 for IPv6.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromZeros, KnownLayout, Immutable)]
+#[repr(C)]
+pub(crate) struct FlowKey<const WORDS: usize> {
+    /// Destination station and the first bytes of the source's.
+    stations: u64,
+    /// The rest of it, and the ports.
+    station_ports: u64,
+    addresses: [u64; WORDS],
+    kind: u64,
+}
+
+impl<const WORDS: usize> Hash for FlowKey<WORDS> {
+    #[inline]
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.stations);
+        state.write_u64(self.station_ports);
+        self.addresses.iter().for_each(|&word| state.write_u64(word));
+        state.write_u64(self.kind);
+    }
+}
+
+impl<const WORDS: usize> FlowKey<WORDS> {
+    #[inline]
+    pub(crate) fn is_tcp(&self) -> bool {
+        self.kind & TCP != 0
+    }
+
+    /// The key of a frame that comes to the port, from a sender of this identity.
+    #[inline]
+    pub(crate) fn inbound(mut self, identity: Option<u16>) -> Self {
+        self.kind |= INBOUND | u64::from(identity.unwrap_or(0)) << IDENTITY_SHIFT;
+        self
+    }
+
+    #[inline]
+    fn new(header: &[u8], addresses: [u64; WORDS], ports: u32, protocol: u8) -> Option<Self> {
+        Some(Self {
+            stations: word(header, 0)?,
+            station_ports: u64::from(half(header, 8)?) | u64::from(ports) << 32,
+            addresses,
+            kind: if protocol == PROTOCOL_TCP { TCP } else { 0 },
+        })
+    }
+}
+
+impl FlowKey<1> {
+    /// The key of an IPv4 frame with this header copy. `frame_bytes` is its whole length.
+    #[inline]
+    pub(crate) fn ipv4(header: &[u8], frame_bytes: u32) -> Option<Self> {
+        const HEADERS: usize = 14 + 20;
+        let header: &[u8; HEADERS + UDP_BYTES] = header.first_chunk()?;
+        let [.., 0x08, 0x00, 0x45, _] = header[..16] else { return None };
+        let whole = u16::from_be_bytes([header[20], header[21]]) & 0x3fff == 0;
+        let total = u32::from(u16::from_be_bytes([header[16], header[17]]));
+        let fits = total + 14 <= frame_bytes;
+        if !whole || !fits || !has_room(header[23], total.checked_sub(20)?, &header[HEADERS..]) {
+            return None;
+        }
+        Self::new(header, [word(header, 26)?], half(header, HEADERS)?, header[23])
+    }
+}
+
+impl FlowKey<4> {
+    /// The key of an IPv6 frame with this header copy. `frame_bytes` is its whole length.
+    #[inline]
+    pub(crate) fn ipv6(header: &[u8], frame_bytes: u32) -> Option<Self> {
+        const HEADERS: usize = 14 + 40;
+        let header: &[u8; HEADERS + UDP_BYTES] = header.first_chunk()?;
+        let payload_bytes = u32::from(u16::from_be_bytes([header[18], header[19]]));
+        let is_ipv6 = header[12..14] == [0x86, 0xdd] && header[14] >> 4 == 6;
+        if !is_ipv6
+            || payload_bytes + HEADERS as u32 > frame_bytes
+            || !has_room(header[20], payload_bytes, &header[HEADERS..])
+        {
+            return None;
+        }
+        let addresses = [word(header, 22)?, word(header, 30)?, word(header, 38)?, word(header, 46)?];
+        Self::new(header, addresses, half(header, HEADERS)?, header[20])
+    }
+}
+
+/// Whether it is UDP of a length that fits, or TCP.
+#[inline]
+fn has_room(protocol: u8, payload_bytes: u32, transport: &[u8]) -> bool {
+    let udp_bytes = u32::from(u16::from_be_bytes([transport[4], transport[5]]));
+    match protocol {
+        PROTOCOL_UDP => (UDP_BYTES as u32..=payload_bytes).contains(&udp_bytes),
+        PROTOCOL_TCP => true,
+        _ => false,
+    }
+}
+
+#[inline]
+fn word(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+#[inline]
+fn half(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use dreamwire_policy::{Family, Fragment, Parsed, Transport, parse};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A frame that is nearly right: each field is what it should be, or not.
+    fn nearly(v6: bool) -> impl Strategy<Value = Vec<u8>> {
+        let bytes = proptest::collection::vec(any::<u8>(), 120);
+        let odd = proptest::collection::vec((14..64usize, any::<u8>()), 0..3);
+        (bytes, odd, prop_oneof![Just(6u8), Just(17), any::<u8>()], 40..120usize).prop_map(
+            move |(mut frame, odd, protocol, length)| {
+                let (ethertype, at) = if v6 { ([0x86, 0xdd], 54) } else { ([8, 0], 34) };
+                frame[12..14].copy_from_slice(&ethertype);
+                let payload = (length as u16).saturating_sub(at as u16);
+                if v6 {
+                    frame[14] = 0x60;
+                    frame[18..20].copy_from_slice(&payload.to_be_bytes());
+                    frame[20] = protocol;
+                } else {
+                    frame[14] = 0x45;
+                    frame[16..18].copy_from_slice(&(payload + 20).to_be_bytes());
+                    frame[20..22].fill(0);
+                    frame[23] = protocol;
+                }
+                if protocol == 17 {
+                    frame[at + 4..at + 6].copy_from_slice(&payload.to_be_bytes());
+                } else {
+                    frame[at + 12] = 0x50;
+                }
+                odd.iter().for_each(|&(at, value)| frame[at] = value);
+                frame.truncate(length);
+                frame
+            },
+        )
+    }
+
+    fn check<const WORDS: usize>(frame: &[u8], key: Option<FlowKey<WORDS>>, family: Family) {
+        let Some(key) = key else { return };
+        match parse(frame, frame.len()) {
+            Parsed::Ip(packet) => {
+                assert_eq!((packet.fragment, packet.key.family), (Fragment::Whole, family));
+                assert_eq!(matches!(packet.transport, Transport::Tcp(_)), key.is_tcp());
+                let ports = [packet.key.source_port.to_be_bytes(), packet.key.destination_port.to_be_bytes()].concat();
+                assert_eq!((key.station_ports >> 32) as u32, u32::from_ne_bytes(ports.try_into().unwrap()));
+                let addresses: Vec<u8> = key.addresses.iter().flat_map(|word| word.to_ne_bytes()).collect();
+                let of = |number: u128| number.to_be_bytes()[16 - WORDS * 4..].to_vec();
+                assert_eq!(addresses, [of(packet.key.source), of(packet.key.destination)].concat());
+            }
+            other => assert!(key.is_tcp(), "only a segment may be unsound: {other:?}"),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_key_is_what_parsing_finds(frame in nearly(false), six in nearly(true)) {
+            check(&frame, FlowKey::ipv4(&frame, frame.len() as u32), Family::V4);
+            check(&six, FlowKey::ipv6(&six, six.len() as u32), Family::V6);
+            prop_assert!(FlowKey::ipv6(&frame, frame.len() as u32).is_none());
+        }
+    }
+
+    #[test]
+    fn identities_and_directions_are_told_apart() {
+        let mut frame = [0; 60];
+        frame[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17]);
+        frame[39] = 26;
+        let key = FlowKey::ipv4(&frame, 60).unwrap();
+        assert_ne!(key, key.inbound(None));
+        assert_ne!(key.inbound(None), key.inbound(Some(7)));
+        assert_eq!(FlowKey::ipv4(&frame, 59), None, "longer than its frame");
+    }
+}

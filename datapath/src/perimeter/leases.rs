@@ -1,0 +1,144 @@
+//! Flows that may pass without being judged again, for a while: the flow cache of a port with a policy.
+//!
+//! An entry says where the flow goes and that both perimeters on its way have let it through. It holds as long as nothing
+//! was changed that it was made from: its `epoch` is the sum of counters that only rise (of the FDB for the network, which
+//! rises with every snapshot too, and of both perimeters' connections), so the sum is the same only if each of them is. And
+//! for [`LEASE_NS`](super::LEASE_NS) at most: then tables are asked again, and hear that the flow is alive.
+//!
+//! Two ways per key, 64 bytes each for IPv4; zeroed pages, so that what is not used costs nothing. Only the port's own
+//! guest and those who speak to it fill it.
+
+use std::hash::BuildHasher;
+
+use dreamwire_policy::Connection;
+use foldhash::fast::RandomState;
+use zerocopy::{FromZeros, Immutable, KnownLayout};
+
+use super::flow_key::FlowKey;
+
+/// An entry of all zeros is free.
+#[derive(Debug, Clone, Copy, FromZeros, KnownLayout, Immutable)]
+#[repr(C, align(64))]
+struct Entry<const WORDS: usize> {
+    key: FlowKey<WORDS>,
+    /// At the sender's and the receiver's perimeter: [`Connection::to_bits`].
+    connections: [u64; 2],
+    /// Sum of epochs << 16 | hop.
+    epoch_hop: u64,
+    until_ns: u64,
+}
+
+const _: () = assert!(size_of::<Entry<1>>() == 64 && size_of::<Entry<4>>() == 128);
+
+/// What a flow may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Lease {
+    /// Where it goes: see [`super::hops::Hops`].
+    pub(crate) hop: u16,
+    /// At the sender's and the receiver's perimeter.
+    pub(crate) connections: [Option<Connection>; 2],
+    /// The sum of everything that it was made from: 48 bits, which no worker counts to the end of.
+    pub(crate) epoch: u64,
+    /// When it ends, ns.
+    pub(crate) until_ns: u64,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Leases<const WORDS: usize> {
+    entries: Box<[Entry<WORDS>]>,
+    /// Seeded: which flows share a place cannot be foreseen.
+    hasher: RandomState,
+}
+
+impl<const WORDS: usize> Leases<WORDS> {
+    /// Room for `flows`, and as much again, so that few find both of their places taken.
+    pub(crate) fn new(flows: u32) -> Self {
+        let entries = (flows.max(1) as usize * 2).next_power_of_two();
+        let entries = <[Entry<WORDS>]>::new_box_zeroed_with_elems(entries).expect("memory for leases");
+        Self { entries, hasher: RandomState::default() }
+    }
+
+    #[inline]
+    fn places(&self, key: &FlowKey<WORDS>) -> [usize; 2] {
+        let place = (self.hasher.hash_one(key) >> 16) as usize & (self.entries.len() - 1);
+        [place, place ^ 1]
+    }
+
+    /// The lease of a flow, unless its time is over. Whether its epoch is still right is for the caller to see.
+    #[inline]
+    pub(crate) fn get(&self, key: &FlowKey<WORDS>, now_ns: u64) -> Option<Lease> {
+        let found = self.places(key).into_iter().map(|place| &self.entries[place]).find(|entry| entry.key == *key)?;
+        (now_ns < found.until_ns).then(|| Lease {
+            hop: found.epoch_hop as u16,
+            connections: found.connections.map(Connection::from_bits),
+            epoch: found.epoch_hop >> 16,
+            until_ns: found.until_ns,
+        })
+    }
+
+    /// Keeps a lease: in the place of the flow's last one, or of that which ends first.
+    pub(crate) fn put(&mut self, key: FlowKey<WORDS>, lease: Lease) {
+        let [first, second] = self.places(&key);
+        let place = match (self.entries[first].key == key, self.entries[second].key == key) {
+            (true, _) => first,
+            (_, true) => second,
+            _ if self.entries[first].until_ns <= self.entries[second].until_ns => first,
+            _ => second,
+        };
+        self.entries[place] = Entry {
+            key,
+            connections: lease.connections.map(|connection| connection.map_or(0, Connection::to_bits)),
+            epoch_hop: lease.epoch << 16 | u64::from(lease.hop),
+            until_ns: lease.until_ns,
+        };
+    }
+
+    /// Ends a flow's lease.
+    pub(crate) fn end(&mut self, key: &FlowKey<WORDS>) {
+        for place in self.places(key) {
+            if self.entries[place].key == *key {
+                self.entries[place].until_ns = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(port: u16) -> FlowKey<1> {
+        let mut frame = [0; 60];
+        frame[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17]);
+        frame[34..36].copy_from_slice(&port.to_be_bytes());
+        frame[39] = 26;
+        FlowKey::ipv4(&frame, 60).unwrap()
+    }
+
+    fn lease(hop: u16, until_ns: u64) -> Lease {
+        Lease { hop, connections: [None, Connection::from_bits(7 << 32)], epoch: 3, until_ns }
+    }
+
+    #[test]
+    fn a_lease_holds_for_its_flow_and_time() {
+        let mut leases = Leases::new(64);
+        leases.put(key(1), lease(5, 100));
+        assert_eq!(leases.get(&key(1), 99), Some(lease(5, 100)));
+        assert_eq!(leases.get(&key(1), 100), None);
+        assert_eq!(leases.get(&key(2), 99), None);
+        leases.put(key(1), lease(6, 200));
+        assert_eq!(leases.get(&key(1), 150), Some(lease(6, 200)));
+        leases.end(&key(1));
+        assert_eq!(leases.get(&key(1), 0), None);
+    }
+
+    #[test]
+    fn as_many_flows_as_it_is_made_for_keep_their_leases() {
+        let mut leases = Leases::new(4096);
+        (0..4096).for_each(|port| leases.put(key(port), lease(port, 100)));
+        let kept = (0..4096).filter(|&port| leases.get(&key(port), 0) == Some(lease(port, 100))).count();
+        // By chance 0.90 of them find one of two places in 4096 pairs.
+        assert!(kept > 3500, "{kept} of 4096");
+    }
+}

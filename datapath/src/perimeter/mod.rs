@@ -1,0 +1,437 @@
+//! The perimeter of a port: what its worker keeps to hold it to its policy.
+//!
+//! Theory of operation. A frame of a guest with a policy is first looked up among its port's *leases* (the recall stage): flows that were
+//! judged lately. A hit says where it goes, and passes both perimeters on its way at once; of TCP each segment moves the
+//! connection's state at both. Whatever else there is (a flow's first frame, fragments, ICMP, ARP, tags) is judged frame by frame:
+//! egress by the police stage, then switched, then ingress by the admit stage at the receiver's port, which also
+//! judges what comes from tunnels, other workers, and ports without policy. What both let through, and may be let through
+//! again, gets a lease.
+//!
+//! A perimeter is allocated and freed by the control thread. A port that has a policy but no perimeter is closed.
+
+pub mod events;
+pub(crate) mod flow_key;
+pub(crate) mod hops;
+mod leases;
+
+use std::net::IpAddr;
+
+use dreamwire_policy::{
+    Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Meter, MeterLimits, Packet, Parsed,
+    Reason, Touched, decide, parse,
+};
+use dreamwire_vhost::frame::RawFrame;
+
+use crate::burst::{Burst, NextHop, Origin};
+use crate::drop_reason::DropReason;
+use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, PortPolicy, Snapshot};
+use events::{Events, Story};
+use flow_key::FlowKey;
+use hops::Hops;
+use leases::{Lease, Leases};
+
+/// How long a flow passes before tables are asked again. Timeouts of connections are 10 s and more.
+const LEASE_NS: u64 = 1_000_000_000;
+
+/// How often a part of the connection tables is swept.
+const SWEEP_NS: u64 = 10_000_000;
+/// In how many sweeps each perimeter has its turn once.
+const SWEEP_PORTS: usize = 16;
+/// In how many of its turns a table is swept once: every 10 s, with the above.
+const SWEEP_PARTS: usize = 64;
+
+/// What a port may keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PerimeterLimits {
+    /// Its connections.
+    pub conntrack: ConntrackLimits,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Perimeter {
+    pub(crate) conntrack: Conntrack,
+    leases: Leases<1>,
+    leases6: Leases<4>,
+    /// By [`Direction`], with what they were made from.
+    meters: [(MeterLimits, Meter); 2],
+    /// Connections are swept in so many steps at once.
+    sweep_buckets: usize,
+}
+
+/// What one direction's perimeter said of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Stand {
+    /// There is none on its way.
+    #[default]
+    Unasked,
+    /// It passes by a lease.
+    Leased,
+    /// It passes, this once.
+    Once,
+    /// It passes, and so may those that follow it.
+    Kept(Option<Connection>),
+}
+
+impl Perimeter {
+    /// Allocates; what is not used takes no memory. `seed` is a random number that no guest knows.
+    pub fn new(limits: PerimeterLimits, seed: u64) -> Self {
+        let connections = limits.conntrack.connections;
+        Self {
+            conntrack: Conntrack::new(limits.conntrack, seed),
+            leases: Leases::new(connections),
+            leases6: Leases::new(connections),
+            meters: Default::default(),
+            sweep_buckets: (connections as usize / 4).div_ceil(SWEEP_PARTS),
+        }
+    }
+
+    /// Has the meters follow the policy. New limits start with a full bucket.
+    fn follow(&mut self, policy: &PortPolicy) {
+        for (meter, limits) in self.meters.iter_mut().zip(policy.meters) {
+            if meter.0 != limits {
+                *meter = (limits, Meter::new(limits));
+            }
+        }
+    }
+
+    /// Whether a frame keeps within the port's packets and bits per second.
+    #[inline]
+    pub(crate) fn meter(&mut self, direction: Direction, frame_bytes: u32, now_ns: u64) -> bool {
+        let (limits, meter) = &mut self.meters[direction as usize];
+        *limits == MeterLimits::default() || meter.pass(frame_bytes, now_ns)
+    }
+
+    #[inline]
+    fn touch(&mut self, connection: Option<Connection>, packet: &Packet, touch: Touch) -> bool {
+        let Touch { direction, policy_generation, now_ns } = touch;
+        connection.is_none_or(|connection| {
+            self.conntrack.touch(connection, packet, direction, policy_generation, now_ns) == Touched::Pass
+        })
+    }
+}
+
+/// When and by whom a connection is touched.
+#[derive(Debug, Clone, Copy)]
+struct Touch {
+    direction: Direction,
+    policy_generation: u32,
+    now_ns: u64,
+}
+
+/// All perimeters of a worker.
+#[derive(Debug)]
+pub(crate) struct Perimeters {
+    slots: Box<[Option<Box<Perimeter>>]>,
+    /// By port: what [`Conntrack::epoch`] of perimeters that are gone has risen to.
+    epochs: Box<[u64]>,
+    hops: Hops,
+    pub(crate) events: Events,
+    now_ns: u64,
+    swept_ns: u64,
+    sweep_at: usize,
+}
+
+impl Default for Perimeters {
+    fn default() -> Self {
+        Self {
+            slots: (0..PORTS_MAX).map(|_| None).collect(),
+            epochs: vec![0; PORTS_MAX].into_boxed_slice(),
+            hops: Hops::default(),
+            events: Events::default(),
+            now_ns: 0,
+            swept_ns: 0,
+            sweep_at: 0,
+        }
+    }
+}
+
+impl Perimeters {
+    /// Gives a port its perimeter, or none; returns the last one, for the control thread to free.
+    pub(crate) fn guard(&mut self, id: PortId, perimeter: Option<Box<Perimeter>>) -> Option<Box<Perimeter>> {
+        let slot = usize::from(id.0);
+        let last = std::mem::replace(&mut self.slots[slot], perimeter);
+        // Leases that were made with it, at any port, are over.
+        self.epochs[slot] += 1 + last.as_ref().map_or(0, |last| last.conntrack.epoch());
+        last
+    }
+
+    /// Follows a new snapshot. All leases are over by the FDB's epoch.
+    pub(crate) fn adopt(&mut self, snapshot: &Snapshot) {
+        self.hops.clear();
+        for (slot, port) in self.slots.iter_mut().zip(&snapshot.ports) {
+            if let (Some(perimeter), Some(Port { policy: Some(policy), .. })) = (slot, port) {
+                perimeter.follow(policy);
+            }
+        }
+    }
+
+    /// The time, at the start of a turn. Now and then forgets connections that have expired.
+    #[inline]
+    pub(crate) fn set_now(&mut self, now_ns: u64) {
+        self.now_ns = now_ns;
+        if now_ns.saturating_sub(self.swept_ns) >= SWEEP_NS {
+            self.swept_ns = now_ns;
+            self.sweep();
+        }
+    }
+
+    fn sweep(&mut self) {
+        self.sweep_at = (self.sweep_at + 1) % SWEEP_PORTS;
+        for perimeter in self.slots.iter_mut().skip(self.sweep_at).step_by(SWEEP_PORTS).flatten() {
+            perimeter.conntrack.sweep(perimeter.sweep_buckets, self.now_ns);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn get(&mut self, id: PortId) -> Option<&mut Perimeter> {
+        self.slots.get_mut(usize::from(id.0))?.as_deref_mut()
+    }
+
+    /// Rises with all that ends at a port's perimeter.
+    #[inline]
+    fn epoch(&self, id: PortId) -> u64 {
+        let slot = usize::from(id.0);
+        self.epochs[slot] + self.slots[slot].as_ref().map_or(0, |perimeter| perimeter.conntrack.epoch())
+    }
+
+    /// What a lease from `from` to `hop` was made from.
+    #[inline]
+    fn epoch_between(&self, from: Option<PortId>, hop: NextHop) -> u64 {
+        let receiver = match hop {
+            NextHop::Port(port) => self.epoch(port),
+            _ => 0,
+        };
+        receiver + from.map_or(0, |port| self.epoch(port))
+    }
+
+    /// Where a frame of port `from` goes by a lease, and how far it has passed.
+    #[inline]
+    pub(crate) fn recall(
+        &mut self,
+        from: PortId,
+        frame: &RawFrame,
+        fdb_epoch: u64,
+        snapshot: &Snapshot,
+    ) -> Option<(NextHop, Stand)> {
+        let header = frame.headers();
+        let leases = self.slots[usize::from(from.0)].as_deref()?;
+        let (is_tcp, lease) = if let Some(key) = FlowKey::ipv4(header, frame.frame_bytes) {
+            (key.is_tcp(), leases.leases.get(&key, self.now_ns)?)
+        } else {
+            let key = FlowKey::ipv6(header, frame.frame_bytes)?;
+            (key.is_tcp(), leases.leases6.get(&key, self.now_ns)?)
+        };
+        let next_hop = self.hops.next_hop(lease.hop)?;
+        if lease.epoch != fdb_epoch + self.epoch_between(Some(from), next_hop) {
+            return None;
+        }
+        if is_tcp {
+            return self.recall_tcp(from, frame, lease, next_hop, snapshot.policy_generation);
+        }
+        Some((next_hop, Stand::Leased))
+    }
+
+    /// As [`Perimeters::recall`], with a segment's effect on its connection at both ends. `Unasked`: the sender's end alone
+    /// has let it pass.
+    fn recall_tcp(
+        &mut self,
+        from: PortId,
+        frame: &RawFrame,
+        lease: Lease,
+        next_hop: NextHop,
+        policy_generation: u32,
+    ) -> Option<(NextHop, Stand)> {
+        let Parsed::Ip(packet) = parse(frame.headers(), frame.frame_bytes as usize) else { return None };
+        let now_ns = self.now_ns;
+        let touch = |direction| Touch { direction, policy_generation, now_ns };
+        let [egress, ingress] = lease.connections;
+        if !self.get(from)?.touch(egress, &packet, touch(Direction::Egress)) {
+            return None;
+        }
+        let passes = match (next_hop, ingress) {
+            (NextHop::Port(to), Some(_)) => {
+                self.get(to).is_some_and(|perimeter| perimeter.touch(ingress, &packet, touch(Direction::Ingress)))
+            }
+            _ => true,
+        };
+        if !passes {
+            self.end(from, frame);
+        }
+        Some((next_hop, if passes { Stand::Leased } else { Stand::Unasked }))
+    }
+
+    fn end(&mut self, from: PortId, frame: &RawFrame) {
+        let (header, bytes) = (frame.headers(), frame.frame_bytes);
+        let Some(perimeter) = self.get(from) else { return };
+        if let Some(key) = FlowKey::ipv4(header, bytes) {
+            perimeter.leases.end(&key);
+        } else if let Some(key) = FlowKey::ipv6(header, bytes) {
+            perimeter.leases6.end(&key);
+        }
+    }
+
+    /// Whether a frame that comes to port `to` passes by a lease of that port.
+    #[inline]
+    pub(crate) fn recall_inbound(
+        &mut self,
+        to: PortId,
+        frame: &RawFrame,
+        identity: Option<u16>,
+        fdb_epoch: u64,
+        snapshot: &Snapshot,
+    ) -> bool {
+        let header = frame.headers();
+        let Some(leases) = self.slots[usize::from(to.0)].as_deref() else { return false };
+        let (is_tcp, lease) = if let Some(key) = FlowKey::ipv4(header, frame.frame_bytes) {
+            (key.is_tcp(), leases.leases.get(&key.inbound(identity), self.now_ns))
+        } else if let Some(key) = FlowKey::ipv6(header, frame.frame_bytes) {
+            (key.is_tcp(), leases.leases6.get(&key.inbound(identity), self.now_ns))
+        } else {
+            return false;
+        };
+        let Some(lease) = lease.filter(|lease| lease.epoch == fdb_epoch + self.epoch(to)) else { return false };
+        if !is_tcp {
+            return true;
+        }
+        let Parsed::Ip(packet) = parse(header, frame.frame_bytes as usize) else { return false };
+        let touch =
+            Touch { direction: Direction::Ingress, policy_generation: snapshot.policy_generation, now_ns: self.now_ns };
+        self.get(to).is_some_and(|perimeter| perimeter.touch(lease.connections[1], &packet, touch))
+    }
+
+    /// Gives the flow of a frame that has passed a lease. `from` is the sender's port if it has a policy; else the lease
+    /// is the receiver's, for senders of this identity.
+    #[allow(clippy::too_many_arguments, reason = "two ends, each with its own")]
+    pub(crate) fn grant(
+        &mut self,
+        from: Option<PortId>,
+        identity: Option<u16>,
+        frame: &RawFrame,
+        next_hop: NextHop,
+        connections: [Option<Connection>; 2],
+        fdb_epoch: u64,
+        lease_ns: u64,
+    ) {
+        let epoch = fdb_epoch + self.epoch_between(from, next_hop);
+        let until_ns = self.now_ns + lease_ns.min(LEASE_NS);
+        let Some(hop) = self.hops.number(next_hop) else { return };
+        let lease = Lease { hop, connections, epoch, until_ns };
+        let keeper = match (from, next_hop) {
+            (Some(port), _) | (None, NextHop::Port(port)) => port,
+            _ => return,
+        };
+        let Some(perimeter) = self.get(keeper) else { return };
+        let (header, bytes) = (frame.headers(), frame.frame_bytes);
+        if let Some(key) = FlowKey::ipv4(header, bytes) {
+            perimeter.leases.put(if from.is_some() { key } else { key.inbound(identity) }, lease);
+        } else if let Some(key) = FlowKey::ipv6(header, bytes) {
+            perimeter.leases6.put(if from.is_some() { key } else { key.inbound(identity) }, lease);
+        }
+    }
+
+    /// Judges a frame at a port that has a policy. `identity` is its sender's.
+    pub(crate) fn judge(
+        &mut self,
+        snapshot: &Snapshot,
+        id: PortId,
+        direction: Direction,
+        identity: Option<u16>,
+        frame: &RawFrame,
+    ) -> Result<Stand, DropReason> {
+        let Some(port) = snapshot.port(id) else { return Ok(Stand::Unasked) };
+        let Some(policy) = &port.policy else { return Ok(Stand::Unasked) };
+        let now_ns = self.now_ns;
+        let Some(perimeter) = self.slots[usize::from(id.0)].as_deref_mut() else {
+            return Err(DropReason::NoPerimeter);
+        };
+        let parsed = parse(frame.headers(), frame.frame_bytes as usize);
+        let (classifier, generation) = (&policy.classifier, snapshot.policy_generation);
+        let conntrack = &mut perimeter.conntrack;
+        let decision = decide(classifier, conntrack, &parsed, direction, identity, generation, now_ns);
+        self.note(snapshot, port.network, id, direction, &decision, frame);
+        match decision {
+            Decision { allow: false, reason, .. } => Err(drop_reason(reason, direction)),
+            Decision { cache: true, connection, .. } => Ok(Stand::Kept(connection)),
+            _ => Ok(Stand::Once),
+        }
+    }
+
+    /// Counts a decision at its rule, and tells of it where it is to be told.
+    #[inline]
+    fn note(
+        &mut self,
+        snapshot: &Snapshot,
+        network: NetworkId,
+        id: PortId,
+        direction: Direction,
+        decision: &Decision,
+        frame: &RawFrame,
+    ) {
+        if let Some(rule) = decision.rule
+            && decision.judged
+            && let Some(counters) = snapshot.rules.get(rule.0 as usize)
+        {
+            counters.hits.add(1);
+        }
+        if decision.log {
+            let dropped = (!decision.allow).then(|| drop_reason(decision.reason, direction));
+            let story = Story { port: Some(id), network, direction, dropped, rule: decision.rule, log: true };
+            self.events.tell(story, frame, self.now_ns);
+        }
+        if !decision.allow {
+            let dropped = Some(drop_reason(decision.reason, direction));
+            let story = Story { port: Some(id), network, direction, dropped, rule: decision.rule, log: false };
+            self.events.tell(story, frame, self.now_ns);
+        }
+    }
+
+    /// The time of this turn.
+    #[inline]
+    pub(crate) fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+
+    /// Tells of a frame that was dropped where it came from, unless its judge has told.
+    pub(crate) fn sample(&mut self, burst: &Burst, index: usize, reason: DropReason) {
+        let told = matches!(burst.origins[index], Origin::Port(_)) && reason.is_judgement();
+        if told {
+            return;
+        }
+        let (port, direction) = match burst.origins[index] {
+            Origin::Port(port) => (Some(port), Direction::Egress),
+            Origin::Vtep(_) => (None, Direction::Ingress),
+        };
+        let network = burst.networks[index];
+        let story = Story { port, network, direction, dropped: Some(reason), rule: None, log: false };
+        self.events.tell(story, &burst.frames[index], self.now_ns);
+    }
+
+    /// The connections of a port.
+    pub(crate) fn rows(&self, id: PortId) -> Vec<ConnectionRow> {
+        let perimeter = self.slots.get(usize::from(id.0)).and_then(Option::as_ref);
+        perimeter.map_or_else(Vec::new, |perimeter| perimeter.conntrack.rows(self.now_ns).collect())
+    }
+}
+
+/// Who a frame from a tunnel says to be from, if that remote is trusted for it.
+#[inline]
+pub(crate) fn identity_of(trusted: &[IpAddr], vtep: IpAddr, group: u16) -> Option<u16> {
+    (group != 0 && trusted.contains(&vtep)).then_some(group)
+}
+
+fn drop_reason(reason: Reason, direction: Direction) -> DropReason {
+    match (reason, direction) {
+        (Reason::FragmentWithoutFirst, _) => DropReason::FragmentWithoutFirst,
+        (Reason::Unreadable, _) => DropReason::Unreadable,
+        (Reason::InvalidState, _) => DropReason::InvalidState,
+        (Reason::NewFlowRate, _) => DropReason::NewFlowRate,
+        (Reason::TableFull, _) => DropReason::ConnectionsFull,
+        (Reason::Rule | Reason::Posture | Reason::Necessary | Reason::FollowsFirst, Direction::Egress) => {
+            DropReason::EgressDenied
+        }
+        (Reason::Rule | Reason::Posture | Reason::Necessary | Reason::FollowsFirst, Direction::Ingress) => {
+            DropReason::IngressDenied
+        }
+    }
+}

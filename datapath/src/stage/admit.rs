@@ -1,0 +1,147 @@
+//! The admit stage: what a port may not receive ends here; so does what is beyond a port's packets or bits per second.
+//!
+//! Frames for one port. Copies of flooded ones are admitted one by one, as they are made.
+
+use dreamwire_policy::Direction;
+
+use crate::burst::{Burst, NextHop, Origin};
+use crate::drop_reason::DropReason;
+use crate::fdb::{Fdb, refresh_ns};
+use crate::perimeter::{Perimeters, Stand, identity_of};
+use crate::snapshot::{PortId, Snapshot};
+
+/// Judges every frame that goes to a port, unless a lease has let it pass, and gives leases to those that may have one.
+#[inline]
+pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters, fdb: &Fdb) {
+    for index in 0..burst.length {
+        let next_hop = burst.next_hops[index];
+        let to = match next_hop {
+            NextHop::Port(port) => Some(port),
+            NextHop::Vtep(_) => None,
+            _ => continue,
+        };
+        if let Some(to) = to
+            && burst.ingress[index] == Stand::Unasked
+        {
+            match ingress(burst, index, to, snapshot, perimeters, fdb) {
+                Ok(stand) => burst.ingress[index] = stand,
+                Err(reason) => {
+                    count(snapshot, to, reason);
+                    burst.next_hops[index] = NextHop::Gone;
+                    continue;
+                }
+            }
+        }
+        lease(burst, index, snapshot, perimeters, fdb);
+    }
+}
+
+/// Whether frames keep within what their port may send, and their receiver may receive.
+pub(crate) fn meter(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters, now_ns: u64) {
+    for index in 0..burst.length {
+        let bytes = burst.frames[index].frame_bytes;
+        if !matches!(burst.next_hops[index], NextHop::Port(_) | NextHop::Vtep(_) | NextHop::Flood) {
+            continue;
+        }
+        if let Origin::Port(from) = burst.origins[index]
+            && let Some(perimeter) = perimeters.get(from)
+            && !perimeter.meter(Direction::Egress, bytes, now_ns)
+        {
+            burst.next_hops[index] = NextHop::Drop(DropReason::RateLimit);
+            continue;
+        }
+        if let NextHop::Port(to) = burst.next_hops[index]
+            && let Some(perimeter) = perimeters.get(to)
+            && !perimeter.meter(Direction::Ingress, bytes, now_ns)
+        {
+            count(snapshot, to, DropReason::RateLimit);
+            burst.next_hops[index] = NextHop::Gone;
+        }
+    }
+}
+
+/// Whether a copy of flooded frame `index` may go to port `to`.
+pub(crate) fn admits_copy(
+    burst: &Burst,
+    index: usize,
+    to: PortId,
+    snapshot: &Snapshot,
+    perimeters: &mut Perimeters,
+    now_ns: u64,
+) -> bool {
+    let frame = &burst.frames[index];
+    let identity = identity(burst, index, snapshot);
+    let admitted = perimeters.judge(snapshot, to, Direction::Ingress, identity, frame).and_then(|_| {
+        let keeps = perimeters.get(to).is_none_or(|own| own.meter(Direction::Ingress, frame.frame_bytes, now_ns));
+        if keeps { Ok(()) } else { Err(DropReason::RateLimit) }
+    });
+    admitted.inspect_err(|&reason| count(snapshot, to, reason)).is_ok()
+}
+
+#[inline]
+fn ingress(
+    burst: &Burst,
+    index: usize,
+    to: PortId,
+    snapshot: &Snapshot,
+    perimeters: &mut Perimeters,
+    fdb: &Fdb,
+) -> Result<Stand, DropReason> {
+    let Some(port) = snapshot.port(to) else { return Ok(Stand::Unasked) };
+    if port.policy.is_none() {
+        return Ok(Stand::Unasked);
+    }
+    let frame = &burst.frames[index];
+    let identity = identity(burst, index, snapshot);
+    if burst.egress[index] == Stand::Unasked
+        && perimeters.recall_inbound(to, frame, identity, fdb.epoch(port.network), snapshot)
+    {
+        return Ok(Stand::Leased);
+    }
+    perimeters.judge(snapshot, to, Direction::Ingress, identity, frame)
+}
+
+/// Gives frame `index` a lease if both ends have let it pass, and one of them only now.
+#[inline]
+fn lease(burst: &Burst, index: usize, snapshot: &Snapshot, perimeters: &mut Perimeters, fdb: &Fdb) {
+    let kept = |stand| match stand {
+        Stand::Kept(connection) => Some(connection),
+        Stand::Unasked => Some(None),
+        Stand::Leased | Stand::Once => None,
+    };
+    let (egress, ingress) = (burst.egress[index], burst.ingress[index]);
+    if (egress, ingress) == (Stand::Unasked, Stand::Unasked) {
+        return;
+    }
+    let (Some(sent), Some(received)) = (kept(egress), kept(ingress)) else { return };
+    let id = burst.networks[index];
+    let Some(network) = snapshot.network(id) else { return };
+    // The sender's perimeter keeps it, if it has one: then it stands for the switch too.
+    let from = match burst.origins[index] {
+        Origin::Port(port) if egress != Stand::Unasked => Some(port),
+        _ => None,
+    };
+    let identity = identity(burst, index, snapshot);
+    let (frame, next_hop) = (&burst.frames[index], burst.next_hops[index]);
+    let lease_ns = refresh_ns(network.age_ns);
+    perimeters.grant(from, identity, frame, next_hop, [sent, received], fdb.epoch(id), lease_ns);
+}
+
+/// Who the sender of frame `index` is; `None`: its address says so.
+#[inline]
+fn identity(burst: &Burst, index: usize, snapshot: &Snapshot) -> Option<u16> {
+    match burst.origins[index] {
+        Origin::Port(from) => snapshot.port(from)?.identity,
+        Origin::Vtep(vtep) => {
+            let tunnel = snapshot.network(burst.networks[index])?.tunnel.as_ref()?;
+            identity_of(&tunnel.trusted, vtep, burst.groups[index])
+        }
+    }
+}
+
+/// Counts the end of a frame at its receiver.
+fn count(snapshot: &Snapshot, to: PortId, reason: DropReason) {
+    if let Some(port) = snapshot.port(to) {
+        port.counters.drops.add(reason, 1);
+    }
+}

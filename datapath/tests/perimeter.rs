@@ -1,0 +1,292 @@
+//! Guests behind perimeters: what passes, what ends where, and that leases never outlive what they were made from.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::*;
+use dreamwire_datapath::drop_reason::DropReason;
+use dreamwire_datapath::mac::Mac;
+use dreamwire_datapath::perimeter::{Perimeter, PerimeterLimits};
+use dreamwire_datapath::snapshot::{PortId, PortPolicy};
+use dreamwire_policy::{
+    Action, Classifier, ConntrackLimits, Direction, Group, GroupId, IcmpKind, Identity, MeterLimits, Policy, PortRange,
+    Posture, Protocol, Remote, Rule, RuleId,
+};
+
+const WEB: GroupId = GroupId(1);
+const OPEN: GroupId = GroupId(2);
+const IDENTITY: u16 = 77;
+
+fn rule(id: u32, group: GroupId, port: u16, action: Action, remote: Remote) -> Rule {
+    Rule {
+        id: RuleId(id),
+        group,
+        direction: Direction::Ingress,
+        protocol: Protocol::Udp,
+        ports: vec![PortRange { first: port, last: port }],
+        icmp: Vec::<IcmpKind>::new(),
+        remote,
+        action,
+        priority: 10,
+        log: false,
+    }
+}
+
+/// Station 0 and 2 are open, station 1 is in `WEB` of an enforced network, under these rules.
+fn perimeter_lan(rules: Vec<Rule>) -> Lan {
+    let mut lan = Lan::new(3, 1);
+    for id in 0..3 {
+        lan.network(0).static_macs.insert(mac(id as u8 + 1), PortId(id));
+        assert!(lan.worker.guard(PortId(id), Some(Box::new(Perimeter::new(PerimeterLimits::default(), 7)))).is_none());
+    }
+    lan.snapshot.rules = (0..8).map(|_| Arc::default()).collect();
+    set_rules(&mut lan, rules);
+    lan
+}
+
+fn set_rules(lan: &mut Lan, rules: Vec<Rule>) {
+    let groups = vec![Group { id: WEB, members: vec![] }, Group { id: OPEN, members: vec![] }];
+    let policy =
+        Policy::new(groups, rules, vec![Identity { tag: IDENTITY, groups: vec![OPEN] }]).expect("a sound policy");
+    for (id, groups) in [(0, vec![OPEN]), (1, vec![WEB]), (2, vec![OPEN])] {
+        let classifier = Arc::new(Classifier::compile(&policy, Posture::Enforced, &groups));
+        lan.snapshot.ports[id].as_mut().expect("a port").policy =
+            Some(PortPolicy { classifier, meters: Default::default() });
+    }
+    lan.snapshot.policy_generation += 1;
+    lan.snapshot.has_policies = true;
+    lan.publish();
+}
+
+fn allow(id: u32, port: u16) -> Rule {
+    rule(id, WEB, port, Action::Allow, Remote::Any)
+}
+
+/// A UDP frame from station `from` to station `to`, both by number, of these ports.
+fn datagram(to: u8, from: u8, source: u16, destination: u16) -> Vec<u8> {
+    let mut frame = udp(mac(to + 1), mac(from + 1), source);
+    frame[29] = from + 1;
+    frame[33] = to + 1;
+    frame[36..38].copy_from_slice(&destination.to_be_bytes());
+    frame[38..40].copy_from_slice(&26u16.to_be_bytes());
+    frame
+}
+
+fn hits(lan: &Lan, rule: usize) -> u64 {
+    lan.snapshot.rules[rule].hits.get()
+}
+
+#[test]
+fn what_is_allowed_passes_with_its_replies_and_the_rest_is_counted() {
+    let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    for _ in 0..5 {
+        lan.send(0, &datagram(1, 0, 4000, 53));
+        lan.send(0, &datagram(1, 0, 4000, 54));
+    }
+    assert_eq!(lan.received(1), vec![datagram(1, 0, 4000, 53); 5]);
+    assert_eq!(hits(&lan, 3), 1, "once for the connection");
+    lan.assert_moved(&[
+        ("p0 rx", 10),
+        ("p0 rx_bytes", 600),
+        ("p1 tx", 5),
+        ("p1 tx_bytes", 300),
+        ("p1 drop ingress_denied", 5),
+    ]);
+    lan.send(1, &datagram(0, 1, 53, 4000));
+    lan.send(1, &datagram(0, 1, 55, 4000));
+    assert_eq!(lan.received(0), [datagram(0, 1, 53, 4000)], "station 0 is enforced too: replies alone");
+    let connections = lan.worker.connection_rows(PortId(1));
+    assert_eq!(connections.iter().filter(|row| row.replied).count(), 1, "{connections:?}");
+}
+
+#[test]
+fn a_rule_that_goes_cuts_the_flow_at_the_next_frame_and_one_that_comes_opens_it() {
+    let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    let frame = datagram(1, 0, 4000, 53);
+    (0..3).for_each(|_| lan.send(0, &frame));
+    assert_eq!(lan.received(1).len(), 3);
+    set_rules(&mut lan, vec![allow(4, 99)]);
+    (0..3).for_each(|_| lan.send(0, &frame));
+    assert_eq!(lan.received(1).len(), 0);
+    set_rules(&mut lan, vec![allow(5, 53)]);
+    (0..3).for_each(|_| lan.send(0, &frame));
+    assert_eq!(lan.received(1).len(), 3);
+    assert_eq!((hits(&lan, 3), hits(&lan, 5)), (1, 1));
+}
+
+#[test]
+fn a_lease_ends_with_its_time_its_station_and_its_perimeter() {
+    let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    let frame = datagram(1, 0, 4000, 53);
+    lan.send(0, &frame);
+    // A flow that is kept alive longer than an unanswered connection may be silent: its leases tell the table.
+    for _ in 0..100 {
+        lan.now_ns += SECOND_NS;
+        lan.send(0, &frame);
+    }
+    assert_eq!((lan.received(1).len(), hits(&lan, 3)), (101 - 37, 1), "one connection; {RING_SIZE} buffers at first");
+    lan.stations[1].fill();
+    lan.now_ns += 31 * SECOND_NS;
+    lan.send(0, &frame);
+    assert_eq!(hits(&lan, 3), 2, "silent for too long: a connection anew");
+    // Another perimeter: what the last one knew is over, whatever the sums.
+    let fresh = Box::new(Perimeter::new(PerimeterLimits::default(), 9));
+    assert_eq!(lan.worker.guard(PortId(1), Some(fresh)).map(|_| ()), Some(()));
+    lan.send(0, &frame);
+    assert_eq!(hits(&lan, 3), 3);
+    // None: closed.
+    lan.worker.guard(PortId(1), None);
+    lan.received(1);
+    lan.send(0, &frame);
+    assert_eq!(lan.received(1).len(), 0);
+    assert_eq!(lan.snapshot.ports[1].as_ref().unwrap().counters.drops.get(DropReason::NoPerimeter), 1);
+    // Its station moves to another port.
+    lan.network(0).static_macs.insert(mac(2), PortId(2));
+    lan.publish();
+    lan.send(0, &frame);
+    assert_eq!(lan.received(2).len(), 0, "that one is enforced and has no rule");
+}
+
+#[test]
+fn flooded_copies_are_judged_one_by_one() {
+    let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    let mut frame = datagram(1, 0, 4000, 53);
+    frame[..6].copy_from_slice(&Mac::BROADCAST.0);
+    lan.send(0, &frame);
+    assert_eq!((lan.received(1).len(), lan.received(2).len()), (1, 0));
+    lan.assert_moved(&[
+        ("p0 rx", 1),
+        ("p0 rx_bytes", 60),
+        ("blue copies", 1),
+        ("p1 tx", 1),
+        ("p1 tx_bytes", 60),
+        ("p2 drop ingress_denied", 1),
+    ]);
+}
+
+#[test]
+fn identity_stands_for_the_address() {
+    let mut lan = perimeter_lan(vec![rule(3, WEB, 53, Action::Allow, Remote::Group(OPEN))]);
+    lan.send(0, &datagram(1, 0, 4000, 53));
+    assert_eq!(lan.received(1).len(), 0, "nobody has said who station 0 is");
+    lan.snapshot.ports[0].as_mut().unwrap().identity = Some(IDENTITY);
+    lan.publish();
+    lan.send(0, &datagram(1, 0, 4000, 53));
+    assert_eq!(lan.received(1).len(), 1);
+}
+
+#[test]
+fn meters_hold_each_direction() {
+    let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    let limits = MeterLimits { packets: Some((10, 10)), bits: None };
+    lan.snapshot.ports[0].as_mut().unwrap().policy.as_mut().unwrap().meters[Direction::Egress as usize] = limits;
+    lan.publish();
+    (0..20).for_each(|_| lan.send(0, &datagram(1, 0, 4000, 53)));
+    assert_eq!(lan.received(1).len(), 10);
+    lan.now_ns += SECOND_NS;
+    lan.snapshot.ports[0].as_mut().unwrap().policy.as_mut().unwrap().meters = Default::default();
+    lan.snapshot.ports[1].as_mut().unwrap().policy.as_mut().unwrap().meters[Direction::Ingress as usize] = limits;
+    lan.publish();
+    (0..20).for_each(|_| lan.send(0, &datagram(1, 0, 4000, 53)));
+    assert_eq!(lan.received(1).len(), 10);
+    let drops = |id: usize| lan.snapshot.ports[id].as_ref().unwrap().counters.drops.get(DropReason::RateLimit);
+    assert_eq!((drops(0), drops(1)), (10, 10));
+}
+
+/// A TCP segment from station 0 to station 1 (or back), of these flags and sequence numbers.
+fn segment(reply: bool, flags: u8, sequence: u32, acknowledged: u32) -> Vec<u8> {
+    let (to, from, ports) = if reply { (0, 1, [80u16, 5000]) } else { (1, 0, [5000, 80]) };
+    let mut frame = datagram(to, from, ports[0], ports[1]);
+    frame[23] = 6;
+    frame[16..18].copy_from_slice(&40u16.to_be_bytes());
+    frame[38..42].copy_from_slice(&sequence.to_be_bytes());
+    frame[42..46].copy_from_slice(&acknowledged.to_be_bytes());
+    (frame[46], frame[47]) = (0x50, flags);
+    frame[48..50].copy_from_slice(&1000u16.to_be_bytes());
+    frame[50..].fill(0);
+    frame
+}
+
+#[test]
+fn tcp_goes_through_its_states_at_both_ends_and_a_reset_ends_it() {
+    const SYN: u8 = 2;
+    const ACK: u8 = 16;
+    const RST: u8 = 4;
+    let http = Rule { protocol: Protocol::Tcp, ..allow(3, 80) };
+    let mut lan = perimeter_lan(vec![http]);
+    lan.send(0, &segment(false, SYN, 100, 0));
+    lan.send(1, &segment(true, SYN | ACK, 900, 101));
+    lan.send(0, &segment(false, ACK, 101, 901));
+    for _ in 0..3 {
+        lan.send(0, &segment(false, ACK, 101, 901));
+        lan.send(1, &segment(true, ACK, 901, 101));
+    }
+    assert_eq!((lan.received(0).len(), lan.received(1).len()), (4, 5));
+    lan.send(0, &segment(false, ACK, 2_000_000, 901));
+    assert_eq!(lan.received(1).len(), 0, "outside of the window, also of a flow with a lease");
+    lan.send(0, &segment(false, RST, 101, 0));
+    assert_eq!(lan.received(1).len(), 1);
+    // The port is used again at once.
+    lan.send(0, &segment(false, SYN, 5_000_000, 0));
+    lan.send(1, &segment(true, SYN | ACK, 7_000_000, 5_000_001));
+    assert_eq!((lan.received(1).len(), lan.received(0).len()), (1, 1));
+    assert_eq!(hits(&lan, 3), 2);
+}
+
+#[test]
+fn a_later_fragment_follows_its_first_alone() {
+    let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    let mut first = datagram(1, 0, 4000, 53);
+    (first[18], first[20]) = (9, 0x20);
+    first[38..40].copy_from_slice(&2000u16.to_be_bytes());
+    // 26 bytes of payload are no multiple of 8: 24.
+    first[16..18].copy_from_slice(&44u16.to_be_bytes());
+    let mut later = first.clone();
+    later[20..22].copy_from_slice(&3u16.to_be_bytes());
+    let mut other = later.clone();
+    other[18] = 10;
+    lan.send(0, &other);
+    assert_eq!(lan.received(1).len(), 0);
+    lan.send(0, &first);
+    lan.send(0, &later);
+    assert_eq!(lan.received(1), [first, later]);
+}
+
+#[test]
+fn one_ports_flood_of_connections_takes_nothing_from_anothers() {
+    let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    let small = ConntrackLimits { connections: 64, ..ConntrackLimits::default() };
+    lan.worker.guard(PortId(2), Some(Box::new(Perimeter::new(PerimeterLimits { conntrack: small }, 3))));
+    lan.send(0, &datagram(1, 0, 4000, 53));
+    for port in 0..1000 {
+        lan.send(2, &datagram(1, 2, port, 53));
+        if port % 50 == 0 {
+            lan.received(1);
+        }
+    }
+    assert!(lan.worker.connection_rows(PortId(2)).len() <= 64);
+    lan.received(1);
+    lan.send(0, &datagram(1, 0, 4000, 53));
+    assert_eq!((lan.received(1).len(), hits(&lan, 3)), (1, 1001));
+}
+
+#[test]
+fn drops_are_told_within_a_rate() {
+    let mut lan = perimeter_lan(vec![rule(3, WEB, 53, Action::Deny, Remote::Any)]);
+    let queue = dreamwire_datapath::perimeter::events::queue();
+    lan.worker.tell(Arc::clone(&queue));
+    (0..1000).for_each(|_| lan.send(0, &datagram(1, 0, 4000, 53)));
+    let events: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
+    assert_eq!(events.len(), 40);
+    let event = events[0];
+    assert_eq!(
+        (event.port, event.dropped, event.rule),
+        (Some(PortId(1)), Some(DropReason::IngressDenied), Some(RuleId(3)))
+    );
+    assert_eq!(event.key.map(|key| (key.source_port, key.destination_port)), Some((4000, 53)));
+    lan.now_ns += SECOND_NS;
+    lan.send(0, &datagram(1, 0, 4000, 53));
+    assert_eq!(queue.pop().map(|event| event.left_out), Some(960));
+    assert_eq!(hits(&lan, 3), 1001);
+}
