@@ -41,7 +41,7 @@ fn outer(inner: &[u8]) -> Vec<u8> {
         destination: (Mac(OURS), "192.0.2.1".parse().unwrap()),
         udp_port: 4789,
     };
-    let mut header = OuterHeader::new(&ends, Vni::new(100).unwrap()).unwrap();
+    let mut header = OuterHeader::new(&ends, Vni::new(100).unwrap().into()).unwrap();
     [header.finish(inner.len(), 1), inner].concat()
 }
 

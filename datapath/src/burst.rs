@@ -55,6 +55,15 @@ pub struct Burst {
     pub(crate) length: usize,
 }
 
+impl Burst {
+    /// No perimeter has said anything yet.
+    #[inline]
+    pub(crate) fn unask(&mut self) {
+        self.egress[..self.length].fill(Stand::Unasked);
+        self.ingress[..self.length].fill(Stand::Unasked);
+    }
+}
+
 impl Default for Burst {
     fn default() -> Self {
         Self {

@@ -1,6 +1,7 @@
-//! Counters with one writer (the worker that owns the object) and any number of readers.
+//! Counters with one writer (a worker) and any number of readers. Each worker counts at instances of its own, of ports and
+//! networks too, whoever owns them just then; readers add them up.
 //!
-//! Frames are conserved. Over everything that a worker serves:
+//! Frames are conserved. Over everything that all workers serve:
 //! `received + originated + copied = sent + dropped`, where *received* counts frames taken from guests and tunnels (and
 //! outer packets that turned out to be none), *originated* those made here in a port's name, *copied* the additional
 //! frames that flooding and cutting made, *sent* the frames put
@@ -179,4 +180,14 @@ pub struct WorkerCounters {
     pub sleeps: Counter,
     /// Commands taken from the mailbox.
     pub commands: Counter,
+    /// Frames handed to other workers.
+    pub handoff_tx: Counter,
+    /// Frames taken over from other workers.
+    pub handoff_rx: Counter,
+    /// Those of them whose network was removed while they were under way: dropped, and counted nowhere else.
+    pub handoff_removed: Counter,
+    /// Times another worker had to be woken.
+    pub handoff_wakes: Counter,
+    /// Times that another worker could not be told of a learned address.
+    pub handoff_unlearned: Counter,
 }

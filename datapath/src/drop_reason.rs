@@ -71,6 +71,8 @@ pub enum DropReason {
     OuterFragment,
     /// An outer packet whose IPv4 header or UDP checksum is wrong.
     OuterChecksum,
+    /// The hand-off to the worker that owns the destination is full: that worker does not keep up.
+    HandoffFull,
 }
 
 impl DropReason {
@@ -78,7 +80,7 @@ impl DropReason {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All of them, in the order of their discriminants.
-    pub const ALL: [DropReason; 33] = [
+    pub const ALL: [DropReason; 34] = [
         Self::BadChain,
         Self::BadOffload,
         Self::TooShort,
@@ -112,6 +114,7 @@ impl DropReason {
         Self::NotForHost,
         Self::OuterFragment,
         Self::OuterChecksum,
+        Self::HandoffFull,
     ];
 
     /// Whether a perimeter gives it, which has told of the frame.
@@ -164,6 +167,7 @@ impl DropReason {
             Self::NotForHost => "not_for_host",
             Self::OuterFragment => "outer_fragment",
             Self::OuterChecksum => "outer_checksum",
+            Self::HandoffFull => "handoff_full",
         }
     }
 }

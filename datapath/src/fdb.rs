@@ -4,6 +4,10 @@
 //! nowhere. So every operation is bounded, nothing ever grows, and a full bucket means that an address is not learned
 //! and its frames are flooded, as with any switch. The hash is seeded: a guest cannot aim at a bucket. Quotas keep one
 //! port, and one network's tunnel, from filling the table for others.
+//!
+//! With several workers each has a whole table of its own, and tells the others of what it learns ([`Seen`]). Where two saw
+//! the same station in different places, the later sighting holds, at all of them: what a worker sees itself is later than
+//! everything that it has heard of.
 
 use std::hash::BuildHasher;
 use std::net::IpAddr;
@@ -35,16 +39,33 @@ pub fn refresh_ns(age_ns: u64) -> u64 {
     REFRESH_NS.min(age_ns / 4)
 }
 
+/// Sightings kept for the others until the end of a turn. A burst has 32 frames, a turn as many bursts as there are ports
+/// with something to say; what is too much is said at the next refresh.
+const NEWS_MAX: usize = 1024;
+
 /// Buckets looked at by one [`Fdb::sweep`].
 const SWEEP_BUCKETS: usize = 256;
 
 /// Where a station was seen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Location {
-    /// A local port.
+    /// A local port, whichever worker's.
     Port(PortId),
     /// Another host's VTEP.
     Vtep(IpAddr),
+}
+
+/// What a worker tells the others when it has learned an address, or has noted anew that it is still there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Segment.
+    pub network: NetworkId,
+    /// Station.
+    pub mac: Mac,
+    /// Where.
+    pub location: Location,
+    /// When, in ns; workers have one clock.
+    pub seen_ns: u64,
 }
 
 /// What became of an address that was seen.
@@ -90,6 +111,9 @@ pub struct Fdb {
     sweep_at: usize,
     /// By network.
     epochs: Box<[u64]>,
+    /// For the other workers. Of no capacity if there are none.
+    news: Vec<Seen>,
+    news_lost: u64,
 }
 
 /// Network and address in one word. Never zero, which marks a free place: a station's address is not zero.
@@ -114,6 +138,8 @@ impl Default for Fdb {
             by_tunnel: vec![0; NETWORKS_MAX].into_boxed_slice(),
             sweep_at: 0,
             epochs: vec![1; NETWORKS_MAX].into_boxed_slice(),
+            news: Vec::new(),
+            news_lost: 0,
         }
     }
 }
@@ -153,21 +179,67 @@ impl Fdb {
         debug_assert!(mac.is_station());
         let key = key(network, mac);
         let bucket = self.bucket(key);
+        let mut seen_ns = now_ns;
         if let Some(way) = self.keys[bucket].iter().position(|&other| other == key) {
             let entry = &self.entries[bucket][way];
             if entry.location == location {
                 if now_ns.saturating_sub(entry.seen_ns) >= refresh_ns(age_ns) || entry.expires_ns <= now_ns {
                     self.entries[bucket][way] = Entry { location, seen_ns: now_ns, expires_ns: now_ns + age_ns };
+                    self.note(Seen { network, mac, location, seen_ns });
                 }
+                return Learned::Known;
+            }
+            // Another worker's turn may have begun after ours.
+            seen_ns = seen_ns.max(entry.seen_ns + 1);
+            self.forget(bucket, way);
+        }
+        let learned = self.insert(bucket, key, Entry { location, seen_ns, expires_ns: seen_ns + age_ns }, now_ns);
+        if learned == Learned::New {
+            self.note(Seen { network, mac, location, seen_ns });
+        }
+        learned
+    }
+
+    /// Notes what another worker has seen, unless something later is known.
+    pub fn hear(&mut self, seen: Seen, now_ns: u64, age_ns: u64) -> Learned {
+        let Seen { network, mac, location, seen_ns } = seen;
+        let key = key(network, mac);
+        let bucket = self.bucket(key);
+        let heard = Entry { location, seen_ns, expires_ns: seen_ns + age_ns };
+        if let Some(way) = self.keys[bucket].iter().position(|&other| other == key) {
+            let entry = &mut self.entries[bucket][way];
+            // At the same moment: any order, as long as it is everybody's.
+            if (entry.seen_ns, entry.location) >= (seen_ns, location) {
+                return Learned::Known;
+            }
+            if entry.location == location {
+                *entry = heard;
                 return Learned::Known;
             }
             self.forget(bucket, way);
         }
-        self.insert(bucket, key, Entry { location, seen_ns: now_ns, expires_ns: now_ns + age_ns })
+        self.insert(bucket, key, heard, now_ns)
     }
 
-    fn insert(&mut self, bucket: usize, key: u64, entry: Entry) -> Learned {
-        let now_ns = entry.seen_ns;
+    /// Keeps what is learned for other workers from now on.
+    pub(crate) fn keep_news(&mut self) {
+        self.news.reserve_exact(NEWS_MAX);
+    }
+
+    /// What was learned since the last call, and how much more there was no room for.
+    pub(crate) fn take_news(&mut self) -> (impl Iterator<Item = Seen>, u64) {
+        (self.news.drain(..), std::mem::take(&mut self.news_lost))
+    }
+
+    fn note(&mut self, seen: Seen) {
+        match self.news.capacity() {
+            0 => {}
+            capacity if self.news.len() == capacity => self.news_lost += 1,
+            _ => self.news.push(seen),
+        }
+    }
+
+    fn insert(&mut self, bucket: usize, key: u64, entry: Entry, now_ns: u64) -> Learned {
         let within_quota = match entry.location {
             Location::Port(port) => self.by_port[usize::from(port.0)] < LEARNED_PER_PORT_MAX,
             Location::Vtep(_) => self.by_tunnel[usize::from(key_network(key).0)] < LEARNED_PER_TUNNEL_MAX,
@@ -314,6 +386,37 @@ mod tests {
         assert!(rose(&fdb));
         fdb.learn(NetworkId(4), mac(1), port(1), 0, AGE);
         assert!(!rose(&fdb), "another network's");
+    }
+
+    #[test]
+    fn tables_that_tell_each_other_agree_on_the_latest_place_in_any_order() {
+        let told = |fdb: &mut Fdb| fdb.take_news().0.collect::<Vec<_>>();
+        let mut tables = [Fdb::default(), Fdb::default()];
+        tables.iter_mut().for_each(Fdb::keep_news);
+        // Both see the station before either has heard of the other; the clock says so of one, or of neither.
+        for (station, times) in [(1, [10, 20]), (2, [20, 10]), (3, [15, 15])] {
+            for (at, fdb) in tables.iter_mut().enumerate() {
+                assert_eq!(fdb.learn(NET, mac(station), port(at as u16), times[at], AGE), Learned::New);
+            }
+            let news = tables.each_mut().map(told);
+            assert_eq!(news.each_ref().map(Vec::len), [1, 1]);
+            tables[0].hear(news[1][0], 30, AGE);
+            tables[1].hear(news[0][0], 30, AGE);
+            let [zero, one] = tables.each_ref().map(|fdb| fdb.lookup(NET, mac(station), 30).unwrap().0);
+            assert_eq!(zero, one);
+            assert_eq!(zero, port(if times[0] > times[1] { 0 } else { 1 }));
+        }
+        // Seen here after the others were heard of: later, whatever the clock says.
+        assert_eq!(tables[0].learn(NET, mac(1), port(0), 5, AGE), Learned::New);
+        let news = told(&mut tables[0]);
+        assert_eq!(tables[1].hear(news[0], 30, AGE), Learned::New);
+        assert_eq!(tables[1].lookup(NET, mac(1), 30).unwrap().0, port(0));
+        assert_eq!((tables[1].by_port[0], tables[1].by_port[1]), (2, 1), "{:?}", tables[1].rows(30));
+        // A refresh is told too, so that nobody forgets.
+        tables[0].learn(NET, mac(1), port(0), REFRESH_NS + 30, AGE);
+        let news = told(&mut tables[0]);
+        assert_eq!(tables[1].hear(news[0], REFRESH_NS + 31, AGE), Learned::Known);
+        assert_eq!(tables[1].lookup(NET, mac(1), AGE + 30), Some((port(0), REFRESH_NS + 30 + AGE)));
     }
 
     #[test]

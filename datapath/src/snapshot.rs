@@ -1,6 +1,6 @@
 //! Everything that workers read and never write, replaced as a whole.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -19,6 +19,10 @@ pub struct PortId(pub u16);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NetworkId(pub u16);
 
+/// Index of a worker, from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct WorkerId(pub u16);
+
 /// Index of an underlay in a worker's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UnderlayId(pub u16);
@@ -27,13 +31,15 @@ pub struct UnderlayId(pub u16);
 pub const PORTS_MAX: usize = 1024;
 /// Networks that one daemon serves at most.
 pub const NETWORKS_MAX: usize = 1024;
+/// Workers that one daemon has at most: hand-off rings grow with the square.
+pub const WORKERS_MAX: usize = 16;
 /// Underlays that one daemon has at most.
 pub const UNDERLAYS_MAX: usize = 16;
 /// Remotes on the flood list of one network at most.
 pub const REMOTES_MAX: usize = 256;
 
-/// The datapath's whole configuration. Built by the control thread, published to workers, freed by the control thread
-/// once every worker has passed its generation.
+/// The datapath's whole configuration, as one worker sees it. Built by the control thread, published to that worker, freed
+/// by the control thread once every worker has passed its generation.
 #[derive(Debug, Default)]
 pub struct Snapshot {
     /// Rises by one with every change that was applied.
@@ -44,6 +50,10 @@ pub struct Snapshot {
     pub networks: Vec<Option<Network>>,
     /// Which network a VNI on an underlay belongs to.
     pub by_vni: HashMap<(UnderlayId, Vni), NetworkId, foldhash::fast::RandomState>,
+    /// Whose it is.
+    pub worker: WorkerId,
+    /// The worker of each underlay, by [`UnderlayId`]; those that are not listed are the first worker's.
+    pub uplinks: Vec<WorkerId>,
     /// Changes whenever a classifier does: then every connection is judged again.
     pub policy_generation: u32,
     /// Whether any port has a policy.
@@ -80,7 +90,9 @@ pub struct Port {
     pub identity: Option<u16>,
     /// Queue pairs.
     pub queue_pairs: u16,
-    /// Written by the worker that owns the port.
+    /// The worker that owns its rings.
+    pub worker: WorkerId,
+    /// Written by the snapshot's worker.
     pub counters: Arc<PortCounters>,
 }
 
@@ -91,10 +103,12 @@ pub struct Network {
     pub name: Arc<str>,
     /// What the guests may send: bytes of an Ethernet payload.
     pub mtu: u16,
-    /// Its ports.
+    /// Its ports; of those, only the snapshot's worker's once it was [divided](Snapshot::divide).
     pub ports: Vec<PortId>,
     /// Those of them that hear frames to stations that nobody knows: unknown unicast is flooded to them alone.
     pub hear_unknown: Vec<PortId>,
+    /// Who else gets what is flooded.
+    pub beyond: Beyond,
     /// Configured addresses of its ports. They take precedence over anything learned and are never learned elsewhere.
     pub static_macs: HashMap<Mac, PortId, foldhash::fast::RandomState>,
     /// Whether source addresses are learned.
@@ -103,8 +117,17 @@ pub struct Network {
     pub age_ns: u64,
     /// How the network reaches other hosts, if it does.
     pub tunnel: Option<Tunnel>,
-    /// Written by the worker.
+    /// Written by the snapshot's worker.
     pub counters: Arc<NetworkCounters>,
+}
+
+/// Other workers that have a part of a network. [`Snapshot::divide`] fills it in.
+#[derive(Debug, Clone, Default)]
+pub struct Beyond {
+    /// For frames to groups: those with a port in the network, or with its underlay.
+    pub groups: Vec<WorkerId>,
+    /// For frames to stations that nobody knows: those with a port that hears them, or with the underlay.
+    pub unknown: Vec<WorkerId>,
 }
 
 /// The other hosts of a network.
@@ -134,6 +157,33 @@ impl Network {
 }
 
 impl Snapshot {
+    /// Leaves in every flood list what [`Snapshot::worker`] reaches itself, and notes who reaches the rest. To be called
+    /// once, when everything is in its place. With one worker nothing changes.
+    pub fn divide(&mut self) {
+        let Self { ports, networks, worker: own, uplinks, .. } = self;
+        let owner = |id: PortId| {
+            let port = ports.get(usize::from(id.0)).and_then(Option::as_ref);
+            port.map_or(*own, |port| port.worker)
+        };
+        for network in networks.iter_mut().flatten() {
+            let tunnel = network.tunnel.as_ref().filter(|tunnel| !tunnel.remotes.is_empty());
+            let uplink = tunnel.map(|tunnel| uplink_worker(uplinks, tunnel.underlay));
+            let beyond = |list: &[PortId]| {
+                let workers: BTreeSet<WorkerId> = list.iter().map(|&id| owner(id)).chain(uplink).collect();
+                workers.into_iter().filter(|worker| worker != own).collect()
+            };
+            network.beyond = Beyond { groups: beyond(&network.ports), unknown: beyond(&network.hear_unknown) };
+            network.ports.retain(|&id| owner(id) == *own);
+            network.hear_unknown.retain(|&id| owner(id) == *own);
+        }
+    }
+
+    /// The worker that an underlay belongs to.
+    #[inline]
+    pub fn uplink_worker(&self, underlay: UnderlayId) -> WorkerId {
+        uplink_worker(&self.uplinks, underlay)
+    }
+
     /// The port, unless it was removed.
     #[inline]
     pub fn port(&self, id: PortId) -> Option<&Port> {
@@ -145,4 +195,8 @@ impl Snapshot {
     pub fn network(&self, id: NetworkId) -> Option<&Network> {
         self.networks.get(usize::from(id.0))?.as_ref()
     }
+}
+
+fn uplink_worker(uplinks: &[WorkerId], underlay: UnderlayId) -> WorkerId {
+    uplinks.get(usize::from(underlay.0)).copied().unwrap_or_default()
 }

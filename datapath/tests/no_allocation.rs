@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use dreamwire_datapath::mac::Mac;
-use dreamwire_datapath::snapshot::{NetworkId, PortId, Tunnel, UnderlayId};
+use dreamwire_datapath::snapshot::{NetworkId, PortId, Snapshot, Tunnel, UnderlayId, WorkerId};
 use dreamwire_datapath::underlay::af_xdp::{XdpUnderlay, XdpUnderlayConfig};
 use dreamwire_datapath::underlay::{Ends, OuterHeader, RingUnderlay, RingUnderlayConfig, SocketUnderlay};
 use dreamwire_datapath::vni::Vni;
+use dreamwire_datapath::worker::{Links, Worker};
 
 /// Counts what a thread asks for: other tests run at the same time.
 struct Counting;
@@ -233,4 +234,52 @@ fn a_wire_that_is_a_ring_allocates_nothing_both_ways() {
         front_end.received();
         lan.now_ns += SECOND_NS;
     });
+}
+
+#[test]
+fn frames_and_addresses_for_another_worker_allocate_nothing() {
+    let links = Links::mesh(2).expect("two eventfds");
+    let mut workers: Vec<Worker> = (0..)
+        .zip(links)
+        .map(|(worker, links)| {
+            let ports = [0, 1].map(|id| {
+                let mut port = port(id, 0, 1);
+                port.worker = WorkerId(id);
+                Some(port)
+            });
+            let networks = vec![Some(network("blue", &[0, 1]))];
+            let worker = WorkerId(worker);
+            let mut snapshot = Snapshot { generation: 1, ports: ports.into(), networks, worker, ..Snapshot::default() };
+            snapshot.divide();
+            Worker::linked(Arc::new(snapshot), Arc::default(), links)
+        })
+        .collect();
+    let mut stations = [0, 1].map(|id| Station::new(id, 1));
+    for (worker, station) in workers.iter_mut().zip(&mut stations) {
+        for (queue, of) in (0..).zip(&station.queues) {
+            worker.attach(station.id, queue, of.ring.open(F_VERSION_1 | F_MERGEABLE));
+        }
+        station.fill();
+    }
+    for number in 0..200u32 {
+        for (here, there) in [(0, 1), (1, 0)] {
+            let (to, from) = (mac(there + 1), mac(here + 1));
+            let roamer = Mac([2, 1, 0, here, 0, number as u8]);
+            let station = &mut stations[usize::from(here)];
+            station.send(&frame(to, from, 60 + 7 * number as usize, 1));
+            station.send(&frame(Mac::BROADCAST, roamer, 60, 2));
+        }
+        let before = ALLOCATIONS.get();
+        let now_ns = u64::from(number) * SECOND_NS;
+        let mut taken = 0;
+        for _ in 0..3 {
+            taken += workers.iter_mut().map(|worker| worker.turn(now_ns)).sum::<usize>();
+        }
+        let allocations = ALLOCATIONS.get() - before;
+        assert_eq!(taken, 8, "four from guests, four from the other worker");
+        assert!(number < 4 || allocations == 0, "{allocations} allocations in round {number}");
+        for station in &mut stations {
+            assert_eq!(station.received().len(), 2);
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use dreamwire_datapath::snapshot::{Network, Port, Snapshot, Tunnel};
+use dreamwire_datapath::snapshot::{Beyond, Network, Port, Snapshot, Tunnel, WorkerId};
 use dreamwire_policy::SourceGuard;
 
 use super::core::Control;
@@ -36,6 +36,7 @@ impl Control {
                 group: 0,
                 identity: None,
                 queue_pairs: port.queues,
+                worker: WorkerId(0),
                 counters: Arc::clone(&live.counters),
             };
             put(&mut snapshot.ports, live.id.0, built);
@@ -59,6 +60,7 @@ impl Control {
             mtu: network.mtu,
             ports: Vec::new(),
             hear_unknown: Vec::new(),
+            beyond: Beyond::default(),
             static_macs: Default::default(),
             learning: network.learning,
             age_ns: u64::from(network.age_seconds) * SECOND_NS,

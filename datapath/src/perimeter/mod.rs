@@ -95,13 +95,6 @@ impl Perimeter {
         }
     }
 
-    /// Whether a frame keeps within the port's packets and bits per second.
-    #[inline]
-    pub(crate) fn meter(&mut self, direction: Direction, frame_bytes: u32, now_ns: u64) -> bool {
-        let (limits, meter) = &mut self.meters[direction as usize];
-        *limits == MeterLimits::default() || meter.pass(frame_bytes, now_ns)
-    }
-
     #[inline]
     fn touch(&mut self, connection: Option<Connection>, packet: &Packet, touch: Touch) -> bool {
         let Touch { direction, policy_generation, now_ns } = touch;
@@ -184,8 +177,18 @@ impl Perimeters {
     }
 
     #[inline]
-    pub(crate) fn get(&mut self, id: PortId) -> Option<&mut Perimeter> {
+    fn get(&mut self, id: PortId) -> Option<&mut Perimeter> {
         self.slots.get_mut(usize::from(id.0))?.as_deref_mut()
+    }
+
+    /// Whether a frame keeps within a port's packets and bits per second, if the port is here.
+    #[inline]
+    pub(crate) fn meter(&mut self, id: PortId, direction: Direction, frame_bytes: u32) -> bool {
+        let now_ns = self.now_ns;
+        self.get(id).is_none_or(|perimeter| {
+            let (limits, meter) = &mut perimeter.meters[direction as usize];
+            *limits == MeterLimits::default() || meter.pass(frame_bytes, now_ns)
+        })
     }
 
     /// Rises with all that ends at a port's perimeter.
@@ -384,12 +387,6 @@ impl Perimeters {
             let story = Story { port: Some(id), network, direction, dropped, rule: decision.rule, log: false };
             self.events.tell(story, frame, self.now_ns);
         }
-    }
-
-    /// The time of this turn.
-    #[inline]
-    pub(crate) fn now_ns(&self) -> u64 {
-        self.now_ns
     }
 
     /// Tells of a frame that was dropped where it came from, unless its judge has told.

@@ -10,7 +10,8 @@ use crate::fdb::{Fdb, refresh_ns};
 use crate::perimeter::{Perimeters, Stand, identity_of};
 use crate::snapshot::{PortId, Snapshot};
 
-/// Judges every frame that goes to a port, unless a lease has let it pass, and gives leases to those that may have one.
+/// Judges every frame that goes to a port of this worker, unless a lease has let it pass, gives leases to those that may
+/// have one, and meters them.
 #[inline]
 pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters, fdb: &Fdb) {
     for index in 0..burst.length {
@@ -34,25 +35,25 @@ pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
         }
         lease(burst, index, snapshot, perimeters, fdb);
     }
+    meter(burst, snapshot, perimeters);
 }
 
-/// Whether frames keep within what their port may send, and their receiver may receive.
-pub(crate) fn meter(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters, now_ns: u64) {
+/// Ends frames beyond what their port may send, or their receiver may receive.
+#[inline]
+fn meter(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters) {
     for index in 0..burst.length {
         let bytes = burst.frames[index].frame_bytes;
         if !matches!(burst.next_hops[index], NextHop::Port(_) | NextHop::Vtep(_) | NextHop::Flood) {
             continue;
         }
         if let Origin::Port(from) = burst.origins[index]
-            && let Some(perimeter) = perimeters.get(from)
-            && !perimeter.meter(Direction::Egress, bytes, now_ns)
+            && !perimeters.meter(from, Direction::Egress, bytes)
         {
             burst.next_hops[index] = NextHop::Drop(DropReason::RateLimit);
             continue;
         }
         if let NextHop::Port(to) = burst.next_hops[index]
-            && let Some(perimeter) = perimeters.get(to)
-            && !perimeter.meter(Direction::Ingress, bytes, now_ns)
+            && !perimeters.meter(to, Direction::Ingress, bytes)
         {
             count(snapshot, to, DropReason::RateLimit);
             burst.next_hops[index] = NextHop::Gone;
@@ -67,12 +68,11 @@ pub(crate) fn admits_copy(
     to: PortId,
     snapshot: &Snapshot,
     perimeters: &mut Perimeters,
-    now_ns: u64,
 ) -> bool {
     let frame = &burst.frames[index];
     let identity = identity(burst, index, snapshot);
     let admitted = perimeters.judge(snapshot, to, Direction::Ingress, identity, frame).and_then(|_| {
-        let keeps = perimeters.get(to).is_none_or(|own| own.meter(Direction::Ingress, frame.frame_bytes, now_ns));
+        let keeps = perimeters.meter(to, Direction::Ingress, frame.frame_bytes);
         if keeps { Ok(()) } else { Err(DropReason::RateLimit) }
     });
     admitted.inspect_err(|&reason| count(snapshot, to, reason)).is_ok()
@@ -88,7 +88,8 @@ fn ingress(
     fdb: &Fdb,
 ) -> Result<Stand, DropReason> {
     let Some(port) = snapshot.port(to) else { return Ok(Stand::Unasked) };
-    if port.policy.is_none() {
+    if port.policy.is_none() || port.worker != snapshot.worker {
+        // Another's port: its worker judges.
         return Ok(Stand::Unasked);
     }
     let frame = &burst.frames[index];

@@ -1,5 +1,6 @@
 //! The stages of the pipeline. Each is one file, loops over the frames of a burst and never calls another.
 
+pub(crate) mod accept;
 pub(crate) mod admit;
 pub(crate) mod decap;
 pub(crate) mod parse;

@@ -15,8 +15,7 @@ pub(crate) fn recall(
     perimeters: &mut Perimeters,
     fdb: &Fdb,
 ) {
-    burst.egress[..burst.length].fill(Stand::Unasked);
-    burst.ingress[..burst.length].fill(Stand::Unasked);
+    burst.unask();
     if port.policy.is_none() {
         return;
     }

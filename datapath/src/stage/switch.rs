@@ -116,6 +116,7 @@ mod tests {
             mtu: 1500,
             ports: vec![PortId(0), PortId(1)],
             hear_unknown: vec![PortId(0), PortId(1)],
+            beyond: Default::default(),
             static_macs: [(STATIC, PortId(1))].into_iter().collect(),
             learning: true,
             age_ns: 1000,

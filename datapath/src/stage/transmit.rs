@@ -11,6 +11,7 @@ use crate::snapshot::{Network, Snapshot};
 use crate::stage::admit::admits_copy;
 use crate::stage::parse;
 use crate::underlay::Rx;
+use crate::worker::handoff::Parcel;
 use crate::worker::outlets::{Outgoing, Outlets};
 
 /// Who keeps the bytes behind a burst's header copies.
@@ -20,6 +21,8 @@ pub(crate) enum Tails<'a> {
     Ring(&'a Ring),
     /// The underlay's receive buffers.
     Datagrams(&'a Rx),
+    /// The parcel that the burst is in.
+    Parcel(&'a Parcel),
     /// Nobody: each frame is all in its header copy.
     None,
 }
@@ -32,6 +35,7 @@ impl<'a> Tails<'a> {
             Tails::Ring(ring) => ring.payload(frame),
             Tails::None => Payload::EMPTY,
             Tails::Datagrams(rx) => rx.payload(frame, usize::from(datagram)),
+            Tails::Parcel(parcel) => parcel.payload(frame, usize::from(datagram)),
         }
     }
 }
@@ -60,7 +64,7 @@ pub(crate) fn transmit(
                 outlets.send_to_port(snapshot, port, (first..index).map(frame));
             }
             NextHop::Vtep(vtep) => outlets.send_to_vtep(snapshot, vtep, frame(first)),
-            NextHop::Flood => flood(burst, first, frame(first), snapshot, perimeters, outlets),
+            NextHop::Flood => flood(frame(first), snapshot, perimeters, outlets),
             NextHop::Gone => {}
             NextHop::Drop(reason) => count_drop(snapshot, perimeters, burst, first, reason),
             NextHop::Undecided => unreachable!("the switch stage decides on every frame"),
@@ -68,41 +72,56 @@ pub(crate) fn transmit(
     }
 }
 
-/// Sends frame `index` to everybody else in its network.
-fn flood(
-    burst: &Burst,
-    index: usize,
+/// Sends a frame to everybody else in its network.
+fn flood(frame: Outgoing<'_>, snapshot: &Snapshot, perimeters: &mut Perimeters, outlets: &mut Outlets) {
+    let Some(network) = snapshot.network(frame.network()) else { return };
+    let mut copies = flood_here(network, frame, snapshot, perimeters, outlets);
+    let is_group = parse::destination(frame.header()).is_group();
+    // One copy for each worker, which makes the others.
+    for &worker in if is_group { &network.beyond.groups } else { &network.beyond.unknown } {
+        outlets.hand_off(snapshot, worker, NextHop::Flood, std::iter::once(frame));
+        copies += 1;
+    }
+    match copies {
+        0 => count_drop(snapshot, perimeters, frame.burst, frame.index, DropReason::NoDestination),
+        _ => network.counters.flood_copies.add(copies - 1),
+    }
+}
+
+/// Sends a frame to everybody else in its network whom this worker reaches itself; returns how many that were.
+pub(super) fn flood_here(
+    network: &Network,
     frame: Outgoing<'_>,
     snapshot: &Snapshot,
     perimeters: &mut Perimeters,
     outlets: &mut Outlets,
-) {
-    let (origin, now_ns) = (burst.origins[index], perimeters.now_ns());
-    let Some(network) = snapshot.network(frame.network()) else { return };
+) -> u64 {
     let mut copies = 0;
+    let Outgoing { burst, index, .. } = frame;
+    let origin = burst.origins[index];
     let is_group = parse::destination(frame.header()).is_group();
     let ports = if is_group { &network.ports } else { &network.hear_unknown };
     for &port in ports.iter().filter(|&&port| origin != Origin::Port(port)) {
         // One that its receiver's perimeter ends was counted there.
         copies += 1;
-        if !snapshot.has_policies || admits_copy(burst, index, port, snapshot, perimeters, now_ns) {
+        if !snapshot.has_policies || admits_copy(burst, index, port, snapshot, perimeters) {
             outlets.send_to_port(snapshot, port, std::iter::once(frame));
         }
     }
-    for &vtep in flood_list(network, origin) {
+    for &vtep in flood_list(network, origin, snapshot) {
         outlets.send_to_vtep(snapshot, vtep, frame);
         copies += 1;
     }
-    match copies {
-        0 => count_drop(snapshot, perimeters, burst, index, DropReason::NoDestination),
-        _ => network.counters.flood_copies.add(copies - 1),
-    }
+    copies
 }
 
-/// The VTEPs that a flooded frame is replicated to: none if it came from one (split horizon).
-fn flood_list(network: &Network, origin: Origin) -> &[std::net::IpAddr] {
+/// The VTEPs that a flooded frame is replicated to: none if it came from one (split horizon), or if another worker has
+/// the underlay.
+fn flood_list<'a>(network: &'a Network, origin: Origin, snapshot: &Snapshot) -> &'a [std::net::IpAddr] {
     match (&network.tunnel, origin) {
-        (Some(tunnel), Origin::Port(_)) => &tunnel.remotes,
+        (Some(tunnel), Origin::Port(_)) if snapshot.uplink_worker(tunnel.underlay) == snapshot.worker => {
+            &tunnel.remotes
+        }
         _ => &[],
     }
 }

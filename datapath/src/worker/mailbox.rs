@@ -22,18 +22,62 @@ use crate::underlay::Underlay;
 #[derive(Debug)]
 pub(super) enum Command {
     Publish(Arc<Snapshot>),
-    Attach { port: PortId, queue: u16, ring: Box<Ring> },
-    Detach { port: PortId, queue: u16, reply: Sender<Option<Box<Ring>>> },
-    AddUnderlay { id: UnderlayId, driver: Box<Underlay> },
-    AttachWire { id: UnderlayId, queue: u16, ring: Box<Ring> },
-    DetachWire { id: UnderlayId, queue: u16, reply: Sender<Option<Box<Ring>>> },
-    SetNextHops { id: UnderlayId, told: Box<[(IpAddr, Mac)]> },
-    RemoveUnderlay { id: UnderlayId, reply: Sender<()> },
-    Originate { port: PortId, frame: Box<[u8]>, reply: Sender<()> },
-    Guard { port: PortId, perimeter: Option<Box<Perimeter>>, reply: Sender<Option<Box<Perimeter>>> },
-    ReadConnections { port: PortId, reply: Sender<Vec<ConnectionRow>> },
-    ReadFdb { reply: Sender<Vec<FdbRow>> },
-    ReadRings { reply: Sender<Vec<RingRow>> },
+    Attach {
+        port: PortId,
+        queue: u16,
+        ring: Box<Ring>,
+    },
+    Detach {
+        port: PortId,
+        queue: u16,
+        reply: Sender<Option<Box<Ring>>>,
+    },
+    AddUnderlay {
+        id: UnderlayId,
+        driver: Box<Underlay>,
+    },
+    AttachWire {
+        id: UnderlayId,
+        queue: u16,
+        ring: Box<Ring>,
+    },
+    DetachWire {
+        id: UnderlayId,
+        queue: u16,
+        reply: Sender<Option<Box<Ring>>>,
+    },
+    SetNextHops {
+        id: UnderlayId,
+        told: Box<[(IpAddr, Mac)]>,
+    },
+    RemoveUnderlay {
+        id: UnderlayId,
+        reply: Sender<()>,
+    },
+    /// Take what other workers have shipped so far, then say so.
+    EmptyInbox {
+        reply: Sender<()>,
+    },
+    Originate {
+        port: PortId,
+        frame: Box<[u8]>,
+        reply: Sender<()>,
+    },
+    Guard {
+        port: PortId,
+        perimeter: Option<Box<Perimeter>>,
+        reply: Sender<Option<Box<Perimeter>>>,
+    },
+    ReadConnections {
+        port: PortId,
+        reply: Sender<Vec<ConnectionRow>>,
+    },
+    ReadFdb {
+        reply: Sender<Vec<FdbRow>>,
+    },
+    ReadRings {
+        reply: Sender<Vec<RingRow>>,
+    },
     Stop,
 }
 

@@ -7,19 +7,27 @@
 //! announced. After a busy window in which nothing came, the worker asks every guest for kicks, looks once more, and
 //! sleeps in epoll until a kick, a datagram or a command comes.
 //!
+//! Several workers share nothing but the hand-off (`handoff`): frames for another's ports, and learned addresses.
+//!
 //! A worker that panics ends the process: its guests' rings are in an unknown state, and a supervisor restarts us.
 
+mod doorbell;
 mod fault_log;
+pub(crate) mod handoff;
 mod mailbox;
 pub(crate) mod outlets;
 mod sleep;
 mod turn;
+/// What the doorbell is made of; its test has loom's in this place.
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicBool, Ordering, fence};
+}
 
 use std::io;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, LazyLock};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -37,9 +45,13 @@ use crate::perimeter::Perimeter;
 use crate::perimeter::events::{self, Event};
 use crate::snapshot::{PortId, Snapshot, UnderlayId};
 use crate::underlay::Underlay;
+pub use handoff::Links;
 use mailbox::{Command, Mailbox};
 use sleep::Sleeper;
 pub use turn::Worker;
+
+/// Where all workers' clocks begin: they compare times of what they have seen.
+static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// How long an adaptive worker polls after the last frame. A guest that answers at once does so in a few µs; a sleep and
 /// wake-up cost about 10 µs.
@@ -98,12 +110,26 @@ pub struct WorkerHandle {
 }
 
 impl WorkerHandle {
-    /// Starts the thread. Fails if the CPU does not exist or descriptors have run out.
+    /// Starts the thread of a worker that has no others beside it. Fails if the CPU does not exist or descriptors have run
+    /// out.
     pub fn spawn(config: WorkerConfig, initial: Arc<Snapshot>) -> io::Result<Self> {
+        Self::start(config, initial, Links::default())
+    }
+
+    /// Starts workers that hand frames to one another. A snapshot's [`Snapshot::worker`] is its place in the list.
+    pub fn spawn_all(workers: Vec<(WorkerConfig, Arc<Snapshot>)>) -> io::Result<Vec<Self>> {
+        let links = Links::mesh(workers.len())?;
+        workers.into_iter().zip(links).map(|((config, initial), links)| Self::start(config, initial, links)).collect()
+    }
+
+    fn start(config: WorkerConfig, initial: Arc<Snapshot>, links: Links) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox::new()?);
         let counters = Arc::<WorkerCounters>::default();
         let events = events::queue();
-        let sleeper = Sleeper::new(mailbox.wake())?;
+        let mut sleeper = Sleeper::new(mailbox.wake())?;
+        if let Some(wake) = links.inbox.wake() {
+            sleeper.watch_inbox(wake)?;
+        }
         let mut cpus = CpuSet::new();
         if let Some(cpu) = config.cpu {
             cpus.set(cpu)?;
@@ -118,7 +144,7 @@ impl WorkerHandle {
                 if failed {
                     return;
                 }
-                let worker = AssertUnwindSafe(|| run(initial, &config, &mailbox, &counters, events, sleeper));
+                let worker = AssertUnwindSafe(|| run(initial, &config, links, &mailbox, &counters, events, sleeper));
                 if catch_unwind(worker).is_err() {
                     tracing::error!(worker = config.index, "a worker has panicked; the process ends");
                     std::process::abort();
@@ -158,6 +184,11 @@ impl WorkerHandle {
     /// Takes a ring back; returns when the worker has let go of it.
     pub fn detach(&self, port: PortId, queue: u16) -> Option<Ring> {
         self.ask(|reply| Command::Detach { port, queue, reply }).flatten().map(|ring| *ring)
+    }
+
+    /// Has the worker take everything that others have shipped to it so far; returns when it has.
+    pub fn empty_inbox(&self) {
+        self.ask(|reply| Command::EmptyInbox { reply });
     }
 
     /// Sends a frame in the name of a port's guest, as if it came from there; returns when it is on its way. It must be a
@@ -244,6 +275,7 @@ impl Drop for WorkerHandle {
 fn run(
     initial: Arc<Snapshot>,
     config: &WorkerConfig,
+    links: Links,
     mailbox: &Mailbox,
     counters: &Arc<WorkerCounters>,
     events: Arc<ArrayQueue<Event>>,
@@ -254,9 +286,9 @@ fn run(
         Polling::Adaptive => BUSY_WINDOW_NS,
         Polling::Interrupt => 0,
     };
-    let started = Instant::now();
+    let started = *STARTED;
     mailbox.adopted.store(initial.generation, Ordering::Release);
-    let mut worker = Worker::new(initial, Arc::clone(counters));
+    let mut worker = Worker::linked(initial, Arc::clone(counters), links);
     worker.tell(events);
     let mut last_busy_ns = 0;
     loop {
@@ -278,10 +310,11 @@ fn run(
             std::hint::spin_loop();
             continue;
         }
-        if !worker.enable_kicks() && !mailbox.is_waiting() {
+        if !worker.enable_kicks() && worker.lie_down() && !mailbox.is_waiting() {
             counters.sleeps.add(1);
             sleeper.sleep(HOUSEKEEPING_MS, |port, queue| worker.kicked(port, queue));
         }
+        worker.get_up();
         worker.disable_kicks();
     }
 }
@@ -329,6 +362,10 @@ fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: 
         }
         Command::RemoveUnderlay { id, reply } => {
             worker.remove_underlay(id);
+            let _ = reply.send(());
+        }
+        Command::EmptyInbox { reply } => {
+            worker.empty_inbox();
             let _ = reply.send(());
         }
         Command::Originate { port, frame, reply } => {

@@ -1,4 +1,4 @@
-//! Everything that a worker can send to: the receiveqs of its ports' guests and its underlays.
+//! Everything that a worker can send to: the receiveqs of its ports' guests, its underlays, and the other workers.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -9,13 +9,14 @@ use dreamwire_vhost::ring::{Ring, SendError};
 use foldhash::fast::FixedState;
 
 use super::fault_log::FaultLog;
-use crate::burst::{Burst, Origin};
+use super::handoff::Outbox;
+use crate::burst::{Burst, NextHop, Origin};
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
 use crate::offload::Offload;
 use crate::pieces::Pieces;
-use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId, WorkerId};
 use crate::stage::parse::flow_hash;
 use crate::stage::transmit::Tails;
 use crate::underlay::{Inner, Staged, Tx};
@@ -115,6 +116,8 @@ pub(crate) struct Outlets {
     touched: Vec<(PortId, u16)>,
     /// By underlay.
     uplinks: Vec<Option<Uplink>>,
+    /// The other workers.
+    pub(super) outbox: Outbox,
     pieces: Pieces,
     /// Chooses a flow's queue and outer source port. Not seeded at random: both stay the same when the daemon is started
     /// again, and with them the flow's order. Whoever aims at one queue has no more of it than with one flow.
@@ -130,6 +133,7 @@ impl Default for Outlets {
             sinks: (0..PORTS_MAX).map(|_| Sinks::default()).collect(),
             touched: Vec::with_capacity(PORTS_MAX),
             uplinks: (0..UNDERLAYS_MAX).map(|_| None).collect(),
+            outbox: Outbox::default(),
             pieces: Pieces::default(),
             hasher: FixedState::default(),
             now_ns: 0,
@@ -139,6 +143,11 @@ impl Default for Outlets {
 }
 
 impl Outlets {
+    /// Of a worker with others beside it, if `outbox` has any.
+    pub(super) fn linked(outbox: Outbox) -> Self {
+        Self { outbox, ..Self::default() }
+    }
+
     /// The time, at the start of a turn.
     #[inline]
     pub(super) fn set_now(&mut self, now_ns: u64) {
@@ -209,7 +218,7 @@ impl Outlets {
         }
     }
 
-    /// Sends frames to a port, or counts at that port why not. What the receiver cannot do itself is done first.
+    /// Sends frames to a port: puts them into its guest's ring, or hands them to the worker that has it.
     #[inline]
     pub(crate) fn send_to_port<'a>(
         &mut self,
@@ -217,14 +226,71 @@ impl Outlets {
         id: PortId,
         frames: impl ExactSizeIterator<Item = Outgoing<'a>>,
     ) {
-        let Self { sinks, touched, pieces, hasher, fault_log, .. } = self;
-        let sinks = &mut sinks[usize::from(id.0)];
         let Some(port) = snapshot.port(id) else {
-            for network in frames.filter_map(|frame| snapshot.network(frame.network())) {
-                network.counters.drops.add(DropReason::Removed, 1);
-            }
+            frames.for_each(|frame| self.count_removed(snapshot, frame.network()));
             return;
         };
+        // Where its rings are counts, not where the snapshot has them: while a port moves they differ.
+        if port.worker != snapshot.worker && self.sinks[usize::from(id.0)].enabled.is_empty() {
+            self.hand_off(snapshot, port.worker, NextHop::Port(id), frames);
+        } else {
+            self.deliver(snapshot, id, port, frames);
+        }
+    }
+
+    /// Sends frames to a port that must be here, for another worker, which may know another snapshot.
+    pub(crate) fn deliver_to_port<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        id: PortId,
+        frames: impl ExactSizeIterator<Item = Outgoing<'a>> + Clone,
+    ) {
+        let known = snapshot.port(id).filter(|port| frames.clone().all(|frame| frame.network() == port.network));
+        match known {
+            Some(port) => self.deliver(snapshot, id, port, frames),
+            None => frames.for_each(|frame| self.count_removed(snapshot, frame.network())),
+        }
+    }
+
+    /// Counts the end of a frame whose destination is not there any more.
+    #[cold]
+    pub(crate) fn count_removed(&mut self, snapshot: &Snapshot, network: NetworkId) {
+        match snapshot.network(network) {
+            Some(network) => network.counters.drops.add(DropReason::Removed, 1),
+            None => self.outbox.count_removed(),
+        }
+    }
+
+    /// Hands frames to another worker, or counts at their network that it does not keep up.
+    #[inline(never)]
+    pub(crate) fn hand_off<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        to: WorkerId,
+        next_hop: NextHop,
+        frames: impl Iterator<Item = Outgoing<'a>>,
+    ) {
+        for frame in frames {
+            if !self.outbox.put(to, next_hop, frame)
+                && let Some(network) = snapshot.network(frame.network())
+            {
+                network.counters.drops.add(DropReason::HandoffFull, 1);
+            }
+        }
+    }
+
+    /// Puts frames into a guest's receiveqs, or counts at the port why not. What the receiver cannot do itself is done
+    /// first.
+    #[inline]
+    fn deliver<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        id: PortId,
+        port: &Port,
+        frames: impl ExactSizeIterator<Item = Outgoing<'a>>,
+    ) {
+        let Self { sinks, touched, pieces, hasher, fault_log, .. } = self;
+        let sinks = &mut sinks[usize::from(id.0)];
         let mut tally = Tally::default();
         for frame in frames {
             // The port may have fewer queues in this snapshot than its guest still has rings here.
@@ -274,17 +340,34 @@ impl Outlets {
         tally.settle(port, 0);
     }
 
-    /// Sends one frame to another host, or counts at the network why not. A tunnel carries finished frames only.
+    /// Sends one frame to another host, or hands it to the worker that has the underlay.
     #[inline]
     pub(crate) fn send_to_vtep(&mut self, snapshot: &Snapshot, vtep: IpAddr, frame: Outgoing<'_>) {
-        let Some(network) = snapshot.network(frame.network()) else { return };
+        if !self.deliver_to_vtep(snapshot, vtep, frame) {
+            self.hand_off_to_vtep(snapshot, vtep, frame);
+        }
+    }
+
+    #[cold]
+    fn hand_off_to_vtep(&mut self, snapshot: &Snapshot, vtep: IpAddr, frame: Outgoing<'_>) {
+        let tunnel = snapshot.network(frame.network()).and_then(|network| network.tunnel.as_ref());
+        let worker = tunnel.map(|tunnel| snapshot.uplink_worker(tunnel.underlay));
+        match worker.filter(|worker| *worker != snapshot.worker) {
+            Some(worker) => self.hand_off(snapshot, worker, NextHop::Vtep(vtep), std::iter::once(frame)),
+            None => self.count_removed(snapshot, frame.network()),
+        }
+    }
+
+    /// Sends one frame to another host, or counts at the network why not; false, with nothing counted, if its underlay is
+    /// not here. A tunnel carries finished frames only.
+    #[inline]
+    #[must_use]
+    pub(crate) fn deliver_to_vtep(&mut self, snapshot: &Snapshot, vtep: IpAddr, frame: Outgoing<'_>) -> bool {
+        let Some(network) = snapshot.network(frame.network()) else { return false };
         let tunnel = network.tunnel.as_ref();
         let uplink = tunnel.and_then(|tunnel| Some((tunnel, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
         let now_ns = self.now_ns;
-        let Some((tunnel, uplink)) = uplink else {
-            network.counters.drops.add(DropReason::Removed, 1);
-            return;
-        };
+        let Some((tunnel, uplink)) = uplink else { return false };
         let group = if tunnel.carries_group { frame.group(snapshot) } else { 0 };
         let tunnel = vxlan::Header { vni: tunnel.vni, group };
         let flow_hash = flow_hash(&self.hasher, frame.header());
@@ -305,6 +388,7 @@ impl Outlets {
             let count = self.pieces.cut(*frame.offload(), frame.header(), frame.payload(), send);
             network.counters.cut_copies.add(count - 1);
         }
+        true
     }
 
     /// Shows all that was sent to guests and to the kernel.

@@ -36,6 +36,11 @@ impl Sleeper {
         Ok(self.epoll.add(descriptor, EpollEvent::new(flags, token))?)
     }
 
+    /// Other workers wake this one.
+    pub(super) fn watch_inbox(&mut self, wake: &EventFd) -> io::Result<()> {
+        self.watch(wake.as_fd(), NO_RING)
+    }
+
     /// A guest transmitq's kicks wake the worker. Receiveqs are looked at when there is something to send.
     pub(super) fn watch_ring(&mut self, port: PortId, queue: u16, ring: &Ring) {
         if queue % 2 == 1

@@ -10,17 +10,19 @@ use dreamwire_vhost::frame::{HEADER_COPY_BYTES, RawFrame};
 use dreamwire_vhost::ring::Ring;
 
 use super::RingRow;
+use super::handoff::{Inbox, Links, PARCELS};
 use super::outlets::Outlets;
 use crate::burst::{Burst, NextHop, Origin};
 use crate::counters::{UnderlayCounters, WorkerCounters};
-use crate::fdb::{Fdb, FdbRow, Location};
+use crate::fdb::{Fdb, FdbRow, Learned, Location, Seen};
 use crate::flow_cache::FlowCache;
 use crate::mac::Mac;
 use crate::offload::Offload;
 use crate::perimeter::events::Event;
-use crate::perimeter::{Perimeter, Perimeters, Stand};
-use crate::snapshot::{Network, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
-use crate::stage::admit::{admit, meter};
+use crate::perimeter::{Perimeter, Perimeters};
+use crate::snapshot::{Network, NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use crate::stage::accept::accept;
+use crate::stage::admit::admit;
 use crate::stage::decap::decap;
 use crate::stage::parse::ETHERNET_BYTES;
 use crate::stage::police::police;
@@ -42,6 +44,12 @@ const IDLE_PER_TURN: usize = 8;
 
 /// All idle ones are looked at this often at least, however long turns are. A glance at 512 costs some 10 µs.
 const IDLE_LAP_NS: u64 = 200_000;
+
+/// Parcels that a turn takes from one other worker, so that its own guests have their turn too.
+const PARCELS_PER_TURN: usize = 4;
+
+/// Learned addresses that a turn takes from one other worker.
+const SEEN_PER_TURN: usize = 256;
 
 /// How often a part of the table of addresses is swept.
 const SWEEP_NS: u64 = 1_000_000_000;
@@ -92,6 +100,7 @@ pub struct Worker {
     /// When all idle ones had been looked at.
     idle_lap_ns: u64,
     inlets: Vec<Inlet>,
+    inbox: Inbox,
     outlets: Outlets,
     perimeters: Perimeters,
     fdb: Fdb,
@@ -105,8 +114,19 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker without ports.
+    /// A worker without ports, and without others beside it.
     pub fn new(snapshot: Arc<Snapshot>, counters: Arc<WorkerCounters>) -> Self {
+        Self::linked(snapshot, counters, Links::default())
+    }
+
+    /// A worker without ports, one of several.
+    pub fn linked(snapshot: Arc<Snapshot>, counters: Arc<WorkerCounters>, links: Links) -> Self {
+        let Links { mut outbox, inbox } = links;
+        let mut fdb = Fdb::default();
+        if !outbox.is_alone() {
+            outbox.count_at(&counters);
+            fdb.keep_news();
+        }
         Self {
             snapshot,
             sources: Vec::with_capacity(PORTS_MAX),
@@ -114,9 +134,10 @@ impl Worker {
             next_idle: 0,
             idle_lap_ns: 0,
             inlets: Vec::with_capacity(UNDERLAYS_MAX),
-            outlets: Outlets::default(),
+            inbox,
+            outlets: Outlets::linked(outbox),
             perimeters: Perimeters::default(),
-            fdb: Fdb::default(),
+            fdb,
             burst: Burst::default(),
             own_flows: FlowCache::default(),
             counters,
@@ -135,17 +156,90 @@ impl Worker {
             self.swept_ns = now_ns;
             self.fdb.sweep(now_ns);
         }
-        let mut moved = 0;
+        let mut moved = self.turn_inbox(PARCELS_PER_TURN);
         moved += self.turn_busy() + self.turn_idle();
         for index in 0..self.inlets.len() {
             moved += self.turn_inlet(index);
         }
+        self.ship();
         if moved > 0 {
             self.counters.busy_turns.add(1);
         } else {
             self.counters.empty_turns.add(1);
         }
         moved
+    }
+
+    /// Takes what other workers have for us, up to `parcels` from each; returns the number of frames.
+    #[inline]
+    fn turn_inbox(&mut self, parcels: usize) -> usize {
+        let mut moved = 0;
+        for sender in 0..self.inbox.senders() {
+            for _ in 0..SEEN_PER_TURN {
+                let Some(seen) = self.inbox.hear(sender) else { break };
+                self.hear(seen);
+            }
+            for _ in 0..parcels {
+                let Some(mut parcel) = self.inbox.take(sender) else { break };
+                let Self { snapshot, perimeters, outlets, fdb, .. } = self;
+                if snapshot.has_policies {
+                    parcel.burst.unask();
+                    admit(&mut parcel.burst, snapshot, perimeters, fdb);
+                }
+                accept(&parcel, snapshot, perimeters, outlets);
+                outlets.flush(snapshot);
+                moved += parcel.burst.length;
+                self.inbox.give_back(sender, parcel);
+            }
+        }
+        if moved > 0 {
+            self.counters.handoff_rx.add(moved as u64);
+        }
+        moved
+    }
+
+    /// Takes everything that other workers have shipped so far.
+    pub fn empty_inbox(&mut self) {
+        self.turn_inbox(PARCELS);
+        for sender in 0..self.inbox.senders() {
+            while let Some(seen) = self.inbox.hear(sender) {
+                self.hear(seen);
+            }
+        }
+    }
+
+    /// Notes what another worker has learned, if it can be true by our snapshot.
+    fn hear(&mut self, seen: Seen) {
+        let Some(network) = self.snapshot.network(seen.network).filter(|network| network.learning) else { return };
+        if holds(&self.snapshot, seen.network, seen.mac, seen.location)
+            && self.fdb.hear(seen, self.now_ns, network.age_ns) == Learned::Refused
+        {
+            network.counters.learn_refused.add(1);
+        }
+    }
+
+    /// Ships what is for other workers. Whatever hands something over ends with it.
+    #[inline]
+    fn ship(&mut self) {
+        if self.outlets.outbox.is_alone() {
+            return;
+        }
+        let (news, lost) = self.fdb.take_news();
+        news.for_each(|seen| self.outlets.outbox.tell(seen));
+        if lost > 0 {
+            self.counters.handoff_unlearned.add(lost);
+        }
+        self.outlets.outbox.ship();
+    }
+
+    /// Before sleeping: has others wake us; false if they have left something already.
+    pub(super) fn lie_down(&self) -> bool {
+        self.inbox.lie_down()
+    }
+
+    /// After sleeping, or not.
+    pub(super) fn get_up(&self) {
+        self.inbox.get_up();
     }
 
     #[inline]
@@ -220,7 +314,6 @@ impl Worker {
         switch(burst, snapshot, fdb, &mut source.flows, |_, _| (), *now_ns);
         if snapshot.has_policies {
             admit(burst, snapshot, perimeters, fdb);
-            meter(burst, snapshot, perimeters, *now_ns);
         }
         transmit(burst, Tails::Ring(&source.ring), snapshot, perimeters, outlets);
         outlets.flush(snapshot);
@@ -239,10 +332,8 @@ impl Worker {
             let tag = |burst: &Burst, index: usize| Some(burst.origins[index]);
             switch(burst, snapshot, fdb, &mut inlet.flows, tag, *now_ns);
             if snapshot.has_policies {
-                burst.egress[..burst.length].fill(Stand::Unasked);
-                burst.ingress[..burst.length].fill(Stand::Unasked);
+                burst.unask();
                 admit(burst, snapshot, perimeters, fdb);
-                meter(burst, snapshot, perimeters, *now_ns);
             }
             transmit(burst, Tails::Datagrams(&inlet.rx), snapshot, perimeters, outlets);
             outlets.flush(snapshot);
@@ -270,32 +361,27 @@ impl Worker {
         burst.offloads[0] = Offload::NONE;
         burst.next_hops[0] = NextHop::Undecided;
         port.counters.originated.add(1);
-        (burst.egress[0], burst.ingress[0]) = (Stand::Unasked, Stand::Unasked);
+        burst.unask();
         police(burst, id, port, snapshot, perimeters);
         switch(burst, snapshot, fdb, &mut self.own_flows, |_, _| Some(id), *now_ns);
         if snapshot.has_policies {
             admit(burst, snapshot, perimeters, fdb);
-            meter(burst, snapshot, perimeters, *now_ns);
         }
         transmit(burst, Tails::None, snapshot, perimeters, outlets);
         outlets.flush(snapshot);
+        self.ship();
     }
 
     /// Replaces the snapshot between two turns; returns the old one, for the control thread to free.
     pub fn adopt(&mut self, snapshot: Arc<Snapshot>) -> Arc<Snapshot> {
+        // What was shipped under an earlier snapshot names objects by its numbers. A number is given out again only after
+        // everybody has adopted a snapshot without it, and whoever has, has shipped all that names it: it is here by now.
+        self.empty_inbox();
         let old = std::mem::replace(&mut self.snapshot, snapshot);
         let snapshot = &self.snapshot;
         self.fdb.renew();
         self.perimeters.adopt(snapshot);
-        self.fdb.retain(|network, mac, location| {
-            snapshot.network(network).is_some_and(|known| {
-                !known.static_macs.contains_key(&mac)
-                    && match location {
-                        Location::Port(port) => snapshot.port(port).is_some_and(|port| port.network == network),
-                        Location::Vtep(vtep) => known.tunnel.as_ref().is_some_and(|t| t.remotes.contains(&vtep)),
-                    }
-            })
-        });
+        self.fdb.retain(|network, mac, location| holds(snapshot, network, mac, location));
         old
     }
 
@@ -479,4 +565,15 @@ impl Worker {
         let transmitqs = self.sources.iter().map(|s| row(s.port, s.queue, &s.ring, s.kicked_but_empty));
         receiveqs.chain(transmitqs).collect()
     }
+}
+
+/// Whether a station may have been learned there.
+fn holds(snapshot: &Snapshot, network: NetworkId, mac: Mac, location: Location) -> bool {
+    snapshot.network(network).is_some_and(|known| {
+        !known.static_macs.contains_key(&mac)
+            && match location {
+                Location::Port(port) => snapshot.port(port).is_some_and(|port| port.network == network),
+                Location::Vtep(vtep) => known.tunnel.as_ref().is_some_and(|t| t.remotes.contains(&vtep)),
+            }
+    })
 }

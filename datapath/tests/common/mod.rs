@@ -11,7 +11,7 @@ use std::sync::Arc;
 use dreamwire_datapath::counters::{Drops, NetworkCounters, PortCounters, WorkerCounters};
 use dreamwire_datapath::drop_reason::DropReason;
 use dreamwire_datapath::mac::Mac;
-use dreamwire_datapath::snapshot::{Network, NetworkId, Port, PortId, Snapshot};
+use dreamwire_datapath::snapshot::{Network, NetworkId, Port, PortId, Snapshot, WorkerId};
 use dreamwire_datapath::worker::Worker;
 use dreamwire_vhost::ring::{Ring, RingSetup};
 #[allow(unused_imports, reason = "each test binary uses a part of it")]
@@ -162,6 +162,7 @@ pub(crate) fn network(name: &str, ports: &[u16]) -> Network {
         mtu: MTU,
         ports: ports.iter().map(|&id| PortId(id)).collect(),
         hear_unknown: ports.iter().map(|&id| PortId(id)).collect(),
+        beyond: Default::default(),
         static_macs: Default::default(),
         learning: true,
         age_ns: AGE_NS,
@@ -180,6 +181,7 @@ pub(crate) fn port(id: u16, network: u16, queue_pairs: u16) -> Port {
         group: 0,
         identity: None,
         queue_pairs,
+        worker: WorkerId(0),
         counters: Arc::new(PortCounters::new(queue_pairs)),
     }
 }
@@ -319,5 +321,7 @@ fn copy(snapshot: &Snapshot) -> Snapshot {
         policy_generation: snapshot.policy_generation,
         has_policies: snapshot.has_policies,
         rules: snapshot.rules.clone(),
+        worker: snapshot.worker,
+        uplinks: snapshot.uplinks.clone(),
     }
 }
