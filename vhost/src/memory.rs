@@ -123,14 +123,16 @@ const CACHE_LINE_BYTES: usize = 64;
 
 /// What a cache line is wanted for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub enum Wish {
+    /// To be read.
     Read,
+    /// To be written.
     Write,
 }
 
-/// Asks for the cache line at `host`. A hint: it reads nothing, and an address that is not mapped does no harm.
+/// Asks for the cache line at address `host`. A hint: it reads nothing, and an address that is not mapped does no harm.
 #[inline]
-pub(crate) fn prefetch(host: usize, wish: Wish) {
+pub fn prefetch(host: usize, wish: Wish) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: neither instruction accesses memory as the program sees it. PREFETCHW does nothing where a processor lacks it.
     unsafe {

@@ -21,6 +21,8 @@ use dreamwire_policy::{
     Reason, Touched, decide, parse,
 };
 use dreamwire_vhost::frame::RawFrame;
+use dreamwire_vhost::ring::BURST;
+use zerocopy::FromZeros;
 
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
@@ -54,7 +56,7 @@ pub struct Perimeter {
     leases: Leases<1>,
     leases6: Leases<4>,
     /// By [`Direction`], with what they were made from.
-    meters: [(MeterLimits, Meter); 2],
+    meters: [Option<(MeterLimits, Meter)>; 2],
     /// Connections are swept in so many steps at once.
     sweep_buckets: usize,
 }
@@ -89,8 +91,9 @@ impl Perimeter {
     /// Has the meters follow the policy. New limits start with a full bucket.
     fn follow(&mut self, policy: &PortPolicy) {
         for (meter, limits) in self.meters.iter_mut().zip(policy.meters) {
-            if meter.0 != limits {
-                *meter = (limits, Meter::new(limits));
+            let limited = limits != MeterLimits::default();
+            if meter.as_ref().map(|(limits, _)| *limits) != limited.then_some(limits) {
+                *meter = limited.then(|| (limits, Meter::new(limits)));
             }
         }
     }
@@ -112,13 +115,25 @@ struct Touch {
     now_ns: u64,
 }
 
+/// A frame whose lease is being looked for.
+#[derive(Debug, Clone, Copy, FromZeros)]
+struct Asked {
+    index: usize,
+    place: usize,
+    key: FlowKey<1>,
+}
+
 /// All perimeters of a worker.
 #[derive(Debug)]
 pub(crate) struct Perimeters {
     slots: Box<[Option<Box<Perimeter>>]>,
     /// By port: what [`Conntrack::epoch`] of perimeters that are gone has risen to.
     epochs: Box<[u64]>,
+    /// Whether any port is metered.
+    pub(crate) has_meters: bool,
     hops: Hops,
+    /// Frames whose leases are being looked for.
+    asked: [Asked; BURST],
     pub(crate) events: Events,
     now_ns: u64,
     swept_ns: u64,
@@ -130,7 +145,9 @@ impl Default for Perimeters {
         Self {
             slots: (0..PORTS_MAX).map(|_| None).collect(),
             epochs: vec![0; PORTS_MAX].into_boxed_slice(),
+            has_meters: false,
             hops: Hops::default(),
+            asked: std::array::from_fn(|_| Asked::new_zeroed()),
             events: Events::default(),
             now_ns: 0,
             swept_ns: 0,
@@ -152,9 +169,11 @@ impl Perimeters {
     /// Follows a new snapshot. All leases are over by the FDB's epoch.
     pub(crate) fn adopt(&mut self, snapshot: &Snapshot) {
         self.hops.clear();
+        self.has_meters = false;
         for (slot, port) in self.slots.iter_mut().zip(&snapshot.ports) {
             if let (Some(perimeter), Some(Port { policy: Some(policy), .. })) = (slot, port) {
                 perimeter.follow(policy);
+                self.has_meters |= perimeter.meters.iter().any(Option::is_some);
             }
         }
     }
@@ -186,8 +205,8 @@ impl Perimeters {
     pub(crate) fn meter(&mut self, id: PortId, direction: Direction, frame_bytes: u32) -> bool {
         let now_ns = self.now_ns;
         self.get(id).is_none_or(|perimeter| {
-            let (limits, meter) = &mut perimeter.meters[direction as usize];
-            *limits == MeterLimits::default() || meter.pass(frame_bytes, now_ns)
+            let meter = perimeter.meters[direction as usize].as_mut();
+            meter.is_none_or(|(_, meter)| meter.pass(frame_bytes, now_ns))
         })
     }
 
@@ -208,35 +227,83 @@ impl Perimeters {
         receiver + from.map_or(0, |port| self.epoch(port))
     }
 
-    /// Where a frame of port `from` goes by a lease, and how far it has passed.
+    /// Sets the next hop of every frame of port `from` whose flow has a lease; returns how many are past both perimeters.
     #[inline]
-    pub(crate) fn recall(
-        &mut self,
-        from: PortId,
-        frame: &RawFrame,
-        fdb_epoch: u64,
-        snapshot: &Snapshot,
-    ) -> Option<(NextHop, Stand)> {
-        let header = frame.headers();
-        let leases = self.slots[usize::from(from.0)].as_deref()?;
-        let (is_tcp, lease) = if let Some(key) = FlowKey::ipv4(header, frame.frame_bytes) {
-            (key.is_tcp(), leases.leases.get(&key, self.now_ns)?)
-        } else {
-            let key = FlowKey::ipv6(header, frame.frame_bytes)?;
-            (key.is_tcp(), leases.leases6.get(&key, self.now_ns)?)
-        };
-        let next_hop = self.hops.next_hop(lease.hop)?;
-        if lease.epoch != fdb_epoch + self.epoch_between(Some(from), next_hop) {
-            return None;
+    pub(crate) fn recall(&mut self, from: PortId, burst: &mut Burst, fdb_epoch: u64, snapshot: &Snapshot) -> usize {
+        let mut passed = 0;
+        let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return 0 };
+        // First all places, so that memory is waited for once.
+        let mut asked = 0;
+        for index in 0..burst.length {
+            let frame = &burst.frames[index];
+            if burst.next_hops[index] == NextHop::Undecided
+                && let Some(key) = FlowKey::ipv4(frame.headers(), frame.frame_bytes)
+            {
+                self.asked[asked] = Asked { index, place: own.leases.place(&key), key };
+                asked += 1;
+            }
         }
-        if is_tcp {
-            return self.recall_tcp(from, frame, lease, next_hop, snapshot.policy_generation);
+        let mut last = (u16::MAX, 0, NextHop::Undecided);
+        for slot in 0..asked {
+            let Asked { index, place, key } = self.asked[slot];
+            let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return passed };
+            let Some(lease) = own.leases.get(place, &key, self.now_ns) else { continue };
+            if lease.hop != last.0 {
+                let Some(next_hop) = self.hops.next_hop(lease.hop) else { continue };
+                last = (lease.hop, fdb_epoch + self.epoch_between(Some(from), next_hop), next_hop);
+            }
+            if lease.epoch != last.1 {
+                continue;
+            }
+            burst.next_hops[index] = last.2;
+            if !key.is_tcp() {
+                (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
+                passed += 1;
+                continue;
+            }
+            // What a segment ends may have been what others' leases were made from.
+            last.0 = u16::MAX;
+            match self.recall_tcp(from, &burst.frames[index], lease, last.2, snapshot.policy_generation) {
+                Some(ingress) => {
+                    (burst.egress[index], burst.ingress[index]) = (Stand::Leased, ingress);
+                    passed += usize::from(ingress == Stand::Leased);
+                }
+                None => burst.next_hops[index] = NextHop::Undecided,
+            }
         }
-        Some((next_hop, Stand::Leased))
+        passed + self.recall_ipv6(from, burst, fdb_epoch, snapshot)
     }
 
-    /// As [`Perimeters::recall`], with a segment's effect on its connection at both ends. `Unasked`: the sender's end alone
-    /// has let it pass.
+    /// The same for IPv6, frame by frame.
+    fn recall_ipv6(&mut self, from: PortId, burst: &mut Burst, fdb_epoch: u64, snapshot: &Snapshot) -> usize {
+        let mut passed = 0;
+        for index in 0..burst.length {
+            let frame = &burst.frames[index];
+            if burst.next_hops[index] != NextHop::Undecided {
+                continue;
+            }
+            let Some(key) = FlowKey::ipv6(frame.headers(), frame.frame_bytes) else { continue };
+            let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return passed };
+            let Some(lease) = own.leases6.get(own.leases6.place(&key), &key, self.now_ns) else { continue };
+            let Some(next_hop) = self.hops.next_hop(lease.hop) else { continue };
+            if lease.epoch != fdb_epoch + self.epoch_between(Some(from), next_hop) {
+                continue;
+            }
+            let ingress = match key.is_tcp() {
+                true => self.recall_tcp(from, frame, lease, next_hop, snapshot.policy_generation),
+                false => Some(Stand::Leased),
+            };
+            if let Some(ingress) = ingress {
+                burst.next_hops[index] = next_hop;
+                (burst.egress[index], burst.ingress[index]) = (Stand::Leased, ingress);
+                passed += usize::from(ingress == Stand::Leased);
+            }
+        }
+        passed
+    }
+
+    /// A segment's effect on its connection at both ends. `Unasked`: the sender's end alone has let it pass; `None`: not
+    /// even that.
     fn recall_tcp(
         &mut self,
         from: PortId,
@@ -244,7 +311,7 @@ impl Perimeters {
         lease: Lease,
         next_hop: NextHop,
         policy_generation: u32,
-    ) -> Option<(NextHop, Stand)> {
+    ) -> Option<Stand> {
         let Parsed::Ip(packet) = parse(frame.headers(), frame.frame_bytes as usize) else { return None };
         let now_ns = self.now_ns;
         let touch = |direction| Touch { direction, policy_generation, now_ns };
@@ -261,7 +328,7 @@ impl Perimeters {
         if !passes {
             self.end(from, frame);
         }
-        Some((next_hop, if passes { Stand::Leased } else { Stand::Unasked }))
+        Some(if passes { Stand::Leased } else { Stand::Unasked })
     }
 
     fn end(&mut self, from: PortId, frame: &RawFrame) {
@@ -287,9 +354,11 @@ impl Perimeters {
         let header = frame.headers();
         let Some(leases) = self.slots[usize::from(to.0)].as_deref() else { return false };
         let (is_tcp, lease) = if let Some(key) = FlowKey::ipv4(header, frame.frame_bytes) {
-            (key.is_tcp(), leases.leases.get(&key.inbound(identity), self.now_ns))
+            let (key, leases) = (key.inbound(identity), &leases.leases);
+            (key.is_tcp(), leases.get(leases.place(&key), &key, self.now_ns))
         } else if let Some(key) = FlowKey::ipv6(header, frame.frame_bytes) {
-            (key.is_tcp(), leases.leases6.get(&key.inbound(identity), self.now_ns))
+            let (key, leases) = (key.inbound(identity), &leases.leases6);
+            (key.is_tcp(), leases.get(leases.place(&key), &key, self.now_ns))
         } else {
             return false;
         };

@@ -10,10 +10,13 @@ use crate::fdb::{Fdb, refresh_ns};
 use crate::perimeter::{Perimeters, Stand, identity_of};
 use crate::snapshot::{PortId, Snapshot};
 
-/// Judges every frame that goes to a port of this worker, unless a lease has let it pass, gives leases to those that may
-/// have one, and meters them.
+/// Judges every frame that goes to a port of this worker, unless a lease has let it pass, and gives leases to those that
+/// may have one.
 #[inline]
 pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters, fdb: &Fdb) {
+    if !snapshot.has_policies {
+        return;
+    }
     for index in 0..burst.length {
         let next_hop = burst.next_hops[index];
         let to = match next_hop {
@@ -35,12 +38,13 @@ pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
         }
         lease(burst, index, snapshot, perimeters, fdb);
     }
-    meter(burst, snapshot, perimeters);
 }
 
 /// Ends frames beyond what their port may send, or their receiver may receive.
-#[inline]
-fn meter(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters) {
+pub(crate) fn meter(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters) {
+    if !perimeters.has_meters {
+        return;
+    }
     for index in 0..burst.length {
         let bytes = burst.frames[index].frame_bytes;
         if !matches!(burst.next_hops[index], NextHop::Port(_) | NextHop::Vtep(_) | NextHop::Flood) {

@@ -22,7 +22,7 @@ use crate::perimeter::events::Event;
 use crate::perimeter::{Perimeter, Perimeters};
 use crate::snapshot::{Network, NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
 use crate::stage::accept::accept;
-use crate::stage::admit::admit;
+use crate::stage::admit::{admit, meter};
 use crate::stage::decap::decap;
 use crate::stage::parse::ETHERNET_BYTES;
 use crate::stage::police::police;
@@ -184,8 +184,9 @@ impl Worker {
                 let Self { snapshot, perimeters, outlets, fdb, .. } = self;
                 if snapshot.has_policies {
                     parcel.burst.unask();
-                    admit(&mut parcel.burst, snapshot, perimeters, fdb);
                 }
+                admit(&mut parcel.burst, snapshot, perimeters, fdb);
+                meter(&mut parcel.burst, snapshot, perimeters);
                 accept(&parcel, snapshot, perimeters, outlets);
                 outlets.flush(snapshot);
                 moved += parcel.burst.length;
@@ -307,14 +308,13 @@ impl Worker {
         if burst.length == 0 {
             return 0;
         }
-        if snapshot.has_policies {
-            recall(burst, source.port, port, snapshot, perimeters, fdb);
-        }
-        police(burst, source.port, port, snapshot, perimeters);
-        switch(burst, snapshot, fdb, &mut source.flows, |_, _| (), *now_ns);
-        if snapshot.has_policies {
+        let is_known = snapshot.has_policies && recall(burst, source.port, port, snapshot, perimeters, fdb);
+        if !is_known {
+            police(burst, source.port, port, snapshot, perimeters);
+            switch(burst, snapshot, fdb, &mut source.flows, |_, _| (), *now_ns);
             admit(burst, snapshot, perimeters, fdb);
         }
+        meter(burst, snapshot, perimeters);
         transmit(burst, Tails::Ring(&source.ring), snapshot, perimeters, outlets);
         outlets.flush(snapshot);
         if source.ring.complete() {
@@ -333,8 +333,9 @@ impl Worker {
             switch(burst, snapshot, fdb, &mut inlet.flows, tag, *now_ns);
             if snapshot.has_policies {
                 burst.unask();
-                admit(burst, snapshot, perimeters, fdb);
             }
+            admit(burst, snapshot, perimeters, fdb);
+            meter(burst, snapshot, perimeters);
             transmit(burst, Tails::Datagrams(&inlet.rx), snapshot, perimeters, outlets);
             outlets.flush(snapshot);
             inlet.rx.complete();
@@ -364,9 +365,8 @@ impl Worker {
         burst.unask();
         police(burst, id, port, snapshot, perimeters);
         switch(burst, snapshot, fdb, &mut self.own_flows, |_, _| Some(id), *now_ns);
-        if snapshot.has_policies {
-            admit(burst, snapshot, perimeters, fdb);
-        }
+        admit(burst, snapshot, perimeters, fdb);
+        meter(burst, snapshot, perimeters);
         transmit(burst, Tails::None, snapshot, perimeters, outlets);
         outlets.flush(snapshot);
         self.ship();
