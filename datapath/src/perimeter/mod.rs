@@ -245,25 +245,27 @@ impl Perimeters {
         }
         let mut last = (u16::MAX, 0, NextHop::Undecided);
         for slot in 0..asked {
-            let Asked { index, place, key } = self.asked[slot];
+            let Asked { index, place, key } = &self.asked[slot];
+            let (index, is_tcp) = (*index, key.is_tcp());
             let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return passed };
-            let Some(lease) = own.leases.get(place, &key, self.now_ns) else { continue };
-            if lease.hop != last.0 {
-                let Some(next_hop) = self.hops.next_hop(lease.hop) else { continue };
-                last = (lease.hop, fdb_epoch + self.epoch_between(Some(from), next_hop), next_hop);
+            let Some(lease) = own.leases.get(*place, key, self.now_ns) else { continue };
+            if lease.hop() != last.0 {
+                let Some(next_hop) = self.hops.next_hop(lease.hop()) else { continue };
+                last = (lease.hop(), fdb_epoch + self.epoch_between(Some(from), next_hop), next_hop);
             }
-            if lease.epoch != last.1 {
+            if lease.epoch() != last.1 {
                 continue;
             }
+            let connections = lease.connections();
             burst.next_hops[index] = last.2;
-            if !key.is_tcp() {
+            if !is_tcp {
                 (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
                 passed += 1;
                 continue;
             }
             // What a segment ends may have been what others' leases were made from.
             last.0 = u16::MAX;
-            match self.recall_tcp(from, &burst.frames[index], lease, last.2, snapshot.policy_generation) {
+            match self.recall_tcp(from, &burst.frames[index], connections, last.2, snapshot.policy_generation) {
                 Some(ingress) => {
                     (burst.egress[index], burst.ingress[index]) = (Stand::Leased, ingress);
                     passed += usize::from(ingress == Stand::Leased);
@@ -285,12 +287,12 @@ impl Perimeters {
             let Some(key) = FlowKey::ipv6(frame.headers(), frame.frame_bytes) else { continue };
             let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return passed };
             let Some(lease) = own.leases6.get(own.leases6.place(&key), &key, self.now_ns) else { continue };
-            let Some(next_hop) = self.hops.next_hop(lease.hop) else { continue };
-            if lease.epoch != fdb_epoch + self.epoch_between(Some(from), next_hop) {
+            let Some(next_hop) = self.hops.next_hop(lease.hop()) else { continue };
+            if lease.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop) {
                 continue;
             }
             let ingress = match key.is_tcp() {
-                true => self.recall_tcp(from, frame, lease, next_hop, snapshot.policy_generation),
+                true => self.recall_tcp(from, frame, lease.connections(), next_hop, snapshot.policy_generation),
                 false => Some(Stand::Leased),
             };
             if let Some(ingress) = ingress {
@@ -308,14 +310,14 @@ impl Perimeters {
         &mut self,
         from: PortId,
         frame: &RawFrame,
-        lease: Lease,
+        connections: [Option<Connection>; 2],
         next_hop: NextHop,
         policy_generation: u32,
     ) -> Option<Stand> {
         let Parsed::Ip(packet) = parse(frame.headers(), frame.frame_bytes as usize) else { return None };
         let now_ns = self.now_ns;
         let touch = |direction| Touch { direction, policy_generation, now_ns };
-        let [egress, ingress] = lease.connections;
+        let [egress, ingress] = connections;
         if !self.get(from)?.touch(egress, &packet, touch(Direction::Egress)) {
             return None;
         }
@@ -355,21 +357,26 @@ impl Perimeters {
         let Some(leases) = self.slots[usize::from(to.0)].as_deref() else { return false };
         let (is_tcp, lease) = if let Some(key) = FlowKey::ipv4(header, frame.frame_bytes) {
             let (key, leases) = (key.inbound(identity), &leases.leases);
-            (key.is_tcp(), leases.get(leases.place(&key), &key, self.now_ns))
+            let lease = leases.get(leases.place(&key), &key, self.now_ns);
+            (key.is_tcp(), lease.map(|lease| (lease.epoch(), lease.connections()[1])))
         } else if let Some(key) = FlowKey::ipv6(header, frame.frame_bytes) {
             let (key, leases) = (key.inbound(identity), &leases.leases6);
-            (key.is_tcp(), leases.get(leases.place(&key), &key, self.now_ns))
+            let lease = leases.get(leases.place(&key), &key, self.now_ns);
+            (key.is_tcp(), lease.map(|lease| (lease.epoch(), lease.connections()[1])))
         } else {
             return false;
         };
-        let Some(lease) = lease.filter(|lease| lease.epoch == fdb_epoch + self.epoch(to)) else { return false };
+        let Some((epoch, connection)) = lease else { return false };
+        if epoch != fdb_epoch + self.epoch(to) {
+            return false;
+        }
         if !is_tcp {
             return true;
         }
         let Parsed::Ip(packet) = parse(header, frame.frame_bytes as usize) else { return false };
         let touch =
             Touch { direction: Direction::Ingress, policy_generation: snapshot.policy_generation, now_ns: self.now_ns };
-        self.get(to).is_some_and(|perimeter| perimeter.touch(lease.connections[1], &packet, touch))
+        self.get(to).is_some_and(|perimeter| perimeter.touch(connection, &packet, touch))
     }
 
     /// Gives the flow of a frame that has passed a lease. `from` is the sender's port if it has a policy; else the lease
