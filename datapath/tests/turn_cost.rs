@@ -116,7 +116,7 @@ fn flows_with_and_without_policy() {
             let frames: Vec<_> = (0..count)
                 .map(|n| {
                     let mut frame = udp(to, from, (n % flows) as u16);
-                    frame[36..40].copy_from_slice(&[0, (n % flows >> 16) as u8, 0, 26]);
+                    frame[36..40].copy_from_slice(&[0, ((n % flows) >> 16) as u8, 0, 26]);
                     frame
                 })
                 .collect();
