@@ -38,8 +38,11 @@ pub fn run(options: &Options) -> Result<(), String> {
     let stats = run_dir.listen(STATS_SOCKET, 0o666).map_err(|error| error.to_string())?;
 
     let mut control = Control::new(daemon.clone()).map_err(|error| {
-        let cpu = daemon.workers.first().map(|cpu| format!(" on CPU {cpu} (daemon.workers)")).unwrap_or_default();
-        format!("cannot start the worker{cpu}: {error}")
+        let cpus = match &daemon.workers[..] {
+            [] => String::new(),
+            cpus => format!(" on CPUs {cpus:?} (daemon.workers)"),
+        };
+        format!("cannot start the workers{cpus}: {error}")
     })?;
     if let Err(error) = control.apply(Accepted { document, warnings }, false) {
         control.shut_down();

@@ -87,7 +87,7 @@ fn every_mistake_of_a_value_is_reported_at_its_line() {
 colour = 1                       #! unknown key "colour"; allowed here: daemon, underlay, network, port
 [daemon]
 run_dir = "run"                  #! not an absolute path
-workers = [1, 2]                 #! not implemented yet: 2 workers
+workers = [1, 2, 1]              #! CPU 1 is listed twice
 polling = "sometimes"            #! unknown value "sometimes"; allowed: "poll", "adaptive", "interrupt"
 [[underlay]]                     #! underlay[0].address: missing: add address = "192.0.2.1" #! underlay[0].name: missing
 driver = "dpdk"                  #! unknown value "dpdk"; allowed: "socket", "af_xdp", "vhost-user"
@@ -117,7 +117,7 @@ network = "bleu"                 #! no network is called "bleu"
 mac = "01:00:5e:00:00:01"        #! is a multicast address
 queues = 17                      #! 17 is out of range: 1 to 16 (queue pairs)
 mode = "listen"                  #! allowed: "server", "client"
-colour = "red"                   #! port.vm1.colour: unknown key "colour"; allowed here: name, network, socket, mode, mac, addresses, unknown_unicast, queues, config_space, features
+colour = "red"                   #! port.vm1.colour: unknown key "colour"; allowed here: name, network, socket, mode, mac, addresses, unknown_unicast, queues, worker, config_space, features
 [[port]]
 name = "vm2"
 network = "local"
@@ -125,6 +125,35 @@ mac = "52:54:00:12:34"           #! is not a MAC address
 features = { tso = true, lro = false } #! port.vm2.features.lro: unknown switch "lro"; allowed here: csum, tso
 "#,
     );
+}
+
+#[test]
+fn a_worker_that_does_not_exist_is_reported_at_its_line() {
+    expect_marked(
+        r#"
+[daemon]
+workers = [2, 5]
+[[underlay]]
+name = "fabric"
+address = "192.0.2.1"
+worker = 2                       #! underlay.fabric.worker: no worker 2: there are 0 to 1
+[[network]]
+name = "default"
+[[port]]
+name = "vm1"
+worker = 1
+[[port]]
+name = "vm2"
+worker = 7                       #! port.vm2.worker: no worker 7: there are 0 to 1
+[[port]]
+name = "vm3"
+worker = 16                      #! port.vm3.worker: 16 is out of range: 0 to 15
+"#,
+    );
+    expect_marked("[[network]]\nname = 'default'\n[[port]]\nname = 'vm1'\nworker = 1 #! there is worker 0 alone\n");
+    expect_marked("[daemon]\nworkers = [] #! empty: name a CPU for each\n");
+    let cpus: Vec<_> = (0..17).collect();
+    expect_marked(&format!("[daemon]\nworkers = {cpus:?} #! 17 workers; one daemon has 16 at most\n"));
 }
 
 #[test]

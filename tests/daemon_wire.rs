@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::counters::{assert_conserved, assert_quiet_log, number};
+use common::counters::{assert_conserved, assert_quiet_log, number, wait_connected};
 use common::*;
 use dreamwire_bench::front_end::{FrontEnd, Options};
 use dreamwire_bench::hostile::attack;
@@ -99,6 +99,35 @@ fn frames_pass_in_both_modes_and_after_the_wire_was_away() {
         assert_conserved(&daemon);
         assert_quiet_log(&daemon);
     }
+}
+
+#[test]
+fn a_wire_serves_ports_of_another_worker_and_is_moved() {
+    let Some(cpus) = two_cpus() else { return };
+    let config = |wire: u16, port: u16| {
+        let keys = format!("{NEIGHBOUR}\nworker = {wire}");
+        with_workers(&format!("{}worker = {port}\n", config(&keys)), cpus)
+    };
+    let daemon = start(&config(1, 0));
+    let mut guest = FrontEnd::connect(&daemon.path("vm1.sock"), attack::small()).unwrap();
+    let mut wire = FrontEnd::connect(&daemon.path("fabric.sock"), attack::small()).unwrap();
+    wait_connected(&daemon, "vm1", true);
+    let handed_over = |worker| number(&daemon, "workers", worker, "/handoff/tx");
+    frames_pass(&mut guest, &mut wire, "apart");
+    assert_eq!([handed_over("0"), handed_over("1")], [1, 1]);
+    daemon.cli(&["port", "set", "vm1", "worker=1"]).unwrap();
+    frames_pass(&mut guest, &mut wire, "together");
+    assert_eq!([handed_over("0"), handed_over("1")], [1, 1]);
+    daemon.apply(&config(0, 1)).unwrap();
+    drop(wire);
+    let mut wire = FrontEnd::connect(&daemon.path("fabric.sock"), attack::small()).unwrap();
+    frames_pass(&mut guest, &mut wire, "apart again");
+    assert_eq!([handed_over("0"), handed_over("1")], [2, 2]);
+    for counter in ["/tunnel_rx/frames", "/tunnel_tx/frames"] {
+        assert_eq!(number(&daemon, "networks", "blue", counter), 3, "{counter}");
+    }
+    assert_conserved(&daemon);
+    assert_quiet_log(&daemon);
 }
 
 #[test]

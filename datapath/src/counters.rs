@@ -7,6 +7,7 @@
 //! frames that flooding and cutting made, *sent* the frames put
 //! into guests' rings and tunnels, and *dropped* the sum over all [`DropReason`]s.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
@@ -48,6 +49,10 @@ impl Traffic {
         self.frames.add(frames);
         self.bytes.add(bytes);
     }
+
+    fn gain(&self, other: &Self) {
+        self.add(other.frames.get(), other.bytes.get());
+    }
 }
 
 /// Drops by reason.
@@ -75,6 +80,12 @@ impl Drops {
     /// Drops for all reasons so far.
     pub fn total(&self) -> u64 {
         self.0.iter().map(Counter::get).sum()
+    }
+
+    fn gain(&self, other: &Self) {
+        for reason in DropReason::ALL {
+            self.add(reason, other.get(reason));
+        }
     }
 }
 
@@ -110,17 +121,36 @@ impl PortCounters {
         }
     }
 
+    /// What several workers have counted for one port, as of now. Drops are read first: who compares them with what was
+    /// received finds too few, never too many.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn sum(shares: &[Arc<Self>]) -> Self {
+        let sum = Self::new(shares[0].rings.len() as u16 / 2);
+        for share in shares {
+            sum.drops.gain(&share.drops);
+            for (ring, other) in sum.rings.iter().zip(&share.rings) {
+                ring.traffic.gain(&other.traffic);
+                ring.calls.add(other.calls.get());
+                ring.kicks.add(other.kicks.get());
+            }
+            sum.originated.add(share.originated.get());
+        }
+        sum
+    }
+
     /// Frames and bytes received from the guest.
     pub fn rx(&self) -> (u64, u64) {
-        self.sum(1)
+        self.every_other(1)
     }
 
     /// Frames and bytes sent to the guest.
     pub fn tx(&self) -> (u64, u64) {
-        self.sum(0)
+        self.every_other(0)
     }
 
-    fn sum(&self, first: usize) -> (u64, u64) {
+    fn every_other(&self, first: usize) -> (u64, u64) {
         self.rings.iter().skip(first).step_by(2).fold((0, 0), |(frames, bytes), ring| {
             (frames + ring.traffic.frames.get(), bytes + ring.traffic.bytes.get())
         })
@@ -142,6 +172,22 @@ pub struct NetworkCounters {
     pub learn_refused: Counter,
     /// Drops of frames that came out of the tunnel, or that the underlay did not take.
     pub drops: Drops,
+}
+
+impl NetworkCounters {
+    /// What several workers have counted for one network, as of now; what ends is read first, as with a port's.
+    pub fn sum(shares: &[Arc<Self>]) -> Self {
+        let sum = Self::default();
+        for share in shares {
+            sum.drops.gain(&share.drops);
+            sum.tunnel_tx.gain(&share.tunnel_tx);
+            sum.tunnel_rx.gain(&share.tunnel_rx);
+            sum.flood_copies.add(share.flood_copies.get());
+            sum.cut_copies.add(share.cut_copies.get());
+            sum.learn_refused.add(share.learn_refused.get());
+        }
+        sum
+    }
 }
 
 /// A rule.

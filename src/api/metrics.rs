@@ -25,7 +25,7 @@ const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset
 
 pub(super) async fn scrape(State(shared): State<Shared>) -> Result<([(HeaderName, &'static str); 1], String), Refusal> {
     let inventory = shared.control.inventory();
-    let rings = shared.rings.get(&inventory.worker).await?;
+    let rings = shared.rings.get(&inventory.workers).await?;
     let mut registry = Registry::with_prefix("dreamwire");
     registry.register_collector(Box::new(Scrape { inventory, rings }));
     let mut text = String::new();
@@ -69,7 +69,7 @@ impl Family {
 
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let families = [self.ports(), self.networks(), self.underlays(), self.daemon()];
+        let families = [self.ports(), self.networks(), self.underlays(), self.daemon(), self.workers()];
         for family in families.into_iter().flatten().filter(|family| !family.samples.is_empty()) {
             let mut metric = encoder.encode_descriptor(family.name, family.help, None, family.kind)?;
             for (labels, value) in &family.samples {
@@ -96,15 +96,15 @@ impl Scrape {
         let mut kicks = Family::counter("ring_kicks", "Times a guest's kick woke the worker");
         let mut quarantined = Family::gauge("ring_quarantined", "Whether an attached ring was found corrupt");
         for entry in &self.inventory.ports {
-            let (port, session) = (entry.port.name.as_str(), entry.session.state());
-            for (direction, sum) in [("rx", entry.counters.rx()), ("tx", entry.counters.tx())] {
+            let (port, session, counters) = (entry.port.name.as_str(), entry.session.state(), entry.counters.sum());
+            for (direction, sum) in [("rx", counters.rx()), ("tx", counters.tx())] {
                 let labels = [("port", port), ("network", &entry.port.network), ("direction", direction)];
                 frames.add(&labels, sum.0);
                 bytes.add(&labels, sum.1);
             }
             connected.add(&[("port", port)], u64::from(session.connected));
             connections.add(&[("port", port)], session.connections);
-            for (queue, ring) in entry.counters.rings.iter().enumerate() {
+            for (queue, ring) in counters.rings.iter().enumerate() {
                 let number = queue.to_string();
                 let labels = [("port", port), ("ring", number.as_str()), ("direction", ring_direction(queue))];
                 ring_frames.add(&labels, ring.traffic.frames.get());
@@ -126,7 +126,7 @@ impl Scrape {
         let mut copies = Family::counter("network_flood_copies", "Additional frames made by flooding");
         let mut refused = Family::counter("network_learn_refused", "Addresses that could not be learned");
         for entry in &self.inventory.networks {
-            let (network, counters) = (entry.network.name.as_str(), &entry.counters);
+            let (network, counters) = (entry.network.name.as_str(), entry.counters.sum());
             for (direction, traffic) in [("rx", &*counters.tunnel_rx), ("tx", &counters.tunnel_tx)] {
                 let labels = [("network", network), ("direction", direction)];
                 frames.add(&labels, traffic.frames.get());
@@ -158,10 +158,10 @@ impl Scrape {
             }
         };
         for entry in &self.inventory.ports {
-            add("port", &entry.port.name, &entry.counters.drops);
+            add("port", &entry.port.name, &entry.counters.sum().drops);
         }
         for entry in &self.inventory.networks {
-            add("network", &entry.network.name, &entry.counters.drops);
+            add("network", &entry.network.name, &entry.counters.sum().drops);
         }
         for entry in &self.inventory.underlays {
             add("underlay", &entry.underlay.name, &entry.counters.drops);
@@ -184,18 +184,34 @@ impl Scrape {
         ] {
             frames.add(&[("fate", fate)], count);
         }
-        let worker = self.inventory.worker.counters();
-        let mut turns = Family::counter("worker_turns", "Turns of a worker's loop");
-        turns.add(&[("worker", "0"), ("outcome", "busy")], worker.busy_turns.get());
-        turns.add(&[("worker", "0"), ("outcome", "empty")], worker.empty_turns.get());
-        let mut sleeps = Family::counter("worker_sleeps", "Times a worker went to sleep");
-        sleeps.add(&[("worker", "0")], worker.sleeps.get());
-        let mut commands = Family::counter("worker_commands", "Commands taken from a worker's mailbox");
-        commands.add(&[("worker", "0")], worker.commands.get());
         let mut generation = Family::gauge("generation", "Generation of the desired state that is applied");
         generation.add(&[], self.inventory.generation);
         let mut build = Family::gauge("build", "Always 1; the label is the version");
         build.add(&[("version", env!("CARGO_PKG_VERSION"))], 1);
-        vec![frames, turns, sleeps, commands, generation, build]
+        vec![frames, generation, build]
+    }
+
+    fn workers(&self) -> Vec<Family> {
+        let mut turns = Family::counter("worker_turns", "Turns of a worker's loop");
+        let mut sleeps = Family::counter("worker_sleeps", "Times a worker went to sleep");
+        let mut commands = Family::counter("worker_commands", "Commands taken from a worker's mailbox");
+        let mut handoff = Family::counter("worker_handoff_frames", "Frames given to (tx) and taken from other workers");
+        let mut removed = Family::counter("worker_handoff_removed", "Those whose network was removed on the way");
+        let mut wakes = Family::counter("worker_handoff_wakes", "Times a worker had to wake another");
+        let mut unlearned = Family::counter("worker_handoff_unlearned", "Learned addresses not told to another worker");
+        for (index, worker) in self.inventory.workers.iter().enumerate() {
+            let (name, counters) = (index.to_string(), worker.counters());
+            let own = ("worker", name.as_str());
+            turns.add(&[own, ("outcome", "busy")], counters.busy_turns.get());
+            turns.add(&[own, ("outcome", "empty")], counters.empty_turns.get());
+            sleeps.add(&[own], counters.sleeps.get());
+            commands.add(&[own], counters.commands.get());
+            handoff.add(&[own, ("direction", "tx")], counters.handoff_tx.get());
+            handoff.add(&[own, ("direction", "rx")], counters.handoff_rx.get());
+            removed.add(&[own], counters.handoff_removed.get());
+            wakes.add(&[own], counters.handoff_wakes.get());
+            unlearned.add(&[own], counters.handoff_unlearned.get());
+        }
+        vec![turns, sleeps, commands, handoff, removed, wakes, unlearned]
     }
 }

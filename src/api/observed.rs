@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use dreamwire_datapath::counters::{Drops, Traffic};
+use dreamwire_datapath::counters::{Drops, PortCounters, Traffic};
 use dreamwire_datapath::drop_reason::DropReason;
 use dreamwire_datapath::fdb::{FdbRow, Location};
 use dreamwire_datapath::worker::RingRow;
@@ -24,13 +24,13 @@ pub(super) async fn list(State(shared): State<Shared>, Path(kind): Path<String>)
     let inventory = shared.control.inventory();
     let rows: Vec<Value> = match kind.as_str() {
         "ports" => {
-            let rings = shared.rings.get(&inventory.worker).await?;
+            let rings = shared.rings.get(&inventory.workers).await?;
             inventory.ports.iter().map(|entry| port(entry, &rings)).collect()
         }
         "networks" => inventory.networks.iter().map(network).collect(),
         "underlays" => inventory.underlays.iter().map(underlay).collect(),
-        "workers" => vec![worker(&inventory)],
-        "fdb" => rings::fdb(&inventory.worker).await?.iter().map(|row| fdb_row(row, &inventory)).collect(),
+        "workers" => workers(&inventory).collect(),
+        "fdb" => rings::fdb(&inventory.workers).await?.iter().map(|row| fdb_row(row, &inventory)).collect(),
         _ => {
             let message = "no such kind; there are ports, networks, underlays, workers, fdb";
             return Err(Refusal::new(StatusCode::NOT_FOUND, &kind, message));
@@ -46,12 +46,12 @@ pub(super) async fn one(
     let inventory = shared.control.inventory();
     let found = match kind.as_str() {
         "ports" => match inventory.ports.iter().find(|entry| entry.port.name == name) {
-            Some(entry) => Some(port(entry, &shared.rings.get(&inventory.worker).await?)),
+            Some(entry) => Some(port(entry, &shared.rings.get(&inventory.workers).await?)),
             None => None,
         },
         "networks" => inventory.networks.iter().find(|entry| entry.network.name == name).map(network),
         "underlays" => inventory.underlays.iter().find(|entry| entry.underlay.name == name).map(underlay),
-        "workers" => (name == "0").then(|| worker(&inventory)),
+        "workers" => workers(&inventory).find(|worker| worker["name"] == name),
         _ => None,
     };
     found.map(Json).ok_or_else(|| Refusal::not_found(kind.strip_suffix('s').unwrap_or(&kind), &name))
@@ -60,7 +60,7 @@ pub(super) async fn one(
 /// Everything that is counted, and whether it adds up.
 pub(super) async fn stats(State(shared): State<Shared>) -> Result<Json<Value>, Refusal> {
     let inventory = shared.control.inventory();
-    let rings = shared.rings.get(&inventory.worker).await?;
+    let rings = shared.rings.get(&inventory.workers).await?;
     let totals = inventory.totals();
     let difference = totals.difference();
     Ok(Json(json!({
@@ -70,7 +70,7 @@ pub(super) async fn stats(State(shared): State<Shared>) -> Result<Json<Value>, R
         "ports": inventory.ports.iter().map(|entry| port(entry, &rings)).collect::<Vec<_>>(),
         "networks": inventory.networks.iter().map(network).collect::<Vec<_>>(),
         "underlays": inventory.underlays.iter().map(underlay).collect::<Vec<_>>(),
-        "workers": [worker(&inventory)],
+        "workers": workers(&inventory).collect::<Vec<_>>(),
         "retired": inventory.retired,
         "conservation": {
             "received": totals.received,
@@ -86,17 +86,19 @@ pub(super) async fn stats(State(shared): State<Shared>) -> Result<Json<Value>, R
 
 fn port(entry: &PortEntry, rings: &[RingRow]) -> Value {
     let pair = |(frames, bytes): (u64, u64)| json!({"frames": frames, "bytes": bytes});
+    let counters = entry.counters.sum();
     let mut shown = settings(&entry.port);
     merge(
         &mut shown,
         json!({
             "id": entry.id.0,
+            "worker": entry.worker.0,
             "session": session(&entry.session),
-            "rx": pair(entry.counters.rx()),
-            "tx": pair(entry.counters.tx()),
-            "originated": entry.counters.originated.get(),
-            "rings": ring_list(entry, rings),
-            "drops": drops(&entry.counters.drops),
+            "rx": pair(counters.rx()),
+            "tx": pair(counters.tx()),
+            "originated": counters.originated.get(),
+            "rings": ring_list(entry, &counters, rings),
+            "drops": drops(&counters.drops),
         }),
     );
     shown
@@ -116,9 +118,9 @@ fn session(session: &Session) -> Value {
     })
 }
 
-fn ring_list(entry: &PortEntry, rings: &[RingRow]) -> Vec<Value> {
+fn ring_list(entry: &PortEntry, counters: &PortCounters, rings: &[RingRow]) -> Vec<Value> {
     let row = |queue: usize| rings.iter().find(|row| row.port == entry.id && usize::from(row.queue) == queue);
-    let counters = entry.counters.rings.iter().enumerate();
+    let counters = counters.rings.iter().enumerate();
     let ring = counters.map(|(queue, counters)| {
         let row = row(queue);
         json!({
@@ -144,7 +146,7 @@ pub(super) fn ring_direction(queue: usize) -> &'static str {
 }
 
 fn network(entry: &NetworkEntry) -> Value {
-    let counters = &entry.counters;
+    let counters = entry.counters.sum();
     let mut shown = settings(&entry.network);
     merge(
         &mut shown,
@@ -179,18 +181,27 @@ fn underlay(entry: &UnderlayEntry) -> Value {
     shown
 }
 
-fn worker(inventory: &Inventory) -> Value {
-    let counters = inventory.worker.counters();
+fn workers(inventory: &Inventory) -> impl Iterator<Item = Value> {
     let daemon = &inventory.document.daemon;
-    json!({
-        "name": "0",
-        "cpu": daemon.workers.first(),
-        "polling": polling_word(daemon.polling),
-        "generation": inventory.worker.adopted_generation(),
-        "busy_turns": counters.busy_turns.get(),
-        "empty_turns": counters.empty_turns.get(),
-        "sleeps": counters.sleeps.get(),
-        "commands": counters.commands.get(),
+    inventory.workers.iter().enumerate().map(|(index, worker)| {
+        let counters = worker.counters();
+        json!({
+            "name": index.to_string(),
+            "cpu": daemon.workers.get(index),
+            "polling": polling_word(daemon.polling),
+            "generation": worker.adopted_generation(),
+            "busy_turns": counters.busy_turns.get(),
+            "empty_turns": counters.empty_turns.get(),
+            "sleeps": counters.sleeps.get(),
+            "commands": counters.commands.get(),
+            "handoff": {
+                "tx": counters.handoff_tx.get(),
+                "rx": counters.handoff_rx.get(),
+                "removed": counters.handoff_removed.get(),
+                "wakes": counters.handoff_wakes.get(),
+                "unlearned": counters.handoff_unlearned.get(),
+            },
+        })
     })
 }
 

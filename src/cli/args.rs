@@ -110,7 +110,7 @@ pub(super) enum PortCommand {
         /// Its name
         name: String,
     },
-    /// Change keys of a port: network, mac, queues, socket, mode; `key=` removes one
+    /// Change keys of a port: network, mac, queues, worker, socket, mode; `key=` removes one
     Set {
         /// Its name
         name: String,
@@ -131,6 +131,9 @@ pub(super) struct PortKeys {
     /// Queue pairs [default: 1]
     #[arg(long)]
     pub(super) queues: Option<u16>,
+    /// The worker that serves it, from 0 [default: one with the fewest ports]
+    #[arg(long)]
+    pub(super) worker: Option<u16>,
     /// Path of the vhost-user socket [default: NAME.sock in the run directory]
     #[arg(long)]
     pub(super) socket: Option<PathBuf>,

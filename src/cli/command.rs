@@ -102,9 +102,10 @@ fn show(client: &Client, kind: Option<ShowKind>, name: Option<&str>, json: bool)
 fn port(client: &Client, command: PortCommand) -> Result<(), String> {
     match command {
         PortCommand::Add { name, keys } => {
-            let PortKeys { network, mac, queues, socket, mode } = keys;
+            let PortKeys { network, mac, queues, worker, socket, mode } = keys;
             let object = json!({
-                "name": name, "network": network, "mac": mac, "queues": queues, "socket": socket, "mode": mode,
+                "name": name, "network": network, "mac": mac, "queues": queues, "worker": worker, "socket": socket,
+                "mode": mode,
             });
             change(client, Method::POST, "/v1/ports", Body::Json(object))
         }
@@ -141,7 +142,9 @@ fn keys(changes: &[String]) -> Result<Value, String> {
         let value = match (key, value) {
             (_, "") => Value::Null,
             ("remotes", list) => list.split(',').map(str::trim).collect(),
-            ("vni" | "mtu" | "queues" | "age_seconds", text) => text.parse().map_or(json!(text), |n: i64| json!(n)),
+            ("vni" | "mtu" | "queues" | "worker" | "age_seconds", text) => {
+                text.parse().map_or(json!(text), |n: i64| json!(n))
+            }
             ("learning", "true") => json!(true),
             ("learning", "false") => json!(false),
             (_, text) => json!(text),

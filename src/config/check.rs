@@ -39,6 +39,7 @@ fn underlays(document: &Document, findings: &mut Findings) {
                 format!("{} port {} is another underlay's{first}; give each its own", underlay.address, underlay.port)
             });
         }
+        worker(document, underlay.worker, Kind::Underlay, index, &underlay.name, findings);
         if underlay.driver == Driver::AfXdp {
             xdp(document, underlay, index, findings);
         }
@@ -189,11 +190,22 @@ fn ports(document: &Document, findings: &mut Findings) {
             let message = unknown("network", &port.network, document.network.iter().map(|known| &known.name));
             mistake(findings, Kind::Port, index, &port.name, "network", message);
         }
+        worker(document, port.worker.unwrap_or(0), Kind::Port, index, &port.name, findings);
         if let Some(mac) = port.mac {
             macs.once((port.network.clone(), mac), index, &port.name, findings, |first| {
                 format!("{mac} is another port's in network {:?}{first}; give each its own", port.network)
             });
         }
+    }
+}
+
+/// Reports a worker that does not exist.
+fn worker(document: &Document, worker: u16, kind: Kind, index: usize, name: &str, findings: &mut Findings) {
+    let count = document.daemon.worker_count();
+    if worker >= count {
+        let have = if count == 1 { "there is worker 0 alone".into() } else { format!("there are 0 to {}", count - 1) };
+        let message = format!("no worker {worker}: {have}; daemon.workers lists a CPU for each, at the daemon's start");
+        mistake(findings, kind, index, name, "worker", message);
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::card::SWITCHES;
 use dreamwire_datapath::mac::Mac;
-use dreamwire_datapath::snapshot::{NETWORKS_MAX, PORTS_MAX, UNDERLAYS_MAX};
+use dreamwire_datapath::snapshot::{NETWORKS_MAX, PORTS_MAX, UNDERLAYS_MAX, WORKERS_MAX};
 use dreamwire_datapath::underlay::af_xdp::QUEUES_MAX as XDP_QUEUES_MAX;
 use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::vxlan::UDP_PORT;
@@ -119,12 +119,21 @@ fn decode_daemon(node: Option<&Node>, context: Context<'_>, findings: &mut Findi
     let workers = fields
         .integers("workers", 0..=CPU_MAX)
         .map(|cpus| cpus.into_iter().filter_map(|cpu| usize::try_from(cpu).ok()).collect::<Vec<_>>());
-    if let Some(cpus) = workers.as_ref().filter(|cpus| cpus.len() != 1 && fields.has("workers")) {
-        let message = match cpus.len() {
-            0 => "empty: name the worker's CPU, as in [1], or remove the key for one worker that is not pinned".into(),
-            count => format!("not implemented yet: {count} workers; name one CPU, as in [1]"),
-        };
-        fields.mistake("workers", message);
+    if let Some(cpus) = &workers {
+        let twice = cpus.iter().enumerate().find(|(place, cpu)| cpus[..*place].contains(cpu));
+        if cpus.is_empty() {
+            fields.mistake(
+                "workers",
+                "empty: name a CPU for each, as in [1, 2], or remove the key: one that is not pinned",
+            );
+        } else if cpus.len() > WORKERS_MAX {
+            fields.mistake("workers", format!("{} workers; one daemon has {WORKERS_MAX} at most", cpus.len()));
+        } else if let Some((_, cpu)) = twice {
+            fields.mistake(
+                "workers",
+                format!("CPU {cpu} is listed twice; two workers on one take turns for milliseconds"),
+            );
+        }
     }
     let modes = [Polling::Poll, Polling::Adaptive, Polling::Interrupt];
     let polling = fields.word("polling", &modes.map(|mode| (polling_word(mode), mode)), &[]);
@@ -206,6 +215,7 @@ fn decode_underlay(fields: &mut Fields<'_>, run_dir: &Path) -> Underlay {
             .unwrap_or(UDP_PORT),
         mtu: mtu(fields),
         device,
+        worker: worker(fields).unwrap_or(0),
     }
 }
 
@@ -273,6 +283,7 @@ fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
             .integer("queues", 1..=QUEUES_MAX, "queue pairs")
             .and_then(|queues| u16::try_from(queues).ok())
             .unwrap_or(1),
+        worker: worker(fields),
         config_space: fields.boolean("config_space").unwrap_or(false),
         switched_off: fields.switches_off("features", &SWITCHES.map(|(switch, _)| switch)),
         name,
@@ -304,6 +315,12 @@ fn name_of(fields: &mut Fields<'_>) -> String {
 
 fn mtu(fields: &mut Fields<'_>) -> u16 {
     fields.integer("mtu", MTU_RANGE, "bytes").and_then(|mtu| u16::try_from(mtu).ok()).unwrap_or(MTU_DEFAULT)
+}
+
+/// Place in `daemon.workers`; whether there is one is seen later.
+fn worker(fields: &mut Fields<'_>) -> Option<u16> {
+    let place = fields.integer("worker", 0..=WORKERS_MAX as i64 - 1, "place in daemon.workers, from 0")?;
+    u16::try_from(place).ok()
 }
 
 fn name(text: &str) -> Result<String, String> {

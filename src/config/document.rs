@@ -52,12 +52,19 @@ pub struct Document {
 pub struct Daemon {
     /// Where the sockets are.
     pub run_dir: PathBuf,
-    /// CPUs to pin workers to. Empty: one worker, not pinned.
+    /// CPUs to pin workers to, one each. Empty: one worker, not pinned.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub workers: Vec<usize>,
     /// How workers wait.
     #[serde(serialize_with = "polling")]
     pub polling: Polling,
+}
+
+impl Daemon {
+    /// How many workers there are.
+    pub fn worker_count(&self) -> u16 {
+        self.workers.len().max(1) as u16
+    }
 }
 
 /// A wire to other hosts.
@@ -79,6 +86,8 @@ pub struct Underlay {
     /// The device's queues: what only the driver `af_xdp` has, and always has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+    /// The worker that serves it: place in [`Daemon::workers`].
+    pub worker: u16,
     /// What only the driver `vhost-user` has, and always has.
     #[serde(flatten)]
     pub wire: Option<Wire>,
@@ -178,6 +187,9 @@ pub struct Port {
     pub unknown_unicast: Option<bool>,
     /// Queue pairs.
     pub queues: u16,
+    /// The worker that serves it: place in [`Daemon::workers`]. `None`: stays where it is, at first where the fewest are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub worker: Option<u16>,
     /// Whether the VMM may ask for the card's configuration space. QEMU has its own and warns; other VMMs need it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub config_space: bool,

@@ -14,15 +14,20 @@ use crate::config;
 const SECOND_NS: u64 = 1_000_000_000;
 
 impl Control {
-    /// The snapshot of the current document and generation. Every object of the document is live by now.
-    pub(super) fn build_snapshot(&self) -> Snapshot {
-        let mut snapshot = Snapshot { generation: self.generation, ..Snapshot::default() };
+    /// A worker's snapshot of the current document and generation. Every object of the document is live by now.
+    pub(super) fn build_snapshot(&self, worker: WorkerId) -> Snapshot {
+        let mut snapshot = Snapshot { generation: self.generation, worker, ..Snapshot::default() };
+        for live in self.underlays.values() {
+            let index = usize::from(live.id.0);
+            snapshot.uplinks.resize(snapshot.uplinks.len().max(index + 1), WorkerId(0));
+            snapshot.uplinks[index] = WorkerId(live.bound.worker);
+        }
         for network in &self.document.network {
             let live = &self.networks[&network.name];
             if let Some((underlay, vni)) = live.wire {
                 snapshot.by_vni.insert((underlay, vni), live.id);
             }
-            put(&mut snapshot.networks, live.id.0, self.build_network(network));
+            put(&mut snapshot.networks, live.id.0, self.build_network(network, worker));
         }
         for port in &self.document.port {
             let live = &self.ports[&port.name];
@@ -36,8 +41,8 @@ impl Control {
                 group: 0,
                 identity: None,
                 queue_pairs: port.queues,
-                worker: WorkerId(0),
-                counters: Arc::clone(&live.counters),
+                worker: live.worker,
+                counters: live.counters.of(worker),
             };
             put(&mut snapshot.ports, live.id.0, built);
             let segment = snapshot.networks[usize::from(network.0)].as_mut().expect("every network was put above");
@@ -49,10 +54,11 @@ impl Control {
                 segment.static_macs.insert(mac, live.id);
             }
         }
+        snapshot.divide();
         snapshot
     }
 
-    fn build_network(&self, network: &config::Network) -> Network {
+    fn build_network(&self, network: &config::Network, worker: WorkerId) -> Network {
         let live = &self.networks[&network.name];
         let remotes: Vec<IpAddr> = network.remotes.clone();
         Network {
@@ -71,7 +77,7 @@ impl Control {
                 carries_group: false,
                 trusted: vec![],
             }),
-            counters: Arc::clone(&live.counters),
+            counters: live.counters.of(worker),
         }
     }
 
@@ -79,12 +85,12 @@ impl Control {
     pub(super) fn build_inventory(&self, retiring: Vec<Counted>) -> Inventory {
         let ports = self.document.port.iter().map(|port| {
             let live = &self.ports[&port.name];
-            let (counters, session) = (Arc::clone(&live.counters), Arc::clone(&live.session));
-            PortEntry { port: port.clone(), id: live.id, counters, session }
+            let (counters, session) = (live.counters.clone(), Arc::clone(&live.session));
+            PortEntry { port: port.clone(), id: live.id, worker: live.worker, counters, session }
         });
         let networks = self.document.network.iter().map(|network| {
             let live = &self.networks[&network.name];
-            NetworkEntry { network: network.clone(), id: live.id, counters: Arc::clone(&live.counters) }
+            NetworkEntry { network: network.clone(), id: live.id, counters: live.counters.clone() }
         });
         let underlays = self.document.underlay.iter().map(|underlay| {
             let live = &self.underlays[&underlay.name];
@@ -95,7 +101,7 @@ impl Control {
             generation: self.generation,
             document: Arc::clone(&self.document),
             started: self.started,
-            worker: Arc::clone(&self.worker),
+            workers: Arc::clone(&self.workers),
             ports: ports.collect(),
             networks: networks.collect(),
             underlays: underlays.collect(),

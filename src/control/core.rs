@@ -7,17 +7,19 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
-use dreamwire_datapath::snapshot::{NETWORKS_MAX, NetworkId, PORTS_MAX, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
+use dreamwire_datapath::snapshot::{
+    NETWORKS_MAX, NetworkId, PORTS_MAX, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId, WorkerId,
+};
 use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::worker::{WorkerConfig, WorkerHandle};
 use serde::Serialize;
 use tokio::sync::watch;
 
-use super::inventory::Inventory;
+use super::inventory::{Inventory, Workers};
 use super::next_hops::NextHops;
 use super::session::Session;
 use super::slots::Slots;
-use super::totals::{Counted, Totals};
+use super::totals::{Counted, Shares, Totals};
 use crate::config::diff::{self, Change};
 use crate::config::{self, Accepted, Context, Daemon, Document, Mistake, Underlay};
 use crate::port::{EndpointSpec, PortEndpoint, WireEndpoint};
@@ -27,7 +29,7 @@ use crate::port::{EndpointSpec, PortEndpoint, WireEndpoint};
 pub struct Control {
     pub(super) document: Arc<Document>,
     pub(super) generation: u64,
-    pub(super) worker: Arc<WorkerHandle>,
+    pub(super) workers: Workers,
     pub(super) ports: BTreeMap<String, LivePort>,
     pub(super) networks: BTreeMap<String, LiveNetwork>,
     pub(super) underlays: BTreeMap<String, LiveUnderlay>,
@@ -35,7 +37,7 @@ pub struct Control {
     pub(super) retiring: Vec<Retiring>,
     pub(super) retired: Totals,
     pub(super) started: SystemTime,
-    /// Oldest first; the last is current.
+    /// Oldest first; the last ones, one for each worker, are current.
     snapshots: VecDeque<Arc<Snapshot>>,
     inventory: watch::Sender<Arc<Inventory>>,
     shut_down: bool,
@@ -47,7 +49,8 @@ pub(super) struct LivePort {
     /// The network that the number was given out for.
     pub(super) network: String,
     pub(super) spec: EndpointSpec,
-    pub(super) counters: Arc<PortCounters>,
+    pub(super) worker: WorkerId,
+    pub(super) counters: Shares<PortCounters>,
     pub(super) session: Arc<Session>,
     pub(super) endpoint: PortEndpoint,
 }
@@ -57,7 +60,7 @@ pub(super) struct LiveNetwork {
     pub(super) id: NetworkId,
     /// The place on the wire that the number was given out for.
     pub(super) wire: Option<(UnderlayId, Vni)>,
-    pub(super) counters: Arc<NetworkCounters>,
+    pub(super) counters: Shares<NetworkCounters>,
 }
 
 #[derive(Debug)]
@@ -123,18 +126,22 @@ pub enum ApplyError {
 }
 
 impl Control {
-    /// Starts the worker, with nothing to serve yet.
+    /// Starts the workers, with nothing to serve yet.
     pub fn new(daemon: Daemon) -> std::io::Result<Self> {
-        let initial = Arc::new(Snapshot::default());
-        let config = WorkerConfig { index: 0, cpu: daemon.workers.first().copied(), polling: daemon.polling };
-        let worker = Arc::new(WorkerHandle::spawn(config, Arc::clone(&initial))?);
+        let initial = |index| Arc::new(Snapshot { worker: WorkerId(index), ..Snapshot::default() });
+        let snapshots: VecDeque<_> = (0..daemon.worker_count()).map(initial).collect();
+        let configs = (0..).zip(&snapshots).map(|(index, initial)| {
+            let cpu = daemon.workers.get(usize::from(index)).copied();
+            (WorkerConfig { index, cpu, polling: daemon.polling }, Arc::clone(initial))
+        });
+        let workers: Workers = WorkerHandle::spawn_all(configs.collect())?.into();
         let document = Arc::new(Document { daemon, ..Document::default() });
         let started = SystemTime::now();
         let empty = Inventory {
             generation: 0,
             document: Arc::clone(&document),
             started,
-            worker: Arc::clone(&worker),
+            workers: Arc::clone(&workers),
             ports: Vec::new(),
             networks: Vec::new(),
             underlays: Vec::new(),
@@ -144,7 +151,7 @@ impl Control {
         Ok(Self {
             document,
             generation: 0,
-            worker,
+            workers,
             ports: BTreeMap::new(),
             networks: BTreeMap::new(),
             underlays: BTreeMap::new(),
@@ -156,7 +163,7 @@ impl Control {
             retiring: Vec::new(),
             retired: Totals::default(),
             started,
-            snapshots: VecDeque::from([initial]),
+            snapshots,
             inventory: watch::Sender::new(Arc::new(empty)),
             shut_down: false,
         })
@@ -202,9 +209,16 @@ impl Control {
         if !dry_run && !changes.is_empty() {
             // Numbers that have become free since are wanted now.
             self.sweep();
-            let replaced = self.bring_up(&document).map_err(ApplyError::Host)?;
+            let places = self.place_ports(&document);
+            let replaced = self.bring_up(&document, &places).map_err(ApplyError::Host)?;
             self.document = Arc::new(document);
+            for (name, worker) in places {
+                self.ports.get_mut(&name).expect("every port of the document is up").worker = worker;
+            }
             self.publish();
+            for live in self.ports.values() {
+                live.endpoint.move_to(live.worker);
+            }
             self.retire_replaced(replaced);
             self.retire_removed();
             self.announce();
@@ -220,14 +234,21 @@ impl Control {
 
     pub(super) fn publish(&mut self) {
         self.generation += 1;
-        let snapshot = Arc::new(self.build_snapshot());
-        self.worker.publish(Arc::clone(&snapshot));
-        self.snapshots.push_back(snapshot);
+        for (index, worker) in (0..).zip(self.workers.iter()) {
+            let snapshot = Arc::new(self.build_snapshot(WorkerId(index)));
+            worker.publish(Arc::clone(&snapshot));
+            self.snapshots.push_back(snapshot);
+        }
         for (name, live) in &self.underlays {
             if let Some(next_hops) = &live.next_hops {
                 next_hops.set_remotes(self.remotes_over(name));
             }
         }
+    }
+
+    /// The worker that an underlay is given to.
+    pub(super) fn worker_of(&self, underlay: &Underlay) -> &WorkerHandle {
+        &self.workers[usize::from(underlay.worker)]
     }
 
     /// The hosts that networks over an underlay reach.
@@ -255,25 +276,25 @@ impl Control {
             if let Some(endpoint) = underlay.endpoint {
                 endpoint.stop();
             }
-            self.worker.remove_underlay(underlay.id);
+            self.worker_of(&underlay.bound).remove_underlay(underlay.id);
             self.retire(Slot::Underlay(underlay.id), Some(Counted::Underlay(underlay.counters)));
         }
     }
 
-    /// Keeps a number and counters until the worker works with the current generation.
+    /// Keeps a number and counters until all workers work with the current generation.
     pub(super) fn retire(&mut self, slot: Slot, counted: Option<Counted>) {
         self.retiring.push(Retiring { slot, generation: self.generation, counted });
     }
 
     /// Whether there is something to [`Control::sweep`].
     pub(super) fn has_retiring(&self) -> bool {
-        !self.retiring.is_empty() || self.snapshots.len() > 1
+        !self.retiring.is_empty() || self.snapshots.len() > self.workers.len()
     }
 
-    /// Lets go of what the worker has let go of.
+    /// Lets go of what all workers have let go of.
     pub(super) fn sweep(&mut self) {
-        let adopted = self.worker.adopted_generation();
-        while self.snapshots.len() > 1 && self.snapshots.front().is_some_and(|first| first.generation < adopted) {
+        let adopted = self.workers.iter().map(WorkerHandle::adopted_generation).min().unwrap_or_default();
+        while self.snapshots.front().is_some_and(|first| first.generation < adopted) {
             self.snapshots.pop_front();
         }
         let (gone, staying) = std::mem::take(&mut self.retiring).into_iter().partition(|r| r.generation <= adopted);
@@ -309,7 +330,7 @@ impl Control {
             if let Some(endpoint) = underlay.endpoint {
                 endpoint.stop();
             }
-            self.worker.remove_underlay(underlay.id);
+            self.worker_of(&underlay.bound).remove_underlay(underlay.id);
         }
         self.shut_down = true;
     }

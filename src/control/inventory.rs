@@ -5,12 +5,15 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
-use dreamwire_datapath::snapshot::{NetworkId, PortId, UnderlayId};
+use dreamwire_datapath::snapshot::{NetworkId, PortId, UnderlayId, WorkerId};
 use dreamwire_datapath::worker::WorkerHandle;
 
 use super::session::Session;
-use super::totals::{Counted, Totals};
+use super::totals::{Counted, Shares, Totals};
 use crate::config::{Document, Network, Port, Underlay};
+
+/// All workers, by [`WorkerId`].
+pub type Workers = Arc<[WorkerHandle]>;
 
 /// Everything that can be shown.
 #[derive(Debug, Clone)]
@@ -21,8 +24,8 @@ pub struct Inventory {
     pub document: Arc<Document>,
     /// When the daemon started.
     pub started: SystemTime,
-    /// The one worker.
-    pub worker: Arc<WorkerHandle>,
+    /// By number.
+    pub workers: Workers,
     /// In the order of the document.
     pub ports: Vec<PortEntry>,
     /// In the order of the document.
@@ -42,8 +45,10 @@ pub struct PortEntry {
     pub port: Port,
     /// Its index at the workers.
     pub id: PortId,
+    /// The worker that has its rings.
+    pub worker: WorkerId,
     /// Its counters.
-    pub counters: Arc<PortCounters>,
+    pub counters: Shares<PortCounters>,
     /// Its session.
     pub session: Arc<Session>,
 }
@@ -56,7 +61,7 @@ pub struct NetworkEntry {
     /// Its index at the workers.
     pub id: NetworkId,
     /// Its counters.
-    pub counters: Arc<NetworkCounters>,
+    pub counters: Shares<NetworkCounters>,
 }
 
 /// An underlay in use.
@@ -80,13 +85,16 @@ impl Inventory {
             totals += counted.totals();
         }
         for entry in &self.ports {
-            totals += Counted::Port(Arc::clone(&entry.counters)).totals();
+            totals += Counted::Port(entry.counters.clone()).totals();
         }
         for entry in &self.networks {
-            totals += Counted::Network(Arc::clone(&entry.counters)).totals();
+            totals += Counted::Network(entry.counters.clone()).totals();
         }
         for entry in &self.underlays {
             totals += Counted::Underlay(Arc::clone(&entry.counters)).totals();
+        }
+        for worker in self.workers.iter() {
+            totals.dropped += worker.counters().handoff_removed.get();
         }
         totals
     }

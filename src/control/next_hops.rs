@@ -19,12 +19,12 @@ use std::time::{Duration, Instant};
 
 use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::snapshot::UnderlayId;
-use dreamwire_datapath::worker::WorkerHandle;
 use dreamwire_vhost::eventfd::EventFd;
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::inventory::Workers;
 use super::kernel_tables::{KernelTables, Seen};
 
 /// rtnetlink(7): links, neighbours, IPv4 addresses and routes, IPv6 addresses and routes.
@@ -52,8 +52,8 @@ struct Shared {
 }
 
 impl NextHops {
-    /// Begins to follow the kernel for `underlay`, which is on `device`.
-    pub(super) fn follow(device: &str, underlay: UnderlayId, worker: &Arc<WorkerHandle>) -> io::Result<Self> {
+    /// Begins to follow the kernel for `underlay`, which is on `device` and has that worker.
+    pub(super) fn follow(device: &str, underlay: UnderlayId, workers: &Workers, worker: u16) -> io::Result<Self> {
         let (tables, hears) = (KernelTables::open()?, hearing_socket()?);
         let shared = Arc::new(Shared {
             device: device.to_owned(),
@@ -62,8 +62,8 @@ impl NextHops {
             wake: EventFd::new()?,
         });
         let thread = Builder::new().name(format!("next-hops-{device}")).spawn({
-            let (shared, worker) = (Arc::clone(&shared), Arc::clone(worker));
-            move || run(&shared, tables, &hears, |told| worker.set_next_hops(underlay, told))
+            let (shared, workers) = (Arc::clone(&shared), Arc::clone(workers));
+            move || run(&shared, tables, &hears, |told| workers[usize::from(worker)].set_next_hops(underlay, told))
         })?;
         Ok(Self { shared, thread: Some(thread) })
     }

@@ -5,7 +5,45 @@ use std::ops::AddAssign;
 use std::sync::Arc;
 
 use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
+use dreamwire_datapath::snapshot::WorkerId;
 use serde::Serialize;
+
+/// One object's counters, a share for each worker: whichever owns it counts at its own.
+#[derive(Debug)]
+pub struct Shares<T>(Arc<[Arc<T>]>);
+
+// Not derived: that would ask it of `T` too.
+impl<T> Clone for Shares<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T> Shares<T> {
+    /// One for each of `workers` workers.
+    pub fn new(workers: usize, zero: impl Fn() -> T) -> Self {
+        Self((0..workers).map(|_| Arc::new(zero())).collect())
+    }
+
+    /// What a worker counts at.
+    pub fn of(&self, worker: WorkerId) -> Arc<T> {
+        Arc::clone(&self.0[usize::from(worker.0)])
+    }
+}
+
+impl Shares<PortCounters> {
+    /// All workers' together, as of now.
+    pub fn sum(&self) -> PortCounters {
+        PortCounters::sum(&self.0)
+    }
+}
+
+impl Shares<NetworkCounters> {
+    /// All workers' together, as of now.
+    pub fn sum(&self) -> NetworkCounters {
+        NetworkCounters::sum(&self.0)
+    }
+}
 
 /// Frames by their fate, as `dreamwire_datapath::counters` defines it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -45,9 +83,9 @@ impl AddAssign for Totals {
 #[derive(Debug, Clone)]
 pub enum Counted {
     /// A port's.
-    Port(Arc<PortCounters>),
+    Port(Shares<PortCounters>),
     /// A network's.
-    Network(Arc<NetworkCounters>),
+    Network(Shares<NetworkCounters>),
     /// An underlay's.
     Underlay(Arc<UnderlayCounters>),
 }
@@ -58,12 +96,14 @@ impl Counted {
         // What ends is read before what begins: a frame counted between the two reads makes the difference
         // positive (in flight), never negative.
         match self {
-            Self::Port(counters) => {
+            Self::Port(shares) => {
+                let counters = shares.sum();
                 let (dropped, sent) = (counters.drops.total(), counters.tx().0);
                 let received = counters.rx().0;
                 Totals { dropped, sent, received, originated: counters.originated.get(), copied: 0 }
             }
-            Self::Network(counters) => {
+            Self::Network(shares) => {
+                let counters = shares.sum();
                 let (dropped, sent) = (counters.drops.total(), counters.tunnel_tx.frames.get());
                 let copied = counters.flood_copies.get() + counters.cut_copies.get();
                 Totals { dropped, sent, copied, received: counters.tunnel_rx.frames.get(), ..Totals::default() }

@@ -1,18 +1,18 @@
 //! Bringing up what a new document needs, with a way back.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
-use dreamwire_datapath::snapshot::{NetworkId, PortId, UnderlayId};
+use dreamwire_datapath::snapshot::{NetworkId, PortId, UnderlayId, WorkerId};
 use dreamwire_datapath::underlay::af_xdp::{XdpError, XdpUnderlay, XdpUnderlayConfig};
 use dreamwire_datapath::underlay::{self, RingUnderlay, RingUnderlayConfig, SocketUnderlay};
 
 use super::core::{Control, LiveNetwork, LivePort, LiveUnderlay, Slot};
 use super::next_hops::NextHops;
 use super::session::Session;
-use super::totals::Counted;
+use super::totals::{Counted, Shares};
 use crate::card;
 use crate::config::{Document, Driver, Mistake, Port, Underlay, Wire};
 use crate::port::{ConfigSpace, EndpointSpec, PortEndpoint, WireEndpoint};
@@ -33,18 +33,42 @@ pub(super) struct StoppedPort {
     id: PortId,
     network: String,
     spec: EndpointSpec,
-    counters: Arc<PortCounters>,
+    worker: WorkerId,
+    counters: Shares<PortCounters>,
     session: Arc<Session>,
 }
 
+/// The worker of each port, by name.
+pub(super) type Places = BTreeMap<String, WorkerId>;
+
 impl Control {
-    /// Starts everything that `document` needs and that does not run yet. On failure everything is as before.
-    pub(super) fn bring_up(&mut self, document: &Document) -> Result<Vec<Step>, Mistake> {
+    /// The worker of each port: the one that it names, or else has already, or else the one with the fewest ports.
+    pub(super) fn place_ports(&self, document: &Document) -> Places {
+        let known = |port: &Port| port.worker.map(WorkerId).or_else(|| Some(self.ports.get(&port.name)?.worker));
+        let mut counts = vec![0; self.workers.len()];
+        for worker in document.port.iter().filter_map(known) {
+            counts[usize::from(worker.0)] += 1;
+        }
+        let place = |port: &Port| {
+            let worker = known(port).unwrap_or_else(|| {
+                let emptiest = (0..).zip(&mut counts).min_by_key(|(_, count)| **count);
+                let (index, count) = emptiest.expect("there is a worker at least");
+                *count += 1;
+                WorkerId(index)
+            });
+            (port.name.clone(), worker)
+        };
+        document.port.iter().map(place).collect()
+    }
+
+    /// Starts everything that `document` needs and that does not run yet, new ports at their `places`. On failure
+    /// everything is as before.
+    pub(super) fn bring_up(&mut self, document: &Document, places: &Places) -> Result<Vec<Step>, Mistake> {
         let mut steps = Vec::new();
         let result = self
             .bring_up_underlays(document, &mut steps)
             .and_then(|()| self.place_networks(document, &mut steps))
-            .and_then(|()| self.bring_up_ports(document, &mut steps));
+            .and_then(|()| self.bring_up_ports(document, places, &mut steps));
         match result {
             Ok(()) => Ok(steps),
             Err(mistake) => {
@@ -85,7 +109,7 @@ impl Control {
             self.remove_underlay(&new.name, steps);
             let slot = self.slots.underlays.take().ok_or_else(|| all_in_use("underlay", &new.name))?;
             let (id, counters) = (UnderlayId(slot), Arc::clone(driver.counters()));
-            self.worker.add_underlay(id, driver);
+            self.worker_of(new).add_underlay(id, driver);
             let next_hops = self.follow(new, id);
             let live = LiveUnderlay { id, bound: new.clone(), counters, endpoint: None, next_hops };
             self.underlays.insert(new.name.clone(), live);
@@ -99,7 +123,7 @@ impl Control {
     /// Begins to follow the next hops of an underlay that does not find them itself.
     fn follow(&self, underlay: &Underlay, id: UnderlayId) -> Option<NextHops> {
         let device = underlay.device.as_deref().filter(|_| underlay.driver == Driver::AfXdp)?;
-        let followed = NextHops::follow(device, id, &self.worker);
+        let followed = NextHops::follow(device, id, &self.workers, underlay.worker);
         match followed {
             Ok(next_hops) => {
                 next_hops.set_remotes(self.remotes_over(&underlay.name));
@@ -124,7 +148,7 @@ impl Control {
             features: card::offered(&card::WIRE_SWITCHED_OFF),
             config_space: None,
         };
-        let started = WireEndpoint::start(&spec, id, &self.worker, self.run_dir());
+        let started = WireEndpoint::start(&spec, id, &self.workers, WorkerId(underlay.worker), self.run_dir());
         started.map(Some).map_err(|message| Mistake::new(format!("underlay.{}.socket", underlay.name), message))
     }
 
@@ -139,7 +163,7 @@ impl Control {
                 endpoint.stop();
             }
             live.next_hops = None;
-            self.worker.remove_underlay(live.id);
+            self.worker_of(&live.bound).remove_underlay(live.id);
             steps.push(Step::UnderlayRemoved { name: name.to_owned(), live });
         }
     }
@@ -153,16 +177,17 @@ impl Control {
                 continue;
             }
             let slot = self.slots.networks.take().ok_or_else(|| all_in_use("network", &network.name))?;
-            let counters = previous
-                .as_ref()
-                .map_or_else(|| Arc::new(NetworkCounters::default()), |live| Arc::clone(&live.counters));
+            let counters = previous.as_ref().map_or_else(
+                || Shares::new(self.workers.len(), NetworkCounters::default),
+                |live| live.counters.clone(),
+            );
             self.networks.insert(network.name.clone(), LiveNetwork { id: NetworkId(slot), wire, counters });
             steps.push(Step::NetworkPlaced { name: network.name.clone(), previous });
         }
         Ok(())
     }
 
-    fn bring_up_ports(&mut self, document: &Document, steps: &mut Vec<Step>) -> Result<(), Mistake> {
+    fn bring_up_ports(&mut self, document: &Document, places: &Places, steps: &mut Vec<Step>) -> Result<(), Mistake> {
         let mut first = Vec::new();
         let mut later = Vec::new();
         let mut in_the_way = BTreeSet::new();
@@ -178,7 +203,7 @@ impl Control {
             in_the_way.extend(holders);
         }
         for (port, spec) in first {
-            self.start_port(port, spec, None, steps)?;
+            self.start_port(port, spec, places[&port.name], None, steps)?;
         }
         for name in &in_the_way {
             self.stop_port(name, steps);
@@ -191,8 +216,8 @@ impl Control {
             // The same number only where nothing that was learned or counted under it becomes wrong.
             let kept = before
                 .filter(|old| old.network == port.network && old.spec.queue_pairs == port.queues)
-                .map(|old| (old.id, Arc::clone(&old.counters), Arc::clone(&old.session)));
-            self.start_port(port, spec, kept, steps)?;
+                .map(|old| (old.id, old.counters.clone(), Arc::clone(&old.session)));
+            self.start_port(port, spec, places[&port.name], kept, steps)?;
         }
         Ok(())
     }
@@ -201,7 +226,8 @@ impl Control {
         &mut self,
         port: &Port,
         spec: EndpointSpec,
-        kept: Option<(PortId, Arc<PortCounters>, Arc<Session>)>,
+        worker: WorkerId,
+        kept: Option<(PortId, Shares<PortCounters>, Arc<Session>)>,
         steps: &mut Vec<Step>,
     ) -> Result<(), Mistake> {
         let fresh = kept.is_none();
@@ -209,26 +235,27 @@ impl Control {
             Some(kept) => kept,
             None => {
                 let slot = self.slots.ports.take().ok_or_else(|| all_in_use("port", &port.name))?;
-                (PortId(slot), Arc::new(PortCounters::new(port.queues)), Arc::new(Session::new(&port.name)))
+                let counters = Shares::new(self.workers.len(), || PortCounters::new(port.queues));
+                (PortId(slot), counters, Arc::new(Session::new(&port.name)))
             }
         };
-        let started = PortEndpoint::start(&spec, id, &self.worker, &session, self.run_dir());
+        let started = PortEndpoint::start(&spec, id, &self.workers, worker, &session, self.run_dir());
         let endpoint = started.map_err(|message| {
             if fresh {
                 self.slots.ports.free(id.0);
             }
             Mistake::new(format!("port.{}.socket", port.name), message)
         })?;
-        let live = LivePort { id, network: port.network.clone(), spec, counters, session, endpoint };
+        let live = LivePort { id, network: port.network.clone(), spec, worker, counters, session, endpoint };
         self.ports.insert(port.name.clone(), live);
         steps.push(Step::PortStarted { name: port.name.clone() });
         Ok(())
     }
 
     fn stop_port(&mut self, name: &str, steps: &mut Vec<Step>) {
-        if let Some(LivePort { id, network, spec, counters, session, endpoint }) = self.ports.remove(name) {
+        if let Some(LivePort { id, network, spec, worker, counters, session, endpoint }) = self.ports.remove(name) {
             endpoint.stop();
-            steps.push(Step::PortStopped(StoppedPort { id, network, spec, counters, session }));
+            steps.push(Step::PortStopped(StoppedPort { id, network, spec, worker, counters, session }));
         }
     }
 
@@ -258,7 +285,7 @@ impl Control {
                         if let Some(endpoint) = live.endpoint.take() {
                             endpoint.stop();
                         }
-                        self.worker.remove_underlay(live.id);
+                        self.worker_of(&live.bound).remove_underlay(live.id);
                         let kept = Step::keeps_counters_of(&steps, &live);
                         self.retire(Slot::Underlay(live.id), (!kept).then_some(Counted::Underlay(live.counters)));
                     }
@@ -266,7 +293,7 @@ impl Control {
                 Step::UnderlayRemoved { name, mut live } => {
                     // Its address and port, or socket, were ours a moment ago.
                     let bound = bind(&live.bound, Arc::clone(&live.counters));
-                    let added = bound.map(|driver| self.worker.add_underlay(live.id, driver));
+                    let added = bound.map(|driver| self.worker_of(&live.bound).add_underlay(live.id, driver));
                     match added.and_then(|()| self.plug_in(&live.bound, live.id)) {
                         Ok(endpoint) => {
                             live.endpoint = endpoint;
@@ -286,10 +313,11 @@ impl Control {
     /// Starts a port again that had to make way. Its socket was ours a moment ago; should somebody have taken it
     /// since, the port is returned as lost.
     fn restart(&mut self, old: StoppedPort) -> Option<StoppedPort> {
-        match PortEndpoint::start(&old.spec, old.id, &self.worker, &old.session, self.run_dir()) {
+        match PortEndpoint::start(&old.spec, old.id, &self.workers, old.worker, &old.session, self.run_dir()) {
             Ok(endpoint) => {
-                let StoppedPort { id, network, spec, counters, session } = old;
-                self.ports.insert(spec.name.clone(), LivePort { id, network, spec, counters, session, endpoint });
+                let StoppedPort { id, network, spec, worker, counters, session } = old;
+                let live = LivePort { id, network, spec, worker, counters, session, endpoint };
+                self.ports.insert(live.spec.name.clone(), live);
                 None
             }
             Err(error) => {

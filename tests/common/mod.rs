@@ -11,6 +11,8 @@ use std::time::Duration;
 use dreamwire_bench::topology::{
     BOOT_LIMIT, Daemon, DaemonSpec, Frame, FrameDigest, Guest, GuestSpec, Netns, Nic, Wire,
 };
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
 
 /// For what takes milliseconds here and may take seconds on a loaded machine.
 pub(crate) const LIMIT: Duration = Duration::from_secs(10);
@@ -43,6 +45,22 @@ pub(crate) fn tunnel_config(local: &str, remotes: &[&str], underlay_mtu: u32) ->
         "{DAEMON}[[underlay]]\nname = \"fabric\"\naddress = \"{local}\"\nmtu = {underlay_mtu}\n\
          [[network]]\nname = \"blue\"\nvni = 100\nunderlay = \"fabric\"\nremotes = {remotes:?}\n"
     )
+}
+
+/// The first two CPUs that tests may use, for two workers; `None`, with a line that says so, where there is one alone.
+pub(crate) fn two_cpus() -> Option<[usize; 2]> {
+    let mine = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let cpus: Vec<_> = (0..CpuSet::count()).filter(|&cpu| mine.is_set(cpu).unwrap()).take(2).collect();
+    let found = cpus.try_into().ok();
+    if found.is_none() {
+        eprintln!("skipped: two workers need two CPUs");
+    }
+    found
+}
+
+/// A configuration whose daemon has two workers.
+pub(crate) fn with_workers(config: &str, cpus: [usize; 2]) -> String {
+    config.replace("[daemon]\n", &format!("[daemon]\nworkers = {cpus:?}\n"))
 }
 
 /// Starts a daemon inside a namespace.

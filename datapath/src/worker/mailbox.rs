@@ -24,13 +24,12 @@ pub(super) enum Command {
     Publish(Arc<Snapshot>),
     Attach {
         port: PortId,
-        queue: u16,
-        ring: Box<Ring>,
+        rings: Vec<(u16, Ring)>,
     },
     Detach {
         port: PortId,
-        queue: u16,
-        reply: Sender<Option<Box<Ring>>>,
+        queues: Vec<u16>,
+        reply: Sender<Vec<(u16, Ring)>>,
     },
     AddUnderlay {
         id: UnderlayId,

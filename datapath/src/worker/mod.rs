@@ -178,12 +178,22 @@ impl WorkerHandle {
 
     /// Hands a ring over.
     pub fn attach(&self, port: PortId, queue: u16, ring: Ring) {
-        self.mailbox.send(Command::Attach { port, queue, ring: Box::new(ring) });
+        self.attach_all(port, vec![(queue, ring)]);
+    }
+
+    /// Hands rings over, all of them between the same two turns.
+    pub fn attach_all(&self, port: PortId, rings: Vec<(u16, Ring)>) {
+        self.mailbox.send(Command::Attach { port, rings });
     }
 
     /// Takes a ring back; returns when the worker has let go of it.
     pub fn detach(&self, port: PortId, queue: u16) -> Option<Ring> {
-        self.ask(|reply| Command::Detach { port, queue, reply }).flatten().map(|ring| *ring)
+        Some(self.detach_all(port, vec![queue]).pop()?.1)
+    }
+
+    /// Takes back those of a port's rings that are there, all of them between the same two turns.
+    pub fn detach_all(&self, port: PortId, queues: Vec<u16>) -> Vec<(u16, Ring)> {
+        self.ask(|reply| Command::Detach { port, queues, reply }).unwrap_or_default()
     }
 
     /// Has the worker take everything that others have shipped to it so far; returns when it has.
@@ -328,18 +338,18 @@ fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: 
             // Release: pairs with `adopted_generation`.
             mailbox.adopted.store(generation, Ordering::Release);
         }
-        Command::Attach { port, queue, ring } => {
-            sleeper.watch_ring(port, queue, &ring);
-            if let Some(replaced) = worker.attach(port, queue, *ring) {
-                sleeper.forget_ring(queue, &replaced);
+        Command::Attach { port, rings } => {
+            for (queue, ring) in rings {
+                sleeper.watch_ring(port, queue, &ring);
+                if let Some(replaced) = worker.attach(port, queue, ring) {
+                    sleeper.forget_ring(queue, &replaced);
+                }
             }
         }
-        Command::Detach { port, queue, reply } => {
-            let ring = worker.detach(port, queue);
-            if let Some(ring) = &ring {
-                sleeper.forget_ring(queue, ring);
-            }
-            let _ = reply.send(ring.map(Box::new));
+        Command::Detach { port, queues, reply } => {
+            let rings = queues.into_iter().filter_map(|queue| Some((queue, worker.detach(port, queue)?)));
+            let rings: Vec<_> = rings.inspect(|(queue, ring)| sleeper.forget_ring(*queue, ring)).collect();
+            let _ = reply.send(rings);
         }
         Command::AddUnderlay { id, driver } => {
             worker.add_underlay(id, *driver);
