@@ -12,9 +12,10 @@
 //! 1. *Bring up* (`transition`): bind new underlays, give out numbers, start new endpoints. What needs nothing of
 //!    the old state goes first; then what must replace it (an endpoint on the same socket) stops the old one. Each
 //!    step leaves a note of how to undo it; the first failure undoes them all, in reverse, and nothing was changed.
-//! 2. *Publish*: build a snapshot, hand it to the worker, raise the generation. From here on nothing fails.
-//! 3. *Retire*: stop what the new document does not have. Numbers and counters of removed objects are kept until the
-//!    worker has adopted a snapshot without them; then the counters go into a total and the numbers are free again.
+//! 2. *Publish*: build a snapshot for each worker, hand it over, raise the generation. From here on nothing fails. Ports
+//!    that another worker is to serve move now.
+//! 3. *Retire*: stop what the new document does not have. Numbers and counters of removed objects are kept until all
+//!    workers have adopted a snapshot without them; then the counters go into a total and the numbers are free again.
 //!    Old snapshots are dropped here, never by a worker.
 //!
 //! An object keeps its number and counters while its name lives and what they describe stays the same: a port gets a
