@@ -315,7 +315,7 @@ fn one_daemon_for_one_run_directory() {
 fn a_file_with_mistakes_starts_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("f.toml");
-    std::fs::write(&file, "[[network]]\nname='n'\nvni=16777216\nunderlay='u'\n[[rule]]\n").unwrap();
+    std::fs::write(&file, "[[network]]\nname='n'\nvni=16777216\nunderlay='u'\n[[rules]]\n").unwrap();
     let run = |file: &Path| {
         let output = Daemon::command(&dir.path().join("run")).args(["run", "--config"]).arg(file).output().unwrap();
         assert_eq!(output.status.code(), Some(1));
@@ -326,7 +326,7 @@ fn a_file_with_mistakes_starts_nothing() {
     assert_eq!(lines.len(), 3, "{said}");
     assert!(lines[0].contains("f.toml:3: network.n.vni: 16777216 is out of range"), "{said}");
     assert!(lines[1].contains("f.toml:4: network.n.underlay: no underlay is called \"u\""), "{said}");
-    assert!(lines[2].contains("f.toml:5: rule: not implemented yet"), "{said}");
+    assert!(lines[2].contains("f.toml:5: rules: unknown key"), "{said}");
     assert!(!dir.path().join("run").exists());
     assert!(run(&dir.path().join("nowhere.toml")).contains("cannot be read"));
 }
@@ -353,7 +353,7 @@ fn http_statuses_say_what_is_wrong() {
     assert_eq!((status, &body["errors"][1]["line"]), (422, &json!(3)), "{body}");
     assert_eq!(daemon.http("api.sock", state, "application/json", "{").0, 400);
     assert_eq!(daemon.http("api.sock", state, "text/yaml", "a: b").0, 415);
-    let big = " ".repeat((8 << 20) + 1);
+    let big = " ".repeat((32 << 20) + 1);
     assert_eq!(daemon.http("api.sock", state, "application/json", &big).0, 413);
 }
 

@@ -84,7 +84,7 @@ fn a_port_with_a_mac_hears_no_unknown_stations_unless_told_to() {
 fn every_mistake_of_a_value_is_reported_at_its_line() {
     expect_marked(
         r#"
-colour = 1                       #! unknown key "colour"; allowed here: daemon, underlay, network, port
+colour = 1                       #! unknown key "colour"; allowed here: daemon, underlay, network, group, rule, port
 [daemon]
 run_dir = "run"                  #! not an absolute path
 workers = [1, 2, 1]              #! CPU 1 is listed twice
@@ -157,7 +157,7 @@ worker = 16                      #! port.vm3.worker: 16 is out of range: 0 to 15
 }
 
 #[test]
-fn policy_is_refused_rather_than_ignored() {
+fn an_address_needs_the_card_it_belongs_to() {
     expect_marked(
         r#"
 [[network]]
@@ -165,11 +165,6 @@ name = "default"
 [[port]]
 name = "vm1"
 addresses = ["10.0.0.1"]   #! the source guard needs the card's address too
-groups = ["web"]           #! not implemented yet: policy is not enforced
-[[group]]                  #! not implemented yet: policy would not be enforced
-name = "web"
-[[rule]]                   #! not implemented yet: policy would not be enforced
-group = "web"
 "#,
     );
 }

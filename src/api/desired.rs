@@ -98,9 +98,10 @@ pub(super) async fn patch(
     same_name(&mut object, kind, &name)?;
     edit(&shared, query.dry_run, move |document| {
         let place = find(document, kind, &name).ok_or_else(|| Refusal::not_found(kind, &name))?;
-        // RFC 7396, one level deep: objects here have no objects inside. `null` is read as absent.
+        // RFC 7396, one level deep: what objects have inside is replaced whole. `null` is read as absent.
+        let patched = &mut list(document, kind)[place];
         for (key, value) in object {
-            list(document, kind)[place][key] = value;
+            patched[key] = value;
         }
         Ok(())
     })
@@ -220,9 +221,11 @@ fn same_name(object: &mut Map<String, Value>, kind: &str, name: &str) -> Result<
 }
 
 fn singular(kind: &str) -> Result<&'static str, Refusal> {
-    let known = [config::Kind::Port, config::Kind::Network, config::Kind::Underlay].map(config::Kind::key);
+    use config::Kind::{Group, Network, Port, Rule, Underlay};
+    let known = [Port, Network, Underlay, Group, Rule].map(config::Kind::key);
     let found = known.into_iter().find(|known| kind.strip_suffix('s') == Some(known));
-    found.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, kind, "no such kind; there are ports, networks, underlays"))
+    let message = "no such kind; there are ports, networks, underlays, groups, rules";
+    found.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, kind, message))
 }
 
 fn list<'a>(document: &'a mut Value, kind: &str) -> &'a mut Vec<Value> {

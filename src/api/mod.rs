@@ -23,6 +23,7 @@ mod desired;
 mod listener;
 mod metrics;
 mod observed;
+mod perimeter;
 mod reply;
 mod rings;
 

@@ -13,6 +13,7 @@ use dreamwire_datapath::worker::RingRow;
 use serde_json::{Value, json};
 
 use super::Shared;
+use super::perimeter;
 use super::reply::Refusal;
 use super::rings;
 use crate::config::document::polling_word;
@@ -29,10 +30,12 @@ pub(super) async fn list(State(shared): State<Shared>, Path(kind): Path<String>)
         }
         "networks" => inventory.networks.iter().map(network).collect(),
         "underlays" => inventory.underlays.iter().map(underlay).collect(),
+        "groups" => inventory.document.group.iter().map(|shown| perimeter::group(shown, &inventory)).collect(),
+        "rules" => inventory.document.rule.iter().map(|shown| perimeter::rule(shown, &inventory)).collect(),
         "workers" => workers(&inventory).collect(),
         "fdb" => rings::fdb(&inventory.workers).await?.iter().map(|row| fdb_row(row, &inventory)).collect(),
         _ => {
-            let message = "no such kind; there are ports, networks, underlays, workers, fdb";
+            let message = "no such kind; there are ports, networks, underlays, groups, rules, workers, fdb";
             return Err(Refusal::new(StatusCode::NOT_FOUND, &kind, message));
         }
     };
@@ -51,6 +54,14 @@ pub(super) async fn one(
         },
         "networks" => inventory.networks.iter().find(|entry| entry.network.name == name).map(network),
         "underlays" => inventory.underlays.iter().find(|entry| entry.underlay.name == name).map(underlay),
+        "groups" => {
+            let found = inventory.document.group.iter().find(|group| group.name == name);
+            found.map(|group| perimeter::group(group, &inventory))
+        }
+        "rules" => {
+            let found = inventory.document.rule.iter().find(|rule| rule.name == name);
+            found.map(|rule| perimeter::rule(rule, &inventory))
+        }
         "workers" => workers(&inventory).find(|worker| worker["name"] == name),
         _ => None,
     };
@@ -220,11 +231,11 @@ fn fdb_row(row: &FdbRow, inventory: &Inventory) -> Value {
     })
 }
 
-fn settings(object: &impl serde::Serialize) -> Value {
+pub(super) fn settings(object: &impl serde::Serialize) -> Value {
     serde_json::to_value(object).expect("settings have string keys and plain values only")
 }
 
-fn merge(into: &mut Value, from: Value) {
+pub(super) fn merge(into: &mut Value, from: Value) {
     if let (Value::Object(into), Value::Object(from)) = (into, from) {
         into.extend(from);
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::perimeter::{GroupCommand, RuleCommand};
 use crate::log::LogFormat;
 
 /// A virtual machine's network card: vhost-user back-end and virtual switch.
@@ -61,6 +62,12 @@ pub(super) enum Command {
     /// Add or remove another host of a network
     #[command(subcommand)]
     Remote(RemoteCommand),
+    /// Add, remove or change a group of ports and prefixes
+    #[command(subcommand)]
+    Group(GroupCommand),
+    /// Add, remove or change a rule
+    #[command(subcommand)]
+    Rule(RuleCommand),
     /// What attaches a VM to a port: QEMU's flags, to paste into a shell
     QemuArgs {
         /// The port
@@ -88,6 +95,10 @@ pub(super) enum ShowKind {
     Network,
     #[value(alias = "underlays")]
     Underlay,
+    #[value(alias = "groups")]
+    Group,
+    #[value(alias = "rules")]
+    Rule,
     #[value(alias = "workers")]
     Worker,
     /// Learned addresses
@@ -110,11 +121,11 @@ pub(super) enum PortCommand {
         /// Its name
         name: String,
     },
-    /// Change keys of a port: network, mac, queues, worker, socket, mode; `key=` removes one
+    /// Change keys of a port: network, mac, addresses, groups, queues, worker, socket, mode, limits...; `key=` removes one
     Set {
         /// Its name
         name: String,
-        /// What to change
+        /// What to change; lists are separated by commas, tables written as in the file
         #[arg(required = true, value_name = "KEY=VALUE")]
         changes: Vec<String>,
     },
@@ -128,6 +139,12 @@ pub(super) struct PortKeys {
     /// Its address
     #[arg(long)]
     pub(super) mac: Option<String>,
+    /// An address of the guest's; may be repeated
+    #[arg(long = "address", value_name = "ADDRESS")]
+    pub(super) addresses: Vec<IpAddr>,
+    /// A group that it is in; may be repeated
+    #[arg(long = "group", value_name = "GROUP")]
+    pub(super) groups: Vec<String>,
     /// Queue pairs [default: 1]
     #[arg(long)]
     pub(super) queues: Option<u16>,
@@ -156,11 +173,11 @@ pub(super) enum NetworkCommand {
         /// Its name
         name: String,
     },
-    /// Change keys of a network: vni, underlay, mtu, learning, age_seconds, remotes; `key=` removes one
+    /// Change keys of a network: vni, underlay, mtu, policy, learning, age_seconds, remotes...; `key=` removes one
     Set {
         /// Its name
         name: String,
-        /// What to change; remotes are separated by commas
+        /// What to change; lists are separated by commas
         #[arg(required = true, value_name = "KEY=VALUE")]
         changes: Vec<String>,
     },
@@ -177,6 +194,9 @@ pub(super) struct NetworkKeys {
     /// Bytes of an Ethernet payload [default: 1500]
     #[arg(long)]
     pub(super) mtu: Option<u32>,
+    /// What happens to what no rule is about: open, or enforced [default: open]
+    #[arg(long)]
+    pub(super) policy: Option<String>,
     /// Another host's address; may be repeated
     #[arg(long = "remote", value_name = "ADDRESS")]
     pub(super) remotes: Vec<IpAddr>,

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{Command, NetworkCommand, NetworkKeys, PortCommand, PortKeys, RemoteCommand, ShowKind};
 use super::client::{Body, Client, segment};
-use super::table;
+use super::{perimeter, table};
 use crate::run::{is_json, listing, load};
 
 /// Does everything but `run` and `diff`.
@@ -30,6 +30,8 @@ pub(super) fn execute(client: &Client, command: Command) -> Result<(), String> {
             let path = format!("/v1/networks/{}/remotes/{}", segment(&network), segment(&address.to_string()));
             change(client, method, &path, Body::Nothing)?;
         }
+        Command::Group(command) => perimeter::group(client, command)?,
+        Command::Rule(command) => perimeter::rule(client, command)?,
         Command::QemuArgs { port, libvirt, qemu_version } => {
             let format = if libvirt { "libvirt" } else { "qemu" };
             let port = segment(&port);
@@ -80,6 +82,8 @@ fn show(client: &Client, kind: Option<ShowKind>, name: Option<&str>, json: bool)
         ShowKind::Port => "ports",
         ShowKind::Network => "networks",
         ShowKind::Underlay => "underlays",
+        ShowKind::Group => "groups",
+        ShowKind::Rule => "rules",
         ShowKind::Worker => "workers",
         ShowKind::Fdb => "fdb",
         ShowKind::State => {
@@ -102,10 +106,10 @@ fn show(client: &Client, kind: Option<ShowKind>, name: Option<&str>, json: bool)
 fn port(client: &Client, command: PortCommand) -> Result<(), String> {
     match command {
         PortCommand::Add { name, keys } => {
-            let PortKeys { network, mac, queues, worker, socket, mode } = keys;
+            let PortKeys { network, mac, addresses, groups, queues, worker, socket, mode } = keys;
             let object = json!({
-                "name": name, "network": network, "mac": mac, "queues": queues, "worker": worker, "socket": socket,
-                "mode": mode,
+                "name": name, "network": network, "mac": mac, "addresses": addresses, "groups": groups,
+                "queues": queues, "worker": worker, "socket": socket, "mode": mode,
             });
             change(client, Method::POST, "/v1/ports", Body::Json(object))
         }
@@ -121,8 +125,10 @@ fn port(client: &Client, command: PortCommand) -> Result<(), String> {
 fn network(client: &Client, command: NetworkCommand) -> Result<(), String> {
     match command {
         NetworkCommand::Add { name, keys } => {
-            let NetworkKeys { vni, underlay, mtu, remotes } = keys;
-            let object = json!({"name": name, "vni": vni, "underlay": underlay, "mtu": mtu, "remotes": remotes});
+            let NetworkKeys { vni, underlay, mtu, policy, remotes } = keys;
+            let object = json!({
+                "name": name, "vni": vni, "underlay": underlay, "mtu": mtu, "policy": policy, "remotes": remotes,
+            });
             change(client, Method::POST, "/v1/networks", Body::Json(object))
         }
         NetworkCommand::Del { name } => {
@@ -134,19 +140,26 @@ fn network(client: &Client, command: NetworkCommand) -> Result<(), String> {
     }
 }
 
-/// `key=value` as JSON: numbers and booleans as such, `remotes` as a list, nothing as `null`, which removes the key.
-fn keys(changes: &[String]) -> Result<Value, String> {
+/// Keys that are lists, separated by commas.
+const LISTS: [&str; 5] = ["remotes", "trusted_remotes", "addresses", "groups", "prefixes"];
+const NUMBERS: [&str; 8] = ["vni", "mtu", "queues", "worker", "age_seconds", "connections", "id", "priority"];
+
+/// `key=value` as JSON: numbers, booleans and tables as such, lists split, nothing as `null`, which removes the key.
+pub(super) fn keys(changes: &[String]) -> Result<Value, String> {
     let mut object = Map::new();
     for change in changes {
         let (key, value) = change.split_once('=').ok_or_else(|| format!("{change:?}: expected KEY=VALUE"))?;
         let value = match (key, value) {
             (_, "") => Value::Null,
-            ("remotes", list) => list.split(',').map(str::trim).collect(),
-            ("vni" | "mtu" | "queues" | "worker" | "age_seconds", text) => {
-                text.parse().map_or(json!(text), |n: i64| json!(n))
+            (key, list) if LISTS.contains(&key) => list.split(',').map(str::trim).collect(),
+            (key, text) if NUMBERS.contains(&key) => text.parse().map_or(json!(text), |n: i64| json!(n)),
+            ("learning" | "group_policy" | "log", "true") => json!(true),
+            ("learning" | "group_policy" | "log", "false") => json!(false),
+            (key, table) if table.starts_with('{') => {
+                let wrong = |error| format!("{key}: {error}: expected a table as in {{ pps = 1000 }}");
+                let mut document: Map<_, _> = toml::from_str(&format!("value = {table}")).map_err(wrong)?;
+                document.remove("value").unwrap_or_default()
             }
-            ("learning", "true") => json!(true),
-            ("learning", "false") => json!(false),
             (_, text) => json!(text),
         };
         object.insert(key.to_owned(), value);
@@ -154,7 +167,7 @@ fn keys(changes: &[String]) -> Result<Value, String> {
     Ok(Value::Object(object))
 }
 
-fn change(client: &Client, method: Method, path: &str, body: Body) -> Result<(), String> {
+pub(super) fn change(client: &Client, method: Method, path: &str, body: Body) -> Result<(), String> {
     let applied = client.api(method, path, body, None)?;
     report(&applied, None);
     Ok(())

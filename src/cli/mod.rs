@@ -3,6 +3,7 @@
 mod args;
 mod client;
 mod command;
+mod perimeter;
 mod table;
 
 use std::process::ExitCode;

@@ -16,6 +16,9 @@ use super::mistake::Mistake;
 /// Files in the run directory that are the daemon's own.
 const OWN_FILES: [&str; 3] = ["api.sock", "stats.sock", "lock"];
 
+/// Names in one message at most.
+const NAMES_SHOWN_MAX: usize = 16;
+
 /// VXLAN around a frame: Ethernet 14, IPv4 20 or IPv6 40, UDP 8, VXLAN 8 (RFC 7348 §5).
 fn overhead_bytes(underlay: &Underlay) -> u32 {
     if underlay.address.is_ipv4() { 50 } else { 70 }
@@ -209,38 +212,56 @@ fn worker(document: &Document, worker: u16, kind: Kind, index: usize, name: &str
     }
 }
 
-fn unknown<'a>(kind: &str, name: &str, known: impl Iterator<Item = &'a String>) -> String {
+pub(super) fn unknown<'a>(kind: &str, name: &str, known: impl Iterator<Item = &'a String>) -> String {
     let known: Vec<_> = known.filter(|name| !name.starts_with('#')).map(String::as_str).collect();
-    let have = if known.is_empty() { "there is none".to_owned() } else { format!("there are: {}", known.join(", ")) };
+    let have = match known.len() {
+        0 => "there is none".to_owned(),
+        count @ ..=NAMES_SHOWN_MAX => format!("there are: {}", known[..count].join(", ")),
+        count => format!("there are {count}: {}, ...", known[..NAMES_SHOWN_MAX].join(", ")),
+    };
     format!("no {kind} is called {name:?} ({have}); add it or correct the name")
 }
 
-fn at(findings: &Findings, kind: Kind, index: usize, name: &str, key: &'static str, message: String) -> Mistake {
+pub(super) fn at(
+    findings: &Findings,
+    kind: Kind,
+    index: usize,
+    name: &str,
+    key: &'static str,
+    message: String,
+) -> Mistake {
     let line = findings.line(At { kind, index }, Some(key));
     let object =
         if name.starts_with('#') { format!("{}[{index}]", kind.key()) } else { format!("{}.{name}", kind.key()) };
     Mistake { path: format!("{object}.{key}"), line, message }
 }
 
-fn mistake(findings: &mut Findings, kind: Kind, index: usize, name: &str, key: &'static str, message: String) {
+pub(super) fn mistake(
+    findings: &mut Findings,
+    kind: Kind,
+    index: usize,
+    name: &str,
+    key: &'static str,
+    message: String,
+) {
     let mistake = at(findings, kind, index, name, key, message);
     findings.mistakes.push(mistake);
 }
 
 /// Values that may occur once among the objects of a kind.
-struct Seen<T> {
+pub(super) struct Seen<T> {
     kind: Kind,
     key: &'static str,
     first: HashMap<T, usize>,
 }
 
 impl<T: Hash + Eq> Seen<T> {
-    fn new(kind: Kind, key: &'static str) -> Self {
+    pub(super) fn new(kind: Kind, key: &'static str) -> Self {
         Self { kind, key, first: HashMap::new() }
     }
 
     /// Reports `message` if the value was seen before; its argument says where, as in " (line 4)".
-    fn once(
+    pub(super) fn once(
         &mut self,
         value: T,
         index: usize,

@@ -11,12 +11,16 @@ use dreamwire_datapath::underlay::af_xdp::QUEUES_MAX as XDP_QUEUES_MAX;
 use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::vxlan::UDP_PORT;
 use dreamwire_datapath::worker::Polling;
+use dreamwire_policy::Posture;
+use dreamwire_policy::model::{GROUPS_MAX, RULES_MAX};
 
+use super::decode_perimeter;
 use super::document::{
     Daemon, Document, Driver, Encapsulation, Kind, Mode, Neighbour, Network, Port, Underlay, Wire, polling_word,
 };
 use super::fields::{At, Fields, Findings};
 use super::mistake::Mistake;
+use super::notation::POSTURES;
 use super::tree::{Node, Value};
 use super::{Context, RUN_DIR_DEFAULT};
 
@@ -50,6 +54,9 @@ pub(super) fn document(root: &Node, context: Context<'_>) -> (Document, Findings
     document.underlay =
         objects(entries, Kind::Underlay, UNDERLAYS_MAX, &mut findings, |f| decode_underlay(f, &run_dir));
     document.network = objects(entries, Kind::Network, NETWORKS_MAX, &mut findings, decode_network);
+    document.group = objects(entries, Kind::Group, GROUPS_MAX, &mut findings, decode_perimeter::group);
+    document.rule = objects(entries, Kind::Rule, RULES_MAX, &mut findings, decode_perimeter::rule);
+    decode_perimeter::name_rules(&mut document.rule);
     document.port = objects(entries, Kind::Port, PORTS_MAX, &mut findings, |f| decode_port(f, &run_dir));
     (document, findings)
 }
@@ -57,9 +64,8 @@ pub(super) fn document(root: &Node, context: Context<'_>) -> (Document, Findings
 fn top_level(entries: &[(String, Node)], findings: &mut Findings) {
     for (key, node) in entries {
         let message = match key.as_str() {
-            "daemon" | "underlay" | "network" | "port" => continue,
-            "group" | "rule" => "not implemented yet: policy would not be enforced; remove it".to_owned(),
-            _ => format!("unknown key {key:?}; allowed here: daemon, underlay, network, port"),
+            "daemon" | "underlay" | "network" | "group" | "rule" | "port" => continue,
+            _ => format!("unknown key {key:?}; allowed here: daemon, underlay, network, group, rule, port"),
         };
         findings.mistakes.push(Mistake { path: key.clone(), line: node.line, message });
     }
@@ -247,6 +253,9 @@ fn decode_network(fields: &mut Fields<'_>) -> Network {
             .unwrap_or(Encapsulation::Vxlan),
         mtu: mtu(fields),
         remotes: fields.texts("remotes", vtep).unwrap_or_default(),
+        trusted_remotes: fields.texts("trusted_remotes", vtep).unwrap_or_default(),
+        group_policy: fields.boolean("group_policy").unwrap_or(false),
+        policy: fields.word("policy", &POSTURES, &[]).unwrap_or(Posture::Open),
         learning: fields.boolean("learning").unwrap_or(true),
         age_seconds: fields
             .integer("age_seconds", 1..=AGE_SECONDS_MAX, "seconds of silence; a month at most")
@@ -270,7 +279,6 @@ fn decode_network(fields: &mut Fields<'_>) -> Network {
 }
 
 fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
-    fields.refuse("groups", "policy is not enforced, the port would be open to everybody in its network");
     let name = name_of(fields);
     let port = Port {
         network: fields.text("network", |text| Ok(text.to_owned())).unwrap_or_else(|| "default".to_owned()),
@@ -286,6 +294,8 @@ fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
         worker: worker(fields),
         config_space: fields.boolean("config_space").unwrap_or(false),
         switched_off: fields.switches_off("features", &SWITCHES.map(|(switch, _)| switch)),
+        groups: fields.texts("groups", |text| Ok(text.to_owned())).unwrap_or_default(),
+        limits: decode_perimeter::limits(fields),
         name,
     };
     if !port.addresses.is_empty() && !fields.has("mac") {
@@ -307,7 +317,7 @@ fn guest_address(text: &str) -> Result<IpAddr, String> {
 pub(super) const PLACEHOLDER_ADDRESS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
 
 /// The name, or one that no object may have, so that nothing refers to it.
-fn name_of(fields: &mut Fields<'_>) -> String {
+pub(super) fn name_of(fields: &mut Fields<'_>) -> String {
     let nameless = format!("#{}", fields.at.index);
     let example = format!("\"{}1\"", fields.at.kind.key());
     fields.required("name", &example, name).unwrap_or(nameless)
@@ -323,7 +333,7 @@ fn worker(fields: &mut Fields<'_>) -> Option<u16> {
     u16::try_from(place).ok()
 }
 
-fn name(text: &str) -> Result<String, String> {
+pub(super) fn name(text: &str) -> Result<String, String> {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     // "." and ".." would be legal names and no legal parts of a path.
     if (1..=64).contains(&text.len()) && text.bytes().all(legal) && text.bytes().any(|byte| byte != b'.') {

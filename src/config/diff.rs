@@ -58,11 +58,11 @@ impl fmt::Display for Change {
     }
 }
 
-/// The differences, in the order underlays, networks, ports. `daemon` is fixed while it runs and never differs.
+/// The differences, in the order underlays, networks, groups, rules, ports. `daemon` is fixed while it runs and never differs.
 pub fn between(old: &Document, new: &Document) -> Vec<Change> {
     let (old, new) = (old.to_json(), new.to_json());
     let mut changes = Vec::new();
-    for kind in [Kind::Underlay, Kind::Network, Kind::Port] {
+    for kind in [Kind::Underlay, Kind::Network, Kind::Group, Kind::Rule, Kind::Port] {
         objects(kind, &old, &new, &mut changes);
     }
     changes

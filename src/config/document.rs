@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::worker::Polling;
+use dreamwire_policy::Posture;
 use serde::{Serialize, Serializer};
+
+use super::perimeter::{Group, Limits, Rule, posture};
 
 /// The kinds of objects in a document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -18,6 +21,10 @@ pub enum Kind {
     Underlay,
     /// A layer-2 segment.
     Network,
+    /// Ports and prefixes that rules speak of.
+    Group,
+    /// What ports in a group may do.
+    Rule,
     /// A virtual machine's card.
     Port,
 }
@@ -29,6 +36,8 @@ impl Kind {
             Self::Daemon => "daemon",
             Self::Underlay => "underlay",
             Self::Network => "network",
+            Self::Group => "group",
+            Self::Rule => "rule",
             Self::Port => "port",
         }
     }
@@ -43,6 +52,10 @@ pub struct Document {
     pub underlay: Vec<Underlay>,
     /// In the order of the file.
     pub network: Vec<Network>,
+    /// In the order of the file.
+    pub group: Vec<Group>,
+    /// In the order of the file.
+    pub rule: Vec<Rule>,
     /// In the order of the file.
     pub port: Vec<Port>,
 }
@@ -160,6 +173,15 @@ pub struct Network {
     pub mtu: u16,
     /// The other hosts' VTEPs.
     pub remotes: Vec<IpAddr>,
+    /// Those of them that are believed when they say which group a frame comes from.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub trusted_remotes: Vec<IpAddr>,
+    /// Whether frames say on the underlay which group they come from.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub group_policy: bool,
+    /// What happens to what no rule is about.
+    #[serde(serialize_with = "posture")]
+    pub policy: Posture,
     /// Whether source addresses are learned.
     pub learning: bool,
     /// Seconds after which a learned address that is silent is forgotten.
@@ -196,6 +218,12 @@ pub struct Port {
     /// Switches of [`crate::card::SWITCHES`] that are off, in that order.
     #[serde(rename = "features", skip_serializing_if = "Vec::is_empty", serialize_with = "switches_off")]
     pub switched_off: Vec<&'static str>,
+    /// Names of the groups it is in. The first that has an `id` is the port's identity in tunnel headers.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<String>,
+    /// What it may use up.
+    #[serde(flatten)]
+    pub limits: Limits,
 }
 
 impl Port {

@@ -105,6 +105,79 @@ impl<'a> Fields<'a> {
         self.text(key, parse)
     }
 
+    /// A string or an integer, read by `parse` as text.
+    pub(super) fn scalar<T>(&mut self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        match &self.take(key)?.value {
+            Value::Text(text) => parse(text).map_err(|message| self.mistake(key, message)).ok(),
+            Value::Integer(value) => parse(&value.to_string()).map_err(|message| self.mistake(key, message)).ok(),
+            other => {
+                self.expected(key, "a string or an integer", other);
+                None
+            }
+        }
+    }
+
+    /// One value or several: an integer, a string with commas, or a list of those.
+    pub(super) fn items<T>(&mut self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+        let Some(node) = self.take(key) else { return Vec::new() };
+        let nodes = match &node.value {
+            Value::List(items) => items.as_slice(),
+            _ => std::slice::from_ref(node),
+        };
+        let mut values = Vec::with_capacity(nodes.len());
+        for node in nodes {
+            let text = match &node.value {
+                Value::Text(text) => text.clone(),
+                Value::Integer(value) => value.to_string(),
+                other => {
+                    self.expected(key, "an integer, a string or a list of them", other);
+                    continue;
+                }
+            };
+            for item in text.split(',').map(str::trim) {
+                match parse(item) {
+                    Ok(value) => values.push(value),
+                    Err(message) => {
+                        let path = format!("{}.{key}", self.path);
+                        self.findings.mistakes.push(Mistake { path, line: node.line, message });
+                    }
+                }
+            }
+        }
+        values
+    }
+
+    /// A table of integers within `range`, as in `{ rate = 100, burst = 10 }`: the values of `names`, in their order.
+    pub(super) fn integer_table<const N: usize>(
+        &mut self,
+        key: &'static str,
+        names: [&'static str; N],
+        range: RangeInclusive<i64>,
+    ) -> Option<[Option<i64>; N]> {
+        let node = self.take(key)?;
+        let Value::Table(entries) = &node.value else {
+            self.expected(key, &format!("a table of integers ({})", names.join(", ")), &node.value);
+            return None;
+        };
+        let mut values = [None; N];
+        for (name, node) in entries {
+            let message = match (names.iter().position(|known| known == name), &node.value) {
+                (Some(place), Value::Integer(value)) if range.contains(value) => {
+                    values[place] = Some(*value);
+                    continue;
+                }
+                (Some(_), Value::Integer(value)) => {
+                    format!("{value} is out of range: {} to {}", range.start(), range.end())
+                }
+                (Some(_), other) => format!("expected an integer, found {}", other.kind()),
+                (None, _) => format!("unknown key {name:?}; allowed here: {}", names.join(", ")),
+            };
+            let path = format!("{}.{key}.{name}", self.path);
+            self.findings.mistakes.push(Mistake { path, line: node.line, message });
+        }
+        Some(values)
+    }
+
     /// An integer within `range`; `why` says where the limit comes from.
     pub(super) fn integer(&mut self, key: &'static str, range: RangeInclusive<i64>, why: &str) -> Option<i64> {
         match &self.take(key)?.value {
@@ -259,15 +332,6 @@ impl<'a> Fields<'a> {
     pub(super) fn not_here(&mut self, key: &'static str, why: &str) {
         if self.take(key).is_some() {
             self.mistake(key, why);
-        }
-        self.asked.retain(|asked| *asked != key);
-        self.refused.push(key);
-    }
-
-    /// A key that the design has and this version does not: refused, because ignoring it would be a lie.
-    pub(super) fn refuse(&mut self, key: &'static str, why: &str) {
-        if self.take(key).is_some() {
-            self.mistake(key, format!("not implemented yet: {why}; remove it"));
         }
         self.asked.retain(|asked| *asked != key);
         self.refused.push(key);

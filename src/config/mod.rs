@@ -4,25 +4,30 @@
 //! `check` then looks at objects together. Only a document without mistakes leaves this module.
 
 mod check;
+mod check_perimeter;
 mod decode;
+mod decode_perimeter;
 pub mod diff;
 pub mod document;
 mod fields;
 mod mistake;
+pub mod notation;
+pub mod perimeter;
 mod tree;
 
 use std::path::Path;
 
 pub use document::{Daemon, Document, Driver, Encapsulation, Kind, Mode, Neighbour, Network, Port, Underlay, Wire};
 pub use mistake::Mistake;
+pub use perimeter::{Group, Remote, Rule};
 
 use tree::Node;
 
 /// Where the daemon's sockets are if nobody says otherwise.
 pub const RUN_DIR_DEFAULT: &str = "/run/dreamwire";
 
-/// Bytes of configuration text at most: 1024 ports and networks with all their keys fit twenty times.
-pub const TEXT_BYTES_MAX: usize = 8 << 20;
+/// Bytes of configuration text at most: as many rules as a policy may have fit twice, with all their keys.
+pub const TEXT_BYTES_MAX: usize = 32 << 20;
 
 /// What a document is read for.
 #[derive(Debug, Clone, Copy, Default)]
@@ -69,6 +74,7 @@ pub fn without_file(context: Context<'_>) -> Accepted {
 fn accept(root: &Node, context: Context<'_>) -> Result<Accepted, Vec<Mistake>> {
     let (document, mut findings) = decode::document(root, context);
     check::document(&document, &mut findings);
+    check_perimeter::document(&document, &mut findings);
     if findings.mistakes.is_empty() {
         return Ok(Accepted { document, warnings: findings.warnings });
     }

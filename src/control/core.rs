@@ -12,6 +12,7 @@ use dreamwire_datapath::snapshot::{
 };
 use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::worker::{WorkerConfig, WorkerHandle};
+use dreamwire_policy::Posture;
 use serde::Serialize;
 use tokio::sync::watch;
 
@@ -21,8 +22,12 @@ use super::session::Session;
 use super::slots::Slots;
 use super::totals::{Counted, Shares, Totals};
 use crate::config::diff::{self, Change};
+use crate::config::perimeter::Limits;
 use crate::config::{self, Accepted, Context, Daemon, Document, Mistake, Underlay};
 use crate::port::{EndpointSpec, PortEndpoint, WireEndpoint};
+
+/// Changes of one apply that are logged one by one. Ten thousand rules that come at once are one line, not ten thousand.
+const CHANGES_LOGGED_MAX: usize = 100;
 
 /// The owner of everything. Lives on the control thread.
 #[derive(Debug)]
@@ -207,6 +212,7 @@ impl Control {
         let Accepted { document, warnings } = accepted;
         let changes = diff::between(&self.document, &document);
         if !dry_run && !changes.is_empty() {
+            not_enforced(&document)?;
             // Numbers that have become free since are wanted now.
             self.sweep();
             let places = self.place_ports(&document);
@@ -222,8 +228,11 @@ impl Control {
             self.retire_replaced(replaced);
             self.retire_removed();
             self.announce();
-            for change in &changes {
+            for change in changes.iter().take(CHANGES_LOGGED_MAX) {
                 tracing::info!(generation = self.generation, "{change}");
+            }
+            if let Some(more) = changes.len().checked_sub(CHANGES_LOGGED_MAX).filter(|more| *more > 0) {
+                tracing::info!(generation = self.generation, "and {more} more changes");
             }
             for warning in &warnings {
                 tracing::warn!("{warning}");
@@ -337,5 +346,18 @@ impl Control {
 
     pub(super) fn is_shut_down(&self) -> bool {
         self.shut_down
+    }
+}
+
+/// The datapath does not hold ports to rules yet: a document with any is refused, because ignoring them would be a lie.
+fn not_enforced(document: &Document) -> Result<(), ApplyError> {
+    let judged = document.network.iter().any(|network| network.policy == Posture::Enforced || network.group_policy);
+    let limited = document.port.iter().any(|port| port.limits != Limits::default());
+    match judged || limited || !document.rule.is_empty() {
+        false => Ok(()),
+        true => Err(ApplyError::Host(Mistake::new(
+            "",
+            "rules, limits and enforced networks are not enforced yet; remove them",
+        ))),
     }
 }

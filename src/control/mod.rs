@@ -27,6 +27,8 @@ mod core;
 pub mod inventory;
 mod kernel_tables;
 mod next_hops;
+mod numbers;
+pub mod rulebook;
 pub mod session;
 mod slots;
 pub mod totals;

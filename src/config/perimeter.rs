@@ -1,0 +1,154 @@
+//! Groups, rules and limits as desired state: what `[[group]]`, `[[rule]]` and a port's limits say, after validation.
+
+use dreamwire_policy::{Action, Direction, IcmpKind, MeterLimits, PortRange, Posture, Prefix, Protocol};
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
+
+use super::notation::{direction_word, icmp_kind_text, port_range_text, posture_word, prefix_text, protocol_text};
+
+/// Ports and prefixes that rules speak of under one name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Group {
+    /// Unique among groups.
+    pub name: String,
+    /// Members beside the addresses of the ports in it.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "prefixes")]
+    pub prefixes: Vec<Prefix>,
+    /// What names the group in tunnel headers. `None`: nothing, its members are known by address alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<u16>,
+}
+
+/// The far end that a rule is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Remote {
+    /// Everybody.
+    Any,
+    /// Addresses.
+    Prefix(Prefix),
+    /// The members of the group of that name.
+    Group(String),
+}
+
+/// What ports in a group may do, or may not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// Unique among rules; made up where the document has none.
+    pub name: String,
+    /// The group whose ports it applies to.
+    pub group: String,
+    /// Which way, seen from the VM.
+    pub direction: Direction,
+    /// Allow or deny.
+    pub action: Action,
+    /// Which protocols.
+    pub protocol: Protocol,
+    /// Destination ports; all if empty.
+    pub ports: Vec<PortRange>,
+    /// ICMP types; all if empty.
+    pub icmp: Vec<IcmpKind>,
+    /// The far end.
+    pub remote: Remote,
+    /// The highest wins.
+    pub priority: u16,
+    /// Whether decisions by it are logged.
+    pub log: bool,
+}
+
+impl Rule {
+    /// What the far end is called: it depends on the direction.
+    pub fn far_end_key(&self) -> &'static str {
+        if self.direction == Direction::Ingress { "from" } else { "to" }
+    }
+}
+
+impl Serialize for Rule {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("name", &self.name)?;
+        map.serialize_entry("group", &self.group)?;
+        map.serialize_entry("direction", direction_word(self.direction))?;
+        let action = if self.action == Action::Allow { "allow" } else { "deny" };
+        map.serialize_entry(action, &protocol_text(self.protocol))?;
+        if !self.ports.is_empty() {
+            let ports: Vec<_> = self.ports.iter().copied().map(port_range_text).collect();
+            map.serialize_entry("ports", &ports)?;
+        }
+        if !self.icmp.is_empty() {
+            let kinds: Vec<_> = self.icmp.iter().map(|kind| icmp_kind_text(self.protocol, *kind)).collect();
+            map.serialize_entry("icmp", &kinds)?;
+        }
+        let remote = match &self.remote {
+            Remote::Any => "any".to_owned(),
+            Remote::Prefix(prefix) => prefix_text(*prefix),
+            Remote::Group(group) => format!("group:{group}"),
+        };
+        map.serialize_entry(self.far_end_key(), &remote)?;
+        map.serialize_entry("priority", &self.priority)?;
+        if self.log {
+            map.serialize_entry("log", &true)?;
+        }
+        map.end()
+    }
+}
+
+/// What a port may use up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Limits {
+    /// Connections at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u32>,
+    /// New connections per second, in each direction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub new_flows: Option<Rate>,
+    /// What the VM may send.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Meter>,
+    /// What the VM may be sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<Meter>,
+}
+
+/// So many per second, and so many at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Rate {
+    /// Per second.
+    pub rate: u64,
+    /// At once.
+    pub burst: u64,
+}
+
+/// Packets and bits; a burst is there if its rate is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Meter {
+    /// Packets per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pps: Option<u64>,
+    /// Packets at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pps_burst: Option<u64>,
+    /// Bits per second, of Ethernet frames.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bps: Option<u64>,
+    /// Bits at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bps_burst: Option<u64>,
+}
+
+impl Meter {
+    /// As the policy crate takes it; `None` lets everything pass.
+    pub fn limits(meter: Option<Self>) -> MeterLimits {
+        meter.map_or_else(MeterLimits::default, |meter| MeterLimits {
+            packets: meter.pps.zip(meter.pps_burst),
+            bits: meter.bps.zip(meter.bps_burst),
+        })
+    }
+}
+
+fn prefixes<S: Serializer>(value: &[Prefix], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(value.iter().copied().map(prefix_text))
+}
+
+pub(super) fn posture<S: Serializer>(value: &Posture, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(posture_word(*value))
+}
