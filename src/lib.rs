@@ -13,3 +13,4 @@ pub mod port;
 pub mod qemu;
 pub mod run;
 pub mod run_dir;
+pub mod why;

@@ -82,8 +82,9 @@ impl PortEndpoint {
 
     /// Has another worker serve the port, while its guest goes on. All workers were told already where frames to it are to
     /// go; those that come between its receiveqs' two places are dropped and counted.
-    pub fn move_to(&self, worker: WorkerId) {
-        self.owner.move_to(worker);
+    /// `between` is called while neither worker has a ring of the port.
+    pub fn move_to(&self, worker: WorkerId, between: impl FnOnce()) {
+        self.owner.move_to(worker, between);
     }
 
     /// Ends the session and unlinks the socket; returns when every ring was taken back from the worker.
@@ -119,16 +120,18 @@ impl PortOwner {
         &self.workers[usize::from(place.worker.0)]
     }
 
-    fn move_to(&self, worker: WorkerId) {
+    fn move_to(&self, worker: WorkerId, between: impl FnOnce()) {
         let mut place = self.place();
         if place.worker == worker {
-            return;
+            return between();
         }
         let from = self.worker(&place);
         let to = &self.workers[usize::from(worker.0)];
         let (receiveqs, transmitqs) = place.queues.iter().partition::<Vec<u16>, _>(|queue| queue.is_multiple_of(2));
-        to.attach_all(self.port, from.detach_all(self.port, receiveqs));
+        let to_receive = from.detach_all(self.port, receiveqs);
         let rings = from.detach_all(self.port, transmitqs);
+        between();
+        to.attach_all(self.port, to_receive);
         // What the guest has sent until now may be on its way to a third worker: what it sends next must not overtake it.
         for other in self.workers.iter() {
             other.empty_inbox();

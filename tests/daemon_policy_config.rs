@@ -233,6 +233,8 @@ fn what_has_no_effect_is_a_warning() {
     assert!(said[1].starts_with("line 8: port.vm1.connections: no effect"), "{said:?}");
     let ruled = format!("{text}[[rule]]\ngroup='a'\ndirection='egress'\ndeny='tcp'\n");
     assert_eq!(accept(&ruled).warnings.len(), 1);
+    let warnings = accept("[[network]]\nname='default'\npolicy='enforced'\n[[port]]\nname='vm1'\n").warnings;
+    assert!(warnings[0].to_string().contains("port.vm1.network: without addresses"), "{warnings:?}");
 }
 
 #[test]

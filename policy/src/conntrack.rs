@@ -153,6 +153,8 @@ pub struct ConnectionRow {
     pub assured: bool,
     /// The rule that let it pass.
     pub rule: Option<RuleId>,
+    /// The far end's identity, from a tunnel header.
+    pub identity: Option<u16>,
     /// Time until it is forgotten, in ns.
     pub expires_in_ns: u64,
 }
@@ -536,6 +538,7 @@ fn row(entry: &Entry, now_ns: u64) -> ConnectionRow {
         replied: entry.has(Entry::REPLIED),
         assured: entry.has(Entry::ASSURED),
         rule: (entry.rule != u32::MAX).then_some(RuleId(entry.rule)),
+        identity: entry.has(Entry::IDENTITY).then_some(entry.identity),
         expires_in_ns: entry.expires_ns.saturating_sub(now_ns),
     }
 }

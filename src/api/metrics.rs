@@ -69,7 +69,7 @@ impl Family {
 
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let families = [self.ports(), self.networks(), self.underlays(), self.daemon(), self.workers()];
+        let families = [self.ports(), self.networks(), self.underlays(), self.rules(), self.daemon(), self.workers()];
         for family in families.into_iter().flatten().filter(|family| !family.samples.is_empty()) {
             let mut metric = encoder.encode_descriptor(family.name, family.help, None, family.kind)?;
             for (labels, value) in &family.samples {
@@ -136,6 +136,19 @@ impl Scrape {
             refused.add(&[("network", network)], counters.learn_refused.get());
         }
         vec![frames, bytes, copies, refused]
+    }
+
+    /// As drops: from the first hit on. A daemon has 65,536 rules at most.
+    fn rules(&self) -> Vec<Family> {
+        let mut hits = Family::counter("rule_hits", "Connections and denied frames that a rule has decided about");
+        for rule in &self.inventory.document.rule {
+            let entry = self.inventory.rules.rule_ids.get(&rule.name).and_then(|id| self.inventory.rules.rules.get(id));
+            let count = entry.map_or(0, |entry| entry.counters.hits());
+            if count > 0 {
+                hits.add(&[("rule", &rule.name), ("group", &rule.group)], count);
+            }
+        }
+        vec![hits]
     }
 
     fn underlays(&self) -> Vec<Family> {

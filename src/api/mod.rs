@@ -57,6 +57,8 @@ pub fn routers(control: ControlHandle) -> (Router, Router) {
     let shared = Shared { control, rings: Rings::default() };
     let api = Router::new()
         .route("/v1/state", get(desired::show).put(desired::replace))
+        .route("/v1/why", get(perimeter::why))
+        .route("/v1/drops", get(perimeter::drops))
         .route("/v1/{kind}", get(observed::list).merge(post(desired::add)))
         .route("/v1/{kind}/{name}", get(observed::one).put(desired::put).patch(desired::patch).delete(desired::remove))
         .route("/v1/networks/{name}/remotes/{address}", put(desired::add_remote).delete(desired::remove_remote))

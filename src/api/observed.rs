@@ -32,10 +32,12 @@ pub(super) async fn list(State(shared): State<Shared>, Path(kind): Path<String>)
         "underlays" => inventory.underlays.iter().map(underlay).collect(),
         "groups" => inventory.document.group.iter().map(|shown| perimeter::group(shown, &inventory)).collect(),
         "rules" => inventory.document.rule.iter().map(|shown| perimeter::rule(shown, &inventory)).collect(),
+        "connections" => perimeter::connections(&inventory, inventory.ports.iter()).await?,
         "workers" => workers(&inventory).collect(),
         "fdb" => rings::fdb(&inventory.workers).await?.iter().map(|row| fdb_row(row, &inventory)).collect(),
         _ => {
-            let message = "no such kind; there are ports, networks, underlays, groups, rules, workers, fdb";
+            let message =
+                "no such kind; there are ports, networks, underlays, groups, rules, connections, workers, fdb";
             return Err(Refusal::new(StatusCode::NOT_FOUND, &kind, message));
         }
     };
@@ -62,6 +64,10 @@ pub(super) async fn one(
             let found = inventory.document.rule.iter().find(|rule| rule.name == name);
             found.map(|rule| perimeter::rule(rule, &inventory))
         }
+        "connections" => match inventory.ports.iter().find(|entry| entry.port.name == name) {
+            Some(entry) => Some(Value::Array(perimeter::connections(&inventory, std::iter::once(entry)).await?)),
+            None => return Err(Refusal::not_found("port", &name)),
+        },
         "workers" => workers(&inventory).find(|worker| worker["name"] == name),
         _ => None,
     };

@@ -54,7 +54,7 @@ pub(super) async fn fdb(workers: &Workers) -> Result<Vec<FdbRow>, Refusal> {
     .await
 }
 
-async fn off_thread<R: Send + 'static>(question: impl FnOnce() -> R + Send + 'static) -> Result<R, Refusal> {
+pub(super) async fn off_thread<R: Send + 'static>(question: impl FnOnce() -> R + Send + 'static) -> Result<R, Refusal> {
     tokio::task::spawn_blocking(question).await.map_err(|error| {
         tracing::error!("asking the workers failed: {error}");
         Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "worker", "the workers did not answer; see the log")

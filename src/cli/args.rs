@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::perimeter::{GroupCommand, RuleCommand};
+use super::perimeter_show::WhyArguments;
 use crate::log::LogFormat;
 
 /// A virtual machine's network card: vhost-user back-end and virtual switch.
@@ -79,6 +80,17 @@ pub(super) enum Command {
         #[arg(long, value_name = "VERSION", default_value = "10.0")]
         qemu_version: String,
     },
+    /// What would become of a flow, and which rule decides: nothing is sent
+    Why(WhyArguments),
+    /// Frames that were dropped lately, samples of them, with the reason and the rule
+    Drops {
+        /// Go on with those that come
+        #[arg(long, short)]
+        follow: bool,
+        /// As JSON, one object a line
+        #[arg(long)]
+        json: bool,
+    },
     /// What is counted
     Stats {
         /// As JSON, with every ring and reason
@@ -99,6 +111,9 @@ pub(super) enum ShowKind {
     Group,
     #[value(alias = "rules")]
     Rule,
+    /// Connections that ports' rules have let begin; with a name, those of a port
+    #[value(alias = "connections")]
+    Connection,
     #[value(alias = "workers")]
     Worker,
     /// Learned addresses

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{Command, NetworkCommand, NetworkKeys, PortCommand, PortKeys, RemoteCommand, ShowKind};
 use super::client::{Body, Client, segment};
-use super::{perimeter, table};
+use super::{perimeter, perimeter_show, table};
 use crate::run::{is_json, listing, load};
 
 /// Does everything but `run` and `diff`.
@@ -32,6 +32,8 @@ pub(super) fn execute(client: &Client, command: Command) -> Result<(), String> {
         }
         Command::Group(command) => perimeter::group(client, command)?,
         Command::Rule(command) => perimeter::rule(client, command)?,
+        Command::Why(arguments) => perimeter_show::why(client, arguments)?,
+        Command::Drops { follow, json } => perimeter_show::drops(client, follow, json)?,
         Command::QemuArgs { port, libvirt, qemu_version } => {
             let format = if libvirt { "libvirt" } else { "qemu" };
             let port = segment(&port);
@@ -84,6 +86,7 @@ fn show(client: &Client, kind: Option<ShowKind>, name: Option<&str>, json: bool)
         ShowKind::Underlay => "underlays",
         ShowKind::Group => "groups",
         ShowKind::Rule => "rules",
+        ShowKind::Connection => "connections",
         ShowKind::Worker => "workers",
         ShowKind::Fdb => "fdb",
         ShowKind::State => {
@@ -97,8 +100,8 @@ fn show(client: &Client, kind: Option<ShowKind>, name: Option<&str>, json: bool)
     };
     print(&match (json, name) {
         (true, _) => pretty(&shown),
-        (false, Some(_)) => table::detail(&shown),
-        (false, None) => table::objects(path, &shown),
+        (false, Some(_)) if shown.is_object() => table::detail(&shown),
+        (false, _) => table::objects(path, &shown),
     });
     Ok(())
 }
@@ -192,12 +195,12 @@ fn warn(applied: &Value, file: Option<&Path>) {
     }
 }
 
-fn pretty(value: &Value) -> String {
+pub(super) fn pretty(value: &Value) -> String {
     format!("{value:#}\n")
 }
 
 /// As `print!`, but a reader that hangs up (`| head`) is no reason to panic.
-fn print(text: &str) {
+pub(super) fn print(text: &str) {
     use std::io::Write;
     let _ = std::io::stdout().lock().write_all(text.as_bytes());
 }

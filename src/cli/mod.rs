@@ -4,6 +4,7 @@ mod args;
 mod client;
 mod command;
 mod perimeter;
+mod perimeter_show;
 mod table;
 
 use std::process::ExitCode;

@@ -52,6 +52,18 @@ pub(super) fn objects(kind: &str, rows: &Value) -> String {
             ("TO", "/to"),
             ("PRIORITY", "/priority"),
             ("LOG", "/log"),
+            ("HITS", "/hits"),
+        ],
+        "connections" => &[
+            ("PORT", "/port"),
+            ("BEGUN", "/begun"),
+            ("PROTOCOL", "/protocol"),
+            ("SOURCE", "/source"),
+            ("DESTINATION", "/destination"),
+            ("STATE", "/state"),
+            ("ANSWERED", "/answered"),
+            ("RULE", "/rule"),
+            ("EXPIRES IN SECONDS", "/expires_in_seconds"),
         ],
         "workers" => &[
             ("WORKER", "/name"),
@@ -148,7 +160,7 @@ fn pairs(object: &Value) -> String {
 }
 
 /// A value in one cell. Of a table of counters, the sum.
-fn cell_text(value: &Value) -> String {
+pub(super) fn cell_text(value: &Value) -> String {
     match value {
         Value::Null => "none".to_owned(),
         Value::Bool(true) => "yes".to_owned(),
@@ -161,7 +173,7 @@ fn cell_text(value: &Value) -> String {
     }
 }
 
-fn align(rows: Vec<Vec<String>>) -> String {
+pub(super) fn align(rows: Vec<Vec<String>>) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<_> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();

@@ -106,6 +106,8 @@ fn port(
             "groups",
             "without addresses no rule knows the port as a member, and it may claim those of others: add them",
         );
+    } else if port.addresses.is_empty() && network.policy == Posture::Enforced {
+        warn("network", "without addresses the port may claim those of any group's members: add them");
     }
     let judged = network.policy == Posture::Enforced || port.groups.iter().any(|group| ruled.contains(group.as_str()));
     for (key, set) in

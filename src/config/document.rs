@@ -264,6 +264,11 @@ impl Document {
         self.network.iter().find(|network| network.name == name)
     }
 
+    /// What names a port's group in tunnel headers: the `id` of the first of its groups that has one.
+    pub fn identity(&self, port: &Port) -> Option<u16> {
+        port.groups.iter().find_map(|name| self.group.iter().find(|group| group.name == *name)?.id)
+    }
+
     /// The underlay of that name.
     pub fn find_underlay(&self, name: &str) -> Option<&Underlay> {
         self.underlay.iter().find(|underlay| underlay.name == name)

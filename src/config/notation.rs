@@ -82,7 +82,7 @@ pub(super) fn prefix_text(prefix: Prefix) -> String {
 }
 
 /// A protocol's name or number.
-pub(super) fn protocol(text: &str) -> Result<Protocol, String> {
+pub(crate) fn protocol(text: &str) -> Result<Protocol, String> {
     if let Some((_, protocol)) = PROTOCOLS.iter().find(|(word, _)| *word == text) {
         return Ok(*protocol);
     }
@@ -116,7 +116,7 @@ pub fn protocol_name(number: u8, family: Family) -> String {
     }
 }
 
-pub(super) fn has_ports(protocol: Protocol) -> bool {
+pub(crate) fn has_ports(protocol: Protocol) -> bool {
     protocol.number().is_some_and(protocol_has_ports)
 }
 
@@ -144,7 +144,7 @@ fn icmp_kinds(protocol: Protocol) -> &'static [(&'static str, u8)] {
 }
 
 /// A type of ICMP message by name or number, perhaps with a code: `echo-request`, `3/4`.
-pub(super) fn icmp_kind(protocol: Protocol, text: &str) -> Result<IcmpKind, String> {
+pub(crate) fn icmp_kind(protocol: Protocol, text: &str) -> Result<IcmpKind, String> {
     let known = icmp_kinds(protocol);
     let wrong = || {
         let names: Vec<_> = known.iter().map(|(name, _)| *name).collect();

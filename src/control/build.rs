@@ -16,7 +16,13 @@ const SECOND_NS: u64 = 1_000_000_000;
 impl Control {
     /// A worker's snapshot of the current document and generation. Every object of the document is live by now.
     pub(super) fn build_snapshot(&self, worker: WorkerId) -> Snapshot {
-        let mut snapshot = Snapshot { generation: self.generation, worker, ..Snapshot::default() };
+        let mut snapshot = Snapshot {
+            generation: self.generation,
+            worker,
+            policy_generation: self.rulebook.generation(),
+            rules: self.rulebook.counters(worker),
+            ..Snapshot::default()
+        };
         for live in self.underlays.values() {
             let index = usize::from(live.id.0);
             snapshot.uplinks.resize(snapshot.uplinks.len().max(index + 1), WorkerId(0));
@@ -32,18 +38,21 @@ impl Control {
         for port in &self.document.port {
             let live = &self.ports[&port.name];
             let network = self.networks[&port.network].id;
+            let identity = self.document.identity(port);
             let built = Port {
                 name: port.name.as_str().into(),
                 network,
                 mac: port.mac,
                 guard: source_guard(port),
-                policy: None,
-                group: 0,
-                identity: None,
+                policy: self.port_policy(port),
+                group: identity.unwrap_or(0),
+                // One with addresses is known by them, as the source guard sees to.
+                identity: identity.filter(|_| port.addresses.is_empty()),
                 queue_pairs: port.queues,
                 worker: live.worker,
                 counters: live.counters.of(worker),
             };
+            snapshot.has_policies |= built.policy.is_some();
             put(&mut snapshot.ports, live.id.0, built);
             let segment = snapshot.networks[usize::from(network.0)].as_mut().expect("every network was put above");
             segment.ports.push(live.id);
@@ -74,8 +83,8 @@ impl Control {
                 vni,
                 underlay,
                 remotes,
-                carries_group: false,
-                trusted: vec![],
+                carries_group: network.group_policy,
+                trusted: network.trusted_remotes.clone(),
             }),
             counters: live.counters.of(worker),
         }
@@ -107,12 +116,14 @@ impl Control {
             underlays: underlays.collect(),
             retiring,
             retired: self.retired,
+            rules: Arc::clone(self.rulebook.index()),
+            news: Arc::clone(&self.news),
         }
     }
 }
 
 /// A port with addresses is held to them; one without may claim anything.
-fn source_guard(port: &config::Port) -> Option<SourceGuard> {
+pub(crate) fn source_guard(port: &config::Port) -> Option<SourceGuard> {
     let mac = port.mac.filter(|_| !port.addresses.is_empty())?;
     Some(SourceGuard::new(mac.0, port.addresses.iter().copied()))
 }

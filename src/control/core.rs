@@ -7,22 +7,23 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
+use dreamwire_datapath::perimeter::PerimeterLimits;
 use dreamwire_datapath::snapshot::{
     NETWORKS_MAX, NetworkId, PORTS_MAX, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId, WorkerId,
 };
 use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::worker::{WorkerConfig, WorkerHandle};
-use dreamwire_policy::Posture;
 use serde::Serialize;
 use tokio::sync::watch;
 
 use super::inventory::{Inventory, Workers};
+use super::news::News;
 use super::next_hops::NextHops;
+use super::rulebook::Rulebook;
 use super::session::Session;
 use super::slots::Slots;
 use super::totals::{Counted, Shares, Totals};
 use crate::config::diff::{self, Change};
-use crate::config::perimeter::Limits;
 use crate::config::{self, Accepted, Context, Daemon, Document, Mistake, Underlay};
 use crate::port::{EndpointSpec, PortEndpoint, WireEndpoint};
 
@@ -42,6 +43,10 @@ pub struct Control {
     pub(super) retiring: Vec<Retiring>,
     pub(super) retired: Totals,
     pub(super) started: SystemTime,
+    pub(super) rulebook: Rulebook,
+    /// What workers keep to hold ports to their policies, and which worker.
+    pub(super) guarded: BTreeMap<PortId, (WorkerId, PerimeterLimits)>,
+    pub(super) news: Arc<News>,
     /// Oldest first; the last ones, one for each worker, are current.
     snapshots: VecDeque<Arc<Snapshot>>,
     inventory: watch::Sender<Arc<Inventory>>,
@@ -142,6 +147,7 @@ impl Control {
         let workers: Workers = WorkerHandle::spawn_all(configs.collect())?.into();
         let document = Arc::new(Document { daemon, ..Document::default() });
         let started = SystemTime::now();
+        let news = Arc::<News>::default();
         let empty = Inventory {
             generation: 0,
             document: Arc::clone(&document),
@@ -152,7 +158,10 @@ impl Control {
             underlays: Vec::new(),
             retiring: Vec::new(),
             retired: Totals::default(),
+            rules: Arc::default(),
+            news: Arc::clone(&news),
         };
+        let rulebook = Rulebook::new(workers.len());
         Ok(Self {
             document,
             generation: 0,
@@ -168,6 +177,9 @@ impl Control {
             retiring: Vec::new(),
             retired: Totals::default(),
             started,
+            rulebook,
+            guarded: BTreeMap::new(),
+            news,
             snapshots,
             inventory: watch::Sender::new(Arc::new(empty)),
             shut_down: false,
@@ -212,19 +224,17 @@ impl Control {
         let Accepted { document, warnings } = accepted;
         let changes = diff::between(&self.document, &document);
         if !dry_run && !changes.is_empty() {
-            not_enforced(&document)?;
             // Numbers that have become free since are wanted now.
             self.sweep();
             let places = self.place_ports(&document);
             let replaced = self.bring_up(&document, &places).map_err(ApplyError::Host)?;
+            self.rulebook.update(&document);
             self.document = Arc::new(document);
             for (name, worker) in places {
                 self.ports.get_mut(&name).expect("every port of the document is up").worker = worker;
             }
             self.publish();
-            for live in self.ports.values() {
-                live.endpoint.move_to(live.worker);
-            }
+            self.move_ports();
             self.retire_replaced(replaced);
             self.retire_removed();
             self.announce();
@@ -243,11 +253,13 @@ impl Control {
 
     pub(super) fn publish(&mut self) {
         self.generation += 1;
+        self.guard_ports();
         for (index, worker) in (0..).zip(self.workers.iter()) {
             let snapshot = Arc::new(self.build_snapshot(WorkerId(index)));
             worker.publish(Arc::clone(&snapshot));
             self.snapshots.push_back(snapshot);
         }
+        self.unguard_ports();
         for (name, live) in &self.underlays {
             if let Some(next_hops) = &live.next_hops {
                 next_hops.set_remotes(self.remotes_over(name));
@@ -346,18 +358,5 @@ impl Control {
 
     pub(super) fn is_shut_down(&self) -> bool {
         self.shut_down
-    }
-}
-
-/// The datapath does not hold ports to rules yet: a document with any is refused, because ignoring them would be a lie.
-fn not_enforced(document: &Document) -> Result<(), ApplyError> {
-    let judged = document.network.iter().any(|network| network.policy == Posture::Enforced || network.group_policy);
-    let limited = document.port.iter().any(|port| port.limits != Limits::default());
-    match judged || limited || !document.rule.is_empty() {
-        false => Ok(()),
-        true => Err(ApplyError::Host(Mistake::new(
-            "",
-            "rules, limits and enforced networks are not enforced yet; remove them",
-        ))),
     }
 }

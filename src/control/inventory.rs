@@ -8,6 +8,8 @@ use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounte
 use dreamwire_datapath::snapshot::{NetworkId, PortId, UnderlayId, WorkerId};
 use dreamwire_datapath::worker::WorkerHandle;
 
+use super::news::News;
+use super::rulebook::Index;
 use super::session::Session;
 use super::totals::{Counted, Shares, Totals};
 use crate::config::{Document, Network, Port, Underlay};
@@ -36,6 +38,10 @@ pub struct Inventory {
     pub retiring: Vec<Counted>,
     /// What objects that are gone have counted.
     pub retired: Totals,
+    /// Rules and what they became.
+    pub rules: Arc<Index>,
+    /// Frames that were dropped lately.
+    pub news: Arc<News>,
 }
 
 /// A port that is served.

@@ -22,12 +22,14 @@
 //! new number when it moves to another network or has another count of queues, a network when its place on the wire
 //! changes. Nothing learned under the old number can then lead a frame to the new place.
 
-mod build;
+pub(crate) mod build;
 mod core;
 pub mod inventory;
 mod kernel_tables;
+pub mod news;
 mod next_hops;
 mod numbers;
+mod perimeters;
 pub mod rulebook;
 pub mod session;
 mod slots;
@@ -43,8 +45,9 @@ use tokio::sync::{oneshot, watch};
 pub use self::core::{Applied, ApplyError, Control};
 use inventory::Inventory;
 
-/// How often the control thread looks whether the worker has let go of what was removed. Only while there is some.
-const SWEEP_INTERVAL: Duration = Duration::from_millis(200);
+/// How often the control thread looks for what workers have to tell: frames that were dropped, and that they have let go of what
+/// was removed.
+const TICK: Duration = Duration::from_millis(200);
 
 type Job = Box<dyn FnOnce(&mut Control) + Send>;
 
@@ -99,16 +102,13 @@ pub fn spawn(mut control: Control) -> std::io::Result<(ControlHandle, JoinHandle
     let inventory = control.watch();
     let thread = thread::Builder::new().name("control".to_owned()).spawn(move || {
         while !control.is_shut_down() {
-            let job = if control.has_retiring() {
-                queue.recv_timeout(SWEEP_INTERVAL)
-            } else {
-                queue.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected)
-            };
-            match job {
+            match queue.recv_timeout(TICK) {
                 Ok(job) => job(&mut control),
-                Err(mpsc::RecvTimeoutError::Timeout) => control.sweep(),
+                Err(mpsc::RecvTimeoutError::Timeout) if control.has_retiring() => control.sweep(),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => control.shut_down(),
             }
+            control.hear();
         }
     })?;
     Ok((ControlHandle { jobs, inventory }, thread))

@@ -23,9 +23,9 @@ impl<T> Default for Numbers<T> {
     }
 }
 
-impl<T: Default> Numbers<T> {
-    /// Forgets every name but these, and gives the new ones numbers.
-    pub(super) fn keep<'a>(&mut self, names: impl Iterator<Item = &'a str>) {
+impl<T> Numbers<T> {
+    /// Forgets every name but these, and gives the new ones numbers and values.
+    pub(super) fn keep<'a>(&mut self, names: impl Iterator<Item = &'a str>, value: impl Fn() -> T) {
         let mut before = std::mem::take(&mut self.by_name);
         let mut unknown = Vec::new();
         for name in names {
@@ -43,7 +43,7 @@ impl<T: Default> Numbers<T> {
                     self.fresh - 1
                 }
             };
-            self.by_name.insert(name.to_owned(), (number, T::default()));
+            self.by_name.insert(name.to_owned(), (number, value()));
         }
     }
 
@@ -65,12 +65,12 @@ mod tests {
     #[test]
     fn a_name_keeps_its_number_and_a_number_rests_before_it_is_given_again() {
         let mut numbers = Numbers::<()>::default();
-        numbers.keep(["a", "b"].into_iter());
+        numbers.keep(["a", "b"].into_iter(), || ());
         assert_eq!((numbers.of("a"), numbers.of("b")), (0, 1));
-        numbers.keep(["c", "b"].into_iter());
+        numbers.keep(["c", "b"].into_iter(), || ());
         assert_eq!((numbers.of("b"), numbers.of("c")), (1, 2));
         for round in 0..3 * RESTING_MAX {
-            numbers.keep(["b", &format!("x{round}")].into_iter());
+            numbers.keep(["b", &format!("x{round}")].into_iter(), || ());
         }
         assert_eq!(numbers.of("b"), 1);
         let most = RESTING_MAX as u32 + 4;

@@ -11,9 +11,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use dreamwire_datapath::counters::RuleCounters;
+use dreamwire_datapath::snapshot::WorkerId;
 use dreamwire_policy::{Classifier, Group, GroupId, Identity, Policy, Posture, Prefix, Remote, Rule, RuleId};
 
 use super::numbers::Numbers;
+use super::totals::Shares;
 use crate::config::{self, Document};
 
 /// What holds at a port.
@@ -34,22 +37,59 @@ struct Scope {
     members: Vec<(GroupId, IpAddr)>,
 }
 
+/// A rule as readers know it.
+#[derive(Debug, Clone)]
+pub struct RuleEntry {
+    /// Its name.
+    pub name: String,
+    /// Written by workers.
+    pub counters: Shares<RuleCounters>,
+}
+
+/// What readers need of a rulebook; replaced as a whole.
+#[derive(Debug, Clone, Default)]
+pub struct Index {
+    /// What holds at each port.
+    pub by_port: BTreeMap<String, Arc<Ruleset>>,
+    /// All rules, by their numbers.
+    pub rules: BTreeMap<RuleId, RuleEntry>,
+    /// Numbers of the rules, by their names.
+    pub rule_ids: HashMap<String, RuleId>,
+    /// Names of the groups, by their numbers.
+    pub groups: BTreeMap<GroupId, String>,
+}
+
 /// All rulesets, and the numbers of groups and rules.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Rulebook {
+    workers: usize,
     groups: Numbers<()>,
-    rules: Numbers<()>,
+    rules: Numbers<Shares<RuleCounters>>,
     by_scope: HashMap<Scope, Arc<Ruleset>>,
-    by_port: BTreeMap<String, Arc<Ruleset>>,
+    index: Arc<Index>,
     generation: u32,
     compiled: u64,
 }
 
 impl Rulebook {
+    /// Without rules, for so many workers.
+    pub fn new(workers: usize) -> Self {
+        Self {
+            workers,
+            groups: Numbers::default(),
+            rules: Numbers::default(),
+            by_scope: HashMap::new(),
+            index: Arc::default(),
+            generation: 0,
+            compiled: 0,
+        }
+    }
+
     /// Follows a document without mistakes.
     pub fn update(&mut self, document: &Document) {
-        self.groups.keep(document.group.iter().map(|group| group.name.as_str()));
-        self.rules.keep(document.rule.iter().map(|rule| rule.name.as_str()));
+        self.groups.keep(document.group.iter().map(|group| group.name.as_str()), || ());
+        let names = document.rule.iter().map(|rule| rule.name.as_str());
+        self.rules.keep(names, || Shares::new(self.workers, RuleCounters::default));
         let source = Source::new(self, document);
         let mut before = std::mem::take(&mut self.by_scope);
         let mut by_port = BTreeMap::new();
@@ -68,17 +108,31 @@ impl Rulebook {
             });
             by_port.insert(port.name.clone(), ruleset);
         }
-        let same = by_port.len() == self.by_port.len()
-            && by_port.iter().zip(&self.by_port).all(|(new, old)| new.0 == old.0 && Arc::ptr_eq(new.1, old.1));
+        let old = &self.index.by_port;
+        let same = by_port.len() == old.len()
+            && by_port.iter().zip(old).all(|(new, old)| new.0 == old.0 && Arc::ptr_eq(new.1, old.1));
         if !same {
             self.generation = self.generation.wrapping_add(1);
         }
-        self.by_port = by_port;
+        let entry = |(name, number, counters): (&str, u32, &Shares<RuleCounters>)| {
+            (RuleId(number), RuleEntry { name: name.to_owned(), counters: counters.clone() })
+        };
+        self.index = Arc::new(Index {
+            by_port,
+            rules: self.rules.iter().map(entry).collect(),
+            rule_ids: self.rules.iter().map(|(name, number, _)| (name.to_owned(), RuleId(number))).collect(),
+            groups: self.groups.iter().map(|(name, number, ())| (GroupId(number), name.to_owned())).collect(),
+        });
+    }
+
+    /// What readers need.
+    pub fn index(&self) -> &Arc<Index> {
+        &self.index
     }
 
     /// What holds at a port of the document.
     pub fn of_port(&self, port: &str) -> Option<&Arc<Ruleset>> {
-        self.by_port.get(port)
+        self.index.by_port.get(port)
     }
 
     /// Changes whenever a port has another classifier than before.
@@ -91,14 +145,14 @@ impl Rulebook {
         self.compiled
     }
 
-    /// Names of the rules, by their numbers.
-    pub fn rule_names(&self) -> BTreeMap<RuleId, String> {
-        self.rules.iter().map(|(name, number, _)| (RuleId(number), name.to_owned())).collect()
-    }
-
-    /// Names of the groups, by their numbers.
-    pub fn group_names(&self) -> BTreeMap<GroupId, String> {
-        self.groups.iter().map(|(name, number, ())| (GroupId(number), name.to_owned())).collect()
+    /// What a worker counts at, by the rules' numbers. Numbers that rest share one that nobody reads.
+    pub fn counters(&self, worker: WorkerId) -> Vec<Arc<RuleCounters>> {
+        let Some((last, _)) = self.index.rules.last_key_value() else { return Vec::new() };
+        let mut all = vec![Arc::default(); last.0 as usize + 1];
+        for (id, entry) in &self.index.rules {
+            all[id.0 as usize] = entry.counters.of(worker);
+        }
+        all
     }
 }
 

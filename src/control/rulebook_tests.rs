@@ -73,7 +73,7 @@ fn allows(book: &Rulebook, port: &str, source: &str, destination_port: u16, iden
 
 #[test]
 fn members_are_prefixes_and_the_ports_of_the_same_network() {
-    let mut book = Rulebook::default();
+    let mut book = Rulebook::new(2);
     book.update(&read(TWO_TENANTS));
     assert!(allows(&book, "web1", "10.0.0.3", 443, None), "a port of the group");
     assert!(allows(&book, "web1", "192.0.2.9", 443, None), "a prefix of the group");
@@ -87,7 +87,7 @@ fn members_are_prefixes_and_the_ports_of_the_same_network() {
 
 #[test]
 fn ports_under_the_same_rules_share_a_classifier_and_only_what_changed_is_compiled_anew() {
-    let mut book = Rulebook::default();
+    let mut book = Rulebook::new(2);
     book.update(&read(TWO_TENANTS));
     let first = |book: &Rulebook, port: &str| Arc::clone(book.of_port(port).unwrap());
     let (web1, web2, other) = (first(&book, "web1"), first(&book, "web2"), first(&book, "other"));
@@ -113,13 +113,18 @@ fn ports_under_the_same_rules_share_a_classifier_and_only_what_changed_is_compil
 
 #[test]
 fn a_rule_keeps_its_number_when_others_come_and_go() {
-    let mut book = Rulebook::default();
+    let mut book = Rulebook::new(2);
     book.update(&read(TWO_TENANTS));
-    let number = |book: &Rulebook| book.rule_names().into_iter().find(|(_, name)| name == "lonely-egress-1").unwrap().0;
+    let number = |book: &Rulebook| book.index().rule_ids["lonely-egress-1"];
     let before = number(&book);
+    for worker in 0..2 {
+        book.counters(WorkerId(worker))[before.0 as usize].hits.add(5);
+    }
     let earlier = "[[rule]]\ngroup='web'\ndirection='egress'\ndeny='any'\nto='fd00::/8'\n";
     book.update(&read(&format!("{earlier}{TWO_TENANTS}")));
     assert_eq!(number(&book), before);
+    assert_eq!(book.index().rules[&before].counters.hits(), 10);
+    assert_eq!(book.counters(WorkerId(0)).len(), 3);
 }
 
 /// 10,000 rules and 1,000 groups, all at one port, or each group at a port of its own.
@@ -144,7 +149,7 @@ fn many_rules_and_groups_are_read_and_compiled_at_once() {
     let start = Instant::now();
     let document = read(&text);
     let read_in = start.elapsed();
-    let mut book = Rulebook::default();
+    let mut book = Rulebook::new(2);
     let start = Instant::now();
     book.update(&document);
     let compiled_in = start.elapsed();

@@ -4,7 +4,7 @@
 use std::ops::AddAssign;
 use std::sync::Arc;
 
-use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
+use dreamwire_datapath::counters::{NetworkCounters, PortCounters, RuleCounters, UnderlayCounters};
 use dreamwire_datapath::snapshot::WorkerId;
 use serde::Serialize;
 
@@ -42,6 +42,13 @@ impl Shares<NetworkCounters> {
     /// All workers' together, as of now.
     pub fn sum(&self) -> NetworkCounters {
         NetworkCounters::sum(&self.0)
+    }
+}
+
+impl Shares<RuleCounters> {
+    /// All workers' together, as of now.
+    pub fn hits(&self) -> u64 {
+        self.0.iter().map(|share| share.hits.get()).sum()
     }
 }
 

@@ -1,0 +1,98 @@
+//! What ports are held to, and what their worker keeps for it: connection tables are allocated, handed over, taken back and
+//! freed here.
+//!
+//! A perimeter is handed over before the snapshot that needs it, and taken back after the one that does not: a port with a policy
+//! and no perimeter is closed. Other limits mean another perimeter, without the connections of the last. A port that moves to
+//! another worker takes it along, while neither has its rings.
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
+
+use dreamwire_datapath::perimeter::{Perimeter, PerimeterLimits};
+use dreamwire_datapath::snapshot::{PortId, PortPolicy, WorkerId};
+use dreamwire_policy::{ConntrackLimits, MeterLimits};
+use std::sync::Arc;
+
+use super::core::Control;
+use super::inventory::Workers;
+use crate::config::Port;
+use crate::config::perimeter::Meter;
+
+impl Control {
+    /// What a port is held to; `None` if to nothing.
+    pub(super) fn port_policy(&self, port: &Port) -> Option<PortPolicy> {
+        let ruleset = self.rulebook.of_port(&port.name)?;
+        // By direction: ingress, egress.
+        let meters = [port.limits.ingress, port.limits.egress].map(Meter::limits);
+        let nothing = ruleset.classifier.allows_all() && meters == [MeterLimits::default(); 2];
+        (!nothing).then(|| PortPolicy { classifier: Arc::clone(&ruleset.classifier), meters })
+    }
+
+    /// Gives workers what the ports of the document need that they do not have.
+    pub(super) fn guard_ports(&mut self) {
+        for (id, (worker, limits)) in self.wanted() {
+            let last = self.guarded.get(&id).copied();
+            if last.is_none_or(|(_, last)| last != limits) {
+                // One that is to move has its rings where it was.
+                let worker = last.map_or(worker, |(worker, _)| worker);
+                drop(guard(&self.workers, worker, id, Some(Box::new(Perimeter::new(limits, seed())))));
+                self.guarded.insert(id, (worker, limits));
+            }
+        }
+    }
+
+    /// Takes back what no port of the document needs.
+    pub(super) fn unguard_ports(&mut self) {
+        let wanted = self.wanted();
+        for (id, (worker, _)) in self.guarded.extract_if(.., |id, _| !wanted.contains_key(id)) {
+            drop(guard(&self.workers, worker, id, None));
+        }
+    }
+
+    /// Has every port served by the worker that it is placed at.
+    pub(super) fn move_ports(&mut self) {
+        let Self { ports, workers, guarded, .. } = self;
+        for live in ports.values() {
+            live.endpoint.move_to(live.worker, || {
+                if let Some((worker, _)) = guarded.get_mut(&live.id)
+                    && *worker != live.worker
+                {
+                    let perimeter = guard(workers, *worker, live.id, None);
+                    drop(guard(workers, live.worker, live.id, perimeter));
+                    *worker = live.worker;
+                }
+            });
+        }
+    }
+
+    fn wanted(&self) -> BTreeMap<PortId, (WorkerId, PerimeterLimits)> {
+        let judged = self.document.port.iter().filter(|port| self.port_policy(port).is_some());
+        let live = |port: &Port| &self.ports[&port.name];
+        judged.map(|port| (live(port).id, (live(port).worker, limits(port)))).collect()
+    }
+}
+
+fn guard(
+    workers: &Workers,
+    worker: WorkerId,
+    port: PortId,
+    perimeter: Option<Box<Perimeter>>,
+) -> Option<Box<Perimeter>> {
+    workers[usize::from(worker.0)].guard(port, perimeter)
+}
+
+fn limits(port: &Port) -> PerimeterLimits {
+    let default = ConntrackLimits::default();
+    PerimeterLimits {
+        conntrack: ConntrackLimits {
+            connections: port.limits.connections.unwrap_or(default.connections),
+            new_flows: port.limits.new_flows.map(|flows| (flows.rate, flows.burst)),
+            ..default
+        },
+    }
+}
+
+/// A number that no guest can guess: the standard library's hashes are keyed by the operating system's random numbers.
+fn seed() -> u64 {
+    RandomState::new().hash_one(())
+}

@@ -1,0 +1,251 @@
+//! A daemon that holds ports to rules: frames between two front-ends, and over a wire, with all that is shown of them.
+#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+
+mod common;
+
+use std::path::Path;
+
+use common::counters::{assert_conserved, drops, wait_drops};
+use common::*;
+use dreamwire_bench::front_end::FrontEnd;
+use dreamwire_bench::hostile::attack;
+use dreamwire_bench::topology::{Daemon, DaemonSpec, wait_until};
+use dreamwire_datapath::mac::Mac;
+use dreamwire_datapath::underlay::{Ends, OuterHeader};
+use dreamwire_datapath::vni::Vni;
+use dreamwire_datapath::vxlan;
+use serde_json::{Value, json};
+
+const OURS: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const THEIRS: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+const RULES: &str = r#"
+[[group]]
+name = "clients"
+id = 8
+[[group]]
+name = "web"
+id = 7
+[[rule]]
+name = "discard"
+group = "web"
+direction = "ingress"
+allow = "udp"
+ports = "9"
+from = "group:clients"
+log = true
+"#;
+
+fn start(config: &str) -> Daemon {
+    let binary = Path::new(env!("CARGO_BIN_EXE_dreamwire"));
+    Daemon::start(&DaemonSpec { name: "dreamwire", binary, netns: None, config }).unwrap()
+}
+
+fn guarded_port(number: u8, keys: &str) -> String {
+    port(number, &format!("mac = \"{}\"\naddresses = [\"10.0.0.{number}\"]\n{keys}", mac_text(number)))
+}
+
+/// An enforced network in which `vm1` is a client and `vm2` a server.
+fn local() -> String {
+    let ports = [guarded_port(1, "groups = [\"clients\"]"), guarded_port(2, "groups = [\"web\"]")].concat();
+    format!("{DAEMON}{LOCAL_NETWORK}policy = \"enforced\"\n{RULES}{ports}")
+}
+
+fn front_end(daemon: &Daemon, name: &str) -> FrontEnd {
+    FrontEnd::connect(&daemon.path(&format!("{name}.sock")), attack::small()).unwrap()
+}
+
+fn datagram(from: u8, to: u8, source_port: u16, destination_port: u16) -> Vec<u8> {
+    let mut frame = udp_frame([(mac(from), from), (mac(to), to)], source_port, b"eighteen bytes....");
+    frame[36..38].copy_from_slice(&destination_port.to_be_bytes());
+    frame
+}
+
+/// Waits for one frame, and returns it.
+fn next(front_end: &mut FrontEnd) -> Vec<u8> {
+    let mut frames: Vec<Vec<u8>> = Vec::new();
+    wait_until(LIMIT, "a frame", || {
+        front_end.receive_burst(|bytes, _| frames.push(bytes.to_vec())).unwrap();
+        !frames.is_empty()
+    })
+    .unwrap();
+    assert_eq!(frames.len(), 1);
+    frames.remove(0)
+}
+
+#[track_caller]
+fn passes(from: &mut FrontEnd, to: &mut FrontEnd, frame: &[u8]) {
+    assert_eq!(from.send_burst(&[frame]).unwrap(), 1);
+    assert_eq!(next(to), frame);
+}
+
+/// Sends a frame that must end at `place`, as `ports/vm2/ingress_denied`, and nowhere else.
+#[track_caller]
+fn ends(daemon: &Daemon, from: &mut FrontEnd, to: &mut FrontEnd, frame: &[u8], place: &str) {
+    let before = drops(daemon);
+    assert_eq!(from.send_burst(&[frame]).unwrap(), 1);
+    wait_drops(daemon, &before, &[(place, 1)]);
+    assert_eq!(to.receive_burst(|_, _| ()).unwrap(), 0);
+}
+
+fn json_of(daemon: &Daemon, arguments: &[&str]) -> Value {
+    serde_json::from_str(&daemon.cli(arguments).unwrap()).unwrap()
+}
+
+fn wait_log(daemon: &Daemon, words: &str) -> String {
+    let line = || daemon.log().lines().find(|line| line.contains(words)).map(str::to_owned);
+    let waited = wait_until(LIMIT, words, || line().is_some());
+    assert!(waited.is_ok(), "{words:?} is not in the log:\n{}", daemon.log());
+    line().unwrap()
+}
+
+#[test]
+fn rules_hold_at_once_and_everything_about_them_is_shown() {
+    let daemon = start(&local());
+    let (mut vm1, mut vm2) = (front_end(&daemon, "vm1"), front_end(&daemon, "vm2"));
+    ends(&daemon, &mut vm2, &mut vm1, &datagram(2, 1, 9, 5000), "ports/vm1/ingress_denied");
+    passes(&mut vm1, &mut vm2, &datagram(1, 2, 4000, 9));
+    passes(&mut vm2, &mut vm1, &datagram(2, 1, 9, 4000));
+    ends(&daemon, &mut vm1, &mut vm2, &datagram(1, 2, 4000, 10), "ports/vm2/ingress_denied");
+
+    assert_eq!(json_of(&daemon, &["show", "rule", "discard", "--json"])["hits"], 1);
+    assert!(daemon.metrics().unwrap().contains("dreamwire_rule_hits_total{rule=\"discard\",group=\"web\"} 1"));
+    let connections = json_of(&daemon, &["show", "connections", "vm2", "--json"]);
+    let answered = |row: &&Value| row["answered"] == true;
+    let shown = connections.as_array().unwrap().iter().find(answered).unwrap();
+    assert_eq!(
+        (&shown["begun"], &shown["source"], &shown["destination"], &shown["rule"]),
+        (&json!("ingress"), &json!("10.0.0.1:4000"), &json!("10.0.0.2:9"), &json!("discard")),
+        "{connections}"
+    );
+    let carried = daemon.cli(&["why", "vm2", "udp", "10.0.0.2:9", "10.0.0.1:4000"]).unwrap();
+    assert!(carried.contains("a connection carries it (answered)"), "{carried}");
+    let denied = json_of(&daemon, &["why", "vm1", "udp", "10.0.0.1:4000", "10.0.0.2:10", "--json"]);
+    assert_eq!(denied["path"]["steps"][3]["verdict"], "drop", "{denied}");
+
+    // Seen within a moment, in words.
+    let sample = wait_sample(&daemon, "10.0.0.2:10");
+    assert!(sample.contains("vm2 ingress ingress_denied: udp 10.0.0.1:4000 → 10.0.0.2:10, 60 bytes"), "{sample}");
+    let line = wait_log(&daemon, "a rule has decided");
+    for words in ["rule=\"discard\"", "verdict=\"allow\"", "port=\"vm2\"", "source=\"10.0.0.1:4000\""] {
+        assert!(line.contains(words), "{words} is not in {line}");
+    }
+
+    // The flow ends with its rule, and begins with it.
+    daemon.cli(&["rule", "set", "discard", "ports=11"]).unwrap();
+    ends(&daemon, &mut vm1, &mut vm2, &datagram(1, 2, 4000, 9), "ports/vm2/ingress_denied");
+    daemon.cli(&["rule", "set", "discard", "ports=9"]).unwrap();
+    passes(&mut vm1, &mut vm2, &datagram(1, 2, 4000, 9));
+    // A member that leaves its group is none.
+    daemon.cli(&["port", "set", "vm1", "groups="]).unwrap();
+    ends(&daemon, &mut vm1, &mut vm2, &datagram(1, 2, 4000, 9), "ports/vm2/ingress_denied");
+    // An open network, no rules: nothing is looked at any more.
+    daemon.cli(&["rule", "del", "discard"]).unwrap();
+    daemon.cli(&["network", "set", "blue", "policy="]).unwrap();
+    passes(&mut vm1, &mut vm2, &datagram(1, 2, 4000, 9));
+    passes(&mut vm2, &mut vm1, &datagram(2, 1, 5, 6));
+    assert_eq!(json_of(&daemon, &["show", "connections", "--json"]), json!([]));
+    assert_conserved(&daemon);
+}
+
+/// Waits for a line of `drops` with these words.
+fn wait_sample(daemon: &Daemon, words: &str) -> String {
+    let mut found = None;
+    wait_until(LIMIT, "a sample of a drop", || {
+        let said = daemon.cli(&["drops"]).unwrap();
+        found = said.lines().find(|line| line.contains(words)).map(str::to_owned);
+        found.is_some()
+    })
+    .unwrap();
+    found.unwrap()
+}
+
+#[test]
+fn limits_hold_and_can_be_changed_under_traffic() {
+    let open = format!("{DAEMON}{LOCAL_NETWORK}{}{}", guarded_port(1, ""), guarded_port(2, ""));
+    let daemon = start(&open);
+    let (mut vm1, mut vm2) = (front_end(&daemon, "vm1"), front_end(&daemon, "vm2"));
+    passes(&mut vm1, &mut vm2, &datagram(1, 2, 4000, 9));
+    // Two frames in half an hour, in an open network without rules.
+    daemon.cli(&["port", "set", "vm1", "egress={ pps = 1, pps_burst = 2 }"]).unwrap();
+    let frame = datagram(1, 2, 4000, 9);
+    let before = drops(&daemon);
+    assert_eq!(vm1.send_burst(&[&frame[..]; 8]).unwrap(), 8);
+    let mut came = 0;
+    let dropped = || drops(&daemon).get("ports/vm1/rate_limit").copied().unwrap_or(0);
+    wait_until(LIMIT, "eight frames' ends", || {
+        came += vm2.receive_burst(|bytes, _| assert_eq!(bytes, frame)).unwrap();
+        came as u64 + dropped() - before.get("ports/vm1/rate_limit").copied().unwrap_or(0) == 8
+    })
+    .unwrap();
+    // One more may have been earned if the machine was slow.
+    assert!((2..=4).contains(&came), "{came} frames came");
+    daemon.cli(&["port", "set", "vm1", "egress="]).unwrap();
+    passes(&mut vm1, &mut vm2, &frame);
+
+    // A table of so few connections; a limit that changes takes them along.
+    daemon.cli(&["network", "set", "blue", "policy=enforced"]).unwrap();
+    daemon.cli(&["group", "add", "any"]).unwrap();
+    daemon.cli(&["rule", "add", "all", "--group", "any", "--direction", "ingress", "--allow", "any"]).unwrap();
+    daemon.cli(&["port", "set", "vm2", "groups=any", "new_flows={ rate = 1, burst = 2 }"]).unwrap();
+    for port in [1, 2] {
+        passes(&mut vm1, &mut vm2, &datagram(1, 2, port, 9));
+    }
+    ends(&daemon, &mut vm1, &mut vm2, &datagram(1, 2, 3, 9), "ports/vm2/new_flow_rate");
+    daemon.cli(&["port", "set", "vm2", "new_flows="]).unwrap();
+    assert_eq!(json_of(&daemon, &["show", "connections", "vm2", "--json"]), json!([]));
+    passes(&mut vm1, &mut vm2, &datagram(1, 2, 3, 9));
+    // A port that is gone, and another in its place, knows nothing of its connections.
+    daemon.cli(&["port", "del", "vm1"]).unwrap();
+    assert_conserved(&daemon);
+}
+
+#[test]
+fn groups_travel_in_the_tunnel_header_and_are_believed_from_those_trusted() {
+    let config = format!(
+        "{DAEMON}[[underlay]]\nname = \"fabric\"\ndriver = \"vhost-user\"\nmac = \"02:00:00:00:00:01\"\n\
+         address = \"192.0.2.1\"\nmtu = 1600\nneighbours = [{{ address = \"192.0.2.2\", mac = \"02:00:00:00:00:02\" }}]\n\
+         {LOCAL_NETWORK}vni = 100\nunderlay = \"fabric\"\nremotes = [\"192.0.2.2\"]\ntrusted_remotes = [\"192.0.2.2\"]\n\
+         group_policy = true\npolicy = \"enforced\"\n{RULES}{}",
+        guarded_port(2, "groups = [\"web\"]")
+    );
+    let daemon = start(&config);
+    let (mut vm2, mut wire) = (front_end(&daemon, "vm2"), front_end(&daemon, "fabric"));
+    let frame = datagram(1, 2, 4000, 9);
+    let arrives = |group| [&outer(group, frame.len())[..], &frame].concat();
+    ends(&daemon, &mut wire, &mut vm2, &arrives(0), "ports/vm2/ingress_denied");
+    ends(&daemon, &mut wire, &mut vm2, &arrives(9), "ports/vm2/ingress_denied");
+    assert_eq!(wire.send_burst(&[&arrives(8)]).unwrap(), 1);
+    assert_eq!(next(&mut vm2), frame);
+    let reply = datagram(2, 1, 9, 4000);
+    assert_eq!(vm2.send_burst(&[&reply]).unwrap(), 1);
+    let packet = next(&mut wire);
+    // draft-smith-vxlan-group-policy §2.1: the G bit, and the group in bytes 2 and 3.
+    assert_eq!((packet[42] & 0x88, &packet[44..46], &packet[50..]), (0x88, &[0, 7][..], &reply[..]));
+    let told = daemon.cli(&["why", "vm2", "udp", "10.0.0.2:9", "10.0.0.1:4000", "--mac", &mac_text(1)]).unwrap();
+    assert!(
+        told.contains("to host 192.0.2.2, where the station was learned, in VXLAN 100 over fabric, from group 7"),
+        "{told}"
+    );
+    // Nobody is trusted any more: the group is not believed.
+    daemon.cli(&["network", "set", "blue", "trusted_remotes="]).unwrap();
+    ends(
+        &daemon,
+        &mut wire,
+        &mut vm2,
+        &[&outer(8, frame.len())[..], &datagram(1, 2, 4001, 9)].concat(),
+        "ports/vm2/ingress_denied",
+    );
+    assert_conserved(&daemon);
+}
+
+/// What the other host sends around a frame of a group.
+fn outer(group: u16, inner_bytes: usize) -> Vec<u8> {
+    let ends = Ends {
+        source: (Mac(THEIRS), "192.0.2.2".parse().unwrap()),
+        destination: (Mac(OURS), "192.0.2.1".parse().unwrap()),
+        udp_port: 4789,
+    };
+    let header = vxlan::Header { vni: Vni::new(100).unwrap(), group };
+    OuterHeader::new(&ends, header).unwrap().finish(inner_bytes, 1).to_vec()
+}
