@@ -10,8 +10,9 @@ use dreamwire_datapath::counters::{NetworkCounters, PortCounters, WorkerCounters
 use dreamwire_datapath::drop_reason::DropReason;
 use dreamwire_datapath::fdb::Location;
 use dreamwire_datapath::mac::Mac;
-use dreamwire_datapath::snapshot::{PortId, Snapshot, WorkerId};
+use dreamwire_datapath::snapshot::{PortId, PortPolicy, Snapshot, WorkerId};
 use dreamwire_datapath::worker::{Links, Worker};
+use dreamwire_policy::{Classifier, Policy, Posture};
 
 const PORTS: [u16; 4] = [0, 1, 2, 3];
 
@@ -23,6 +24,8 @@ struct Pair {
     networks: Vec<Arc<NetworkCounters>>,
     stations: Vec<Station>,
     owners: [u16; 4],
+    /// Has a port whose network lets nothing in.
+    closed: Option<u16>,
     generation: u64,
     now_ns: u64,
 }
@@ -37,6 +40,7 @@ impl Pair {
             networks: vec![Arc::default(), Arc::default()],
             stations: PORTS.map(|id| Station::new(id, 1)).into(),
             owners: [0, 1, 0, 1],
+            closed: None,
             generation: 1,
             now_ns: 0,
         };
@@ -58,6 +62,10 @@ impl Pair {
             let mut port = port(id, 0, 1);
             port.worker = WorkerId(self.owners[usize::from(id)]);
             port.counters = Arc::clone(&self.ports[usize::from(id)][usize::from(worker)]);
+            port.policy = (self.closed == Some(id)).then(|| {
+                let classifier = Classifier::compile(&Policy::default(), Posture::Enforced, &[]);
+                PortPolicy { classifier: Arc::new(classifier), meters: Default::default() }
+            });
             Some(port)
         });
         let mut snapshot = Snapshot {
@@ -65,6 +73,7 @@ impl Pair {
             ports: ports.into(),
             networks: vec![Some(blue)],
             worker: WorkerId(worker),
+            has_policies: self.closed.is_some(),
             ..Snapshot::default()
         };
         snapshot.divide();
@@ -75,6 +84,15 @@ impl Pair {
         let worker = &mut self.workers[usize::from(self.owners[id])];
         for (number, queue) in (0..).zip(&self.stations[id].queues) {
             worker.attach(PortId(id as u16), number, queue.ring.open(F_VERSION_1 | F_MERGEABLE));
+        }
+    }
+
+    /// Has these workers know how things are now.
+    fn adopt<const N: usize>(&mut self, workers: [u16; N]) {
+        self.generation += 1;
+        for worker in workers {
+            let snapshot = self.snapshot(worker);
+            drop(self.workers[usize::from(worker)].adopt(snapshot));
         }
     }
 
@@ -209,11 +227,7 @@ fn a_port_moves_and_what_is_under_way_is_counted() {
     pair.workers[0].turn(0);
     let rings = [0, 1].map(|queue| pair.workers[1].detach(PortId(1), queue).unwrap());
     pair.owners[1] = 0;
-    pair.generation += 1;
-    for worker in 0..2 {
-        let snapshot = pair.snapshot(worker);
-        drop(pair.workers[usize::from(worker)].adopt(snapshot));
-    }
+    pair.adopt([0, 1]);
     assert_eq!(pair.ports[1][1].drops.get(DropReason::PortDown), 2);
     for (queue, ring) in (0..).zip(rings) {
         assert!(pair.workers[0].attach(PortId(1), queue, ring).is_none());
@@ -226,5 +240,29 @@ fn a_port_moves_and_what_is_under_way_is_counted() {
     pair.send(1, &everybody);
     assert_eq!(pair.received(), [vec![everybody.clone()], vec![near, far], vec![everybody.clone()], vec![everybody]]);
     assert_eq!(pair.ports[1].iter().map(|counters| counters.rx().0).collect::<Vec<_>>(), [1, 1]);
+    pair.assert_conserved();
+}
+
+/// While a port moves, its rings are at one worker and its policy's judge is another.
+#[test]
+fn what_no_worker_has_judged_reaches_no_port_that_moves() {
+    let mut pair = Pair::new();
+    pair.send(1, &frame(Mac::BROADCAST, mac(2), 60, 0));
+    pair.received();
+    pair.closed = Some(1);
+    pair.adopt([0, 1]);
+    pair.owners[1] = 0;
+    pair.adopt([1]);
+    // Worker 0 does not know yet; worker 1 does, and has the rings still.
+    pair.send(0, &frame(mac(2), mac(1), 60, 1));
+    assert_eq!((pair.dropped(DropReason::Removed), pair.dropped(DropReason::NoPerimeter)), (1, 0));
+    pair.adopt([0]);
+    for id in [0, 2, 3] {
+        pair.send(id, &frame(mac(2), mac(id as u8 + 1), 60, 2));
+        pair.send(id, &frame(Mac::BROADCAST, mac(id as u8 + 1), 60, 3));
+    }
+    assert_eq!(pair.received()[1], Vec::<Vec<u8>>::new());
+    // Worker 0 has nothing to hold the port to its policy with: it is closed.
+    assert_eq!(pair.ports[1][0].drops.get(DropReason::NoPerimeter), 6);
     pair.assert_conserved();
 }

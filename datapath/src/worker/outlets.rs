@@ -230,8 +230,10 @@ impl Outlets {
             frames.for_each(|frame| self.count_removed(snapshot, frame.network()));
             return;
         };
-        // Where its rings are counts, not where the snapshot has them: while a port moves they differ.
-        if port.worker != snapshot.worker && self.sinks[usize::from(id.0)].enabled.is_empty() {
+        // Where its rings are counts, not where the snapshot has them: while a port moves they differ. Not so with a policy: the
+        // worker that the snapshot names judges, and nobody else.
+        let is_elsewhere = port.worker != snapshot.worker;
+        if is_elsewhere && (port.policy.is_some() || self.sinks[usize::from(id.0)].enabled.is_empty()) {
             self.hand_off(snapshot, port.worker, NextHop::Port(id), frames);
         } else {
             self.deliver(snapshot, id, port, frames);
@@ -245,7 +247,9 @@ impl Outlets {
         id: PortId,
         frames: impl ExactSizeIterator<Item = Outgoing<'a>> + Clone,
     ) {
-        let known = snapshot.port(id).filter(|port| frames.clone().all(|frame| frame.network() == port.network));
+        let is_judged = |port: &&Port| port.policy.is_none() || port.worker == snapshot.worker;
+        let known = snapshot.port(id).filter(is_judged);
+        let known = known.filter(|port| frames.clone().all(|frame| frame.network() == port.network));
         match known {
             Some(port) => self.deliver(snapshot, id, port, frames),
             None => frames.for_each(|frame| self.count_removed(snapshot, frame.network())),
