@@ -249,3 +249,27 @@ fn outer(group: u16, inner_bytes: usize) -> Vec<u8> {
     let header = vxlan::Header { vni: Vni::new(100).unwrap(), group };
     OuterHeader::new(&ends, header).unwrap().finish(inner_bytes, 1).to_vec()
 }
+
+#[test]
+fn a_port_takes_its_connections_along_to_another_worker() {
+    let daemon = start(&with_workers(&local(), [0, 1]));
+    let (mut vm1, mut vm2) = (front_end(&daemon, "vm1"), front_end(&daemon, "vm2"));
+    let (asks, answers) = (datagram(1, 2, 4000, 9), datagram(2, 1, 9, 4000));
+    passes(&mut vm1, &mut vm2, &asks);
+    for worker in [0, 1, 1, 0] {
+        daemon.cli(&["port", "set", "vm1", &format!("worker={worker}")]).unwrap();
+        // vm1 lets nothing in but answers.
+        passes(&mut vm2, &mut vm1, &answers);
+        ends(&daemon, &mut vm2, &mut vm1, &datagram(2, 1, 5000 + worker, 4000), "ports/vm1/ingress_denied");
+        passes(&mut vm1, &mut vm2, &asks);
+        daemon.cli(&["port", "set", "vm2", &format!("worker={}", 1 - worker)]).unwrap();
+        passes(&mut vm1, &mut vm2, &asks);
+    }
+    assert_eq!(json_of(&daemon, &["show", "rule", "discard", "--json"])["hits"], 1, "one connection in all that");
+    // Other limits and another worker at once.
+    daemon.cli(&["port", "set", "vm1", "worker=1", "connections=64"]).unwrap();
+    ends(&daemon, &mut vm2, &mut vm1, &answers, "ports/vm1/ingress_denied");
+    passes(&mut vm1, &mut vm2, &asks);
+    passes(&mut vm2, &mut vm1, &answers);
+    assert_conserved(&daemon);
+}
