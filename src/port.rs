@@ -81,8 +81,8 @@ impl PortEndpoint {
     }
 
     /// Has another worker serve the port, while its guest goes on. All workers were told already where frames to it are to
-    /// go; those that come between its receiveqs' two places are dropped and counted.
-    /// `between` is called while neither worker has a ring of the port.
+    /// go; those that come between its receiveqs' two places are dropped and counted. `between` is called while no worker
+    /// has a ring of the port, or nothing moves.
     pub fn move_to(&self, worker: WorkerId, between: impl FnOnce()) {
         self.owner.move_to(worker, between);
     }

@@ -7,8 +7,12 @@
 //! | `GET /v1/state` | desired state, as JSON |
 //! | `PUT /v1/state?dry_run=true` | replaces desired state; body JSON, or TOML as `application/toml` |
 //! | `GET /v1/{ports,networks,underlays}[/NAME]` | objects as they are: settings, session, rings, counters |
+//! | `GET /v1/{groups,rules}[/NAME]` | settings, members, hits |
 //! | `GET /v1/{fdb,workers}` | learned addresses; the workers' loops |
-//! | `POST /v1/{ports,networks,underlays}` | adds the object in the body; 409 if there is one of that name |
+//! | `GET /v1/connections[/PORT]` | what rules have let begin, of all ports or of one |
+//! | `GET /v1/drops?since=N` | samples of dropped frames, from number N on, and the number of the next |
+//! | `GET /v1/why?port=&protocol=&source=&destination=` | what would become of a flow; also `icmp`, `mac`, `identity` |
+//! | `POST /v1/{ports,networks,underlays,groups,rules}` | adds the object in the body; 409 if there is one of that name |
 //! | `PUT`, `PATCH`, `DELETE /v1/{..}/NAME` | replaces or adds; changes the keys given (`null` removes); removes |
 //! | `PUT`, `DELETE /v1/networks/NAME/remotes/ADDRESS` | one remote of a network |
 //! | `GET /v1/ports/NAME/qemu-args?format=libvirt` | what attaches a VM, as text |

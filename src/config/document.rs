@@ -1,5 +1,6 @@
 //! Desired state: what the configuration file and the API's JSON say, after validation.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -232,6 +233,11 @@ impl Port {
     pub fn hears_unknown(&self) -> bool {
         self.unknown_unicast.unwrap_or(self.mac.is_none())
     }
+
+    /// What names it in tunnel headers: its first group that has an `id`. `identities` are its document's.
+    pub fn identity(&self, identities: &HashMap<&str, u16>) -> Option<u16> {
+        self.groups.iter().find_map(|group| identities.get(group.as_str()).copied())
+    }
 }
 
 /// Who listens on a port's socket.
@@ -264,9 +270,9 @@ impl Document {
         self.network.iter().find(|network| network.name == name)
     }
 
-    /// What names a port's group in tunnel headers: the `id` of the first of its groups that has one.
-    pub fn identity(&self, port: &Port) -> Option<u16> {
-        port.groups.iter().find_map(|name| self.group.iter().find(|group| group.name == *name)?.id)
+    /// What names groups in tunnel headers, by their names.
+    pub fn identities(&self) -> HashMap<&str, u16> {
+        self.group.iter().filter_map(|group| Some((group.name.as_str(), group.id?))).collect()
     }
 
     /// The underlay of that name.

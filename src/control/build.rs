@@ -35,10 +35,11 @@ impl Control {
             }
             put(&mut snapshot.networks, live.id.0, self.build_network(network, worker));
         }
+        let identities = self.document.identities();
         for port in &self.document.port {
             let live = &self.ports[&port.name];
             let network = self.networks[&port.network].id;
-            let identity = self.document.identity(port);
+            let identity = port.identity(&identities);
             let built = Port {
                 name: port.name.as_str().into(),
                 network,

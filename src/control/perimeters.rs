@@ -7,11 +7,11 @@
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 
 use dreamwire_datapath::perimeter::{Perimeter, PerimeterLimits};
 use dreamwire_datapath::snapshot::{PortId, PortPolicy, WorkerId};
 use dreamwire_policy::{ConntrackLimits, MeterLimits};
-use std::sync::Arc;
 
 use super::core::Control;
 use super::inventory::Workers;

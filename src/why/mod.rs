@@ -188,7 +188,7 @@ impl Facts<'_> {
         if let (Some(receiver), true) = (receiver, passes(&steps)) {
             // A port without addresses is known by its identity, whatever it claims.
             let identity = match ends.sender {
-                Some(sender) => self.document.identity(sender).filter(|_| sender.addresses.is_empty()),
+                Some(sender) => sender.identity(&self.document.identities()).filter(|_| sender.addresses.is_empty()),
                 None => ends.identity,
             };
             steps.push(self.judge(receiver, Direction::Ingress, key, identity));
@@ -347,8 +347,10 @@ impl Facts<'_> {
     /// What is around it on the underlay.
     fn wire(&self, ends: &Ends<'_>) -> String {
         let (Some(vni), Some(underlay)) = (ends.network.vni, &ends.network.underlay) else { return String::new() };
-        let identity =
-            ends.sender.filter(|_| ends.network.group_policy).and_then(|sender| self.document.identity(sender));
+        let identity = ends
+            .sender
+            .filter(|_| ends.network.group_policy)
+            .and_then(|sender| sender.identity(&self.document.identities()));
         let group = identity.map(|id| format!(", from group {id}")).unwrap_or_default();
         format!(", in VXLAN {} over {underlay}{group}", vni.get())
     }
