@@ -15,7 +15,7 @@ use crate::key::{Family, ICMP, ICMPV6, IcmpRole, Key, TCP, UDP, UDP_LITE, icmp_r
 use crate::model::{Direction, RuleId};
 use crate::parse::{Fragment, Packet, Quoted, Transport};
 use crate::table::{ConnKey, Entry, Table, Tracked};
-use crate::tcp::{Context, Effect, TcpState, Tracker};
+use crate::tcp::{Context, Effect, STALLED_NS, TcpState, Tracker};
 
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -225,7 +225,7 @@ impl Conntrack {
         let (tracked, timeout_ns) = match (&packet.transport, packet.key.protocol) {
             (Transport::Tcp(segment), _) => {
                 let tracker = Tracker::begin(segment, self.limits.pick_up).ok_or(Refused::Invalid)?;
-                (Tracked::Tcp(tracker), tracker.state().timeout_ns())
+                (Tracked::Tcp(tracker), tracker.timeout_ns(false))
             }
             (_, UDP | UDP_LITE) => {
                 (Tracked::Udp { stream_ms: milliseconds(now_ns).wrapping_add(UDP_STREAM_AFTER_MS) }, UDP_NS)
@@ -428,6 +428,10 @@ impl Conntrack {
                     }
                     Effect::Ignored => None,
                     Effect::Invalid => return Advanced::Invalid,
+                    Effect::InvalidEnd => {
+                        entry.expires_ns = entry.expires_ns.min(now_ns.saturating_add(STALLED_NS));
+                        return Advanced::Invalid;
+                    }
                     Effect::Reopen => {
                         self.table.free(slot);
                         return Advanced::Reopen;

@@ -73,6 +73,7 @@ fn tcp_is_read_with_its_options_with_and_without_tags() {
         flags: 2,
         scale: Some(7),
         sack_permitted: true,
+        options: true,
         ..Segment::default()
     };
     let expected = Packet { key: key4(TCP, 40000, 443), fragment: Fragment::Whole, transport: Transport::Tcp(segment) };

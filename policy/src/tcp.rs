@@ -6,7 +6,8 @@
 //! an acknowledgment may not name what was not sent, nor lag too far behind (G. van Rooij, "Real Stateful TCP Packet
 //! Filtering in IP Filter", 2000). A reset must not lie behind what its receiver has acknowledged, and in an established
 //! connection must hit exactly, else the connection is kept (RFC 5961 §3). After a pick-up in the middle of a connection
-//! window scales are unknown, and windows do not decide.
+//! window scales are unknown, and windows do not decide. What was let through unproven (a SYN in the middle, an
+//! acknowledgment of an unknown SYN) is remembered: its answer tells who was right.
 //!
 //! Owned by a [`crate::Conntrack`] entry. No clock: timeouts are returned, not kept.
 
@@ -27,7 +28,7 @@ const REPEATS_MAX: u8 = 3;
 const SECOND_NS: u64 = 1_000_000_000;
 const MINUTE_NS: u64 = 60 * SECOND_NS;
 /// For a connection that only repeats itself, or whose last data was never acknowledged.
-const STALLED_NS: u64 = 5 * MINUTE_NS;
+pub(crate) const STALLED_NS: u64 = 5 * MINUTE_NS;
 
 /// What connection tracking reads from a TCP header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -48,6 +49,8 @@ pub struct Segment {
     pub scale: Option<u8>,
     /// SACK-permitted option.
     pub sack_permitted: bool,
+    /// Any option at all.
+    pub options: bool,
     /// The first fragment of a longer segment: where it ends is not known.
     pub fragmented: bool,
 }
@@ -79,6 +82,7 @@ impl Segment {
 
     #[inline]
     fn read_options(&mut self, options: &[u8]) {
+        self.options = true;
         // RFC 7323 appendix A: the timestamp alone, which is what nearly every segment has.
         if options.len() == 12 && options[..4] == [1, 1, 8, 10] {
             return;
@@ -282,20 +286,21 @@ impl Sender {
     }
 
     fn from_syn(segment: &Segment) -> Self {
-        let end = segment.end();
-        let mut sender = Self { end, end_max: end, window_max: u32::from(segment.window).max(1), ..Self::default() };
-        sender.read_options(segment);
+        let mut sender = Self::default();
+        sender.restart(segment);
         sender
     }
 
-    fn read_options(&mut self, segment: &Segment) {
-        self.scale = segment.scale.unwrap_or(0);
-        self.flags &= !(Self::SCALE | Self::SACK);
-        if segment.scale.is_some() {
-            self.flags |= Self::SCALE;
-        }
-        if segment.sack_permitted {
-            self.flags |= Self::SACK;
+    /// Begins anew with this segment. What options said before stays if it has none.
+    fn restart(&mut self, segment: &Segment) {
+        self.end = segment.end();
+        self.end_max = self.end;
+        self.window_max = u32::from(segment.window).max(1);
+        if segment.options {
+            self.scale = segment.scale.unwrap_or(0);
+            self.flags &= Self::LIBERAL;
+            self.flags |= if segment.scale.is_some() { Self::SCALE } else { 0 };
+            self.flags |= if segment.sack_permitted { Self::SACK } else { 0 };
         }
     }
 }
@@ -306,12 +311,20 @@ struct Last {
     sequence: u32,
     acknowledgment: u32,
     end: u32,
-    window: u32,
+    /// As sent, before scaling.
+    window: u16,
     kind: Kind,
     reply: bool,
-    /// Options of an ignored SYN.
+    /// Options of an ignored SYN, as a [`Sender`] has them, and these below.
     scale: u8,
     flags: u8,
+}
+
+impl Last {
+    /// A SYN was ignored in LAST_ACK: an acknowledgment may be the challenge to it (RFC 5961 §4), not that of the FIN.
+    const CHALLENGE: u8 = 0x40;
+    /// Both sides have opened at once.
+    const SIMULTANEOUS: u8 = 0x80;
 }
 
 /// A TCP connection.
@@ -333,6 +346,8 @@ pub(crate) enum Effect {
     Ignored,
     /// It does not belong to it.
     Invalid,
+    /// It does not belong to it, but both sides have now tried to end it: forget it within [`STALLED_NS`].
+    InvalidEnd,
     /// It opens a new connection in place of this one.
     Reopen,
 }
@@ -342,8 +357,6 @@ enum Fit {
     Inside,
     /// Harmless: an old acknowledgment.
     Stale,
-    /// A SYN before the one that is known: the answer will say which counts.
-    OlderSyn,
     Outside,
 }
 
@@ -367,6 +380,7 @@ impl Tracker {
             Step::To(TcpState::SynSent) => {}
             Step::To(_) if pick_up => {
                 initiator.end_max = initiator.end.wrapping_add(initiator.window_max);
+                initiator.scale = 0;
                 initiator.flags = Sender::SACK | Sender::LIBERAL;
                 responder.flags = Sender::SACK | Sender::LIBERAL;
             }
@@ -407,42 +421,46 @@ impl Tracker {
     #[inline]
     pub(crate) fn advance(&mut self, segment: &Segment, reply: bool, context: Context) -> Effect {
         let Some(kind) = segment.kind() else { return Effect::Invalid };
-        let mut from = self.state;
-        let mut to = match step(from, kind, reply) {
-            Step::To(state) => state,
+        let from = self.state;
+        let mut windows_decide = true;
+        let to = match step(from, kind, reply) {
             Step::Invalid => return Effect::Invalid,
             Step::Ignore if self.answers_ignored_syn(kind, segment, reply) => {
                 self.catch_up(reply);
-                from = TcpState::SynSent;
                 TcpState::SynRecv
             }
             Step::Ignore => return self.ignore(kind, segment, reply),
-        };
-        if to == TcpState::SynSent && matches!(from, TcpState::TimeWait | TcpState::Close) {
-            if self.is_over(reply) {
-                return Effect::Reopen;
+            Step::To(TcpState::SynSent) if matches!(from, TcpState::TimeWait | TcpState::Close) => {
+                return if self.is_over(reply) { Effect::Reopen } else { self.ignore(kind, segment, reply) };
             }
-            return self.ignore(kind, segment, reply);
-        }
-        if to == TcpState::SynRecv && from == TcpState::SynSent && self.answers_ignored_syn(kind, segment, reply) {
-            self.catch_up(reply);
-        }
-        let mut windows_decide = true;
-        if kind == Kind::Rst {
-            match self.reset(segment, reply, context) {
+            Step::To(TcpState::TimeWait) if self.is_challenge(kind, reply) => {
+                self.last.flags &= !Last::CHALLENGE;
+                return Effect::Ignored;
+            }
+            Step::To(TcpState::SynSent2) => {
+                self.last.flags |= Last::SIMULTANEOUS;
+                TcpState::SynSent2
+            }
+            Step::To(TcpState::SynRecv) if reply && kind == Kind::Ack && self.last.flags & Last::SIMULTANEOUS != 0 => {
+                TcpState::Established
+            }
+            Step::To(_) if kind == Kind::Rst => match self.reset(segment, reply, context) {
                 Reset::Invalid => return Effect::Invalid,
                 // RFC 5961 §3.2: the receiver answers with a challenge; until then nothing is known.
-                Reset::Doubtful => to = from,
-                Reset::Exact => {}
-                Reset::Unchecked => windows_decide = false,
-            }
-        }
+                Reset::Doubtful => from,
+                Reset::Exact => TcpState::Close,
+                Reset::Unchecked => {
+                    windows_decide = false;
+                    TcpState::Close
+                }
+            },
+            Step::To(state) => state,
+        };
         if windows_decide {
-            match self.fit(kind, segment, reply, from, context.liberal) {
+            match self.fit(kind, segment, reply, context.liberal) {
                 Fit::Inside => {}
                 Fit::Stale => return Effect::Ignored,
-                Fit::OlderSyn => return self.ignore(kind, segment, reply),
-                Fit::Outside => return Effect::Invalid,
+                Fit::Outside => return self.outside(kind, reply, context),
             }
         }
         self.last.kind = kind;
@@ -451,14 +469,25 @@ impl Tracker {
         if from != to && to == TcpState::FinWait {
             self.senders[usize::from(reply)].flags |= Sender::CLOSED_FIRST;
         }
-        Effect::Moved { timeout_ns: self.timeout_ns() }
+        // Who only repeats a SYN cannot keep its entry for ever.
+        if !context.replied && kind == Kind::Syn && from == TcpState::SynSent {
+            return Effect::Ignored;
+        }
+        Effect::Moved { timeout_ns: self.timeout_ns(context.replied) }
     }
 
+    /// How long it is remembered after the last packet that moved it.
     #[inline]
-    fn timeout_ns(&self) -> u64 {
+    pub(crate) fn timeout_ns(&self, replied: bool) -> u64 {
         let full = self.state.timeout_ns();
+        if self.repeats >= REPEATS_MAX && full > STALLED_NS {
+            return STALLED_NS;
+        }
+        if self.last.kind == Kind::Rst {
+            return TcpState::Close.timeout_ns();
+        }
         let unacknowledged = (self.senders[0].flags | self.senders[1].flags) & Sender::UNACKNOWLEDGED != 0;
-        if self.repeats >= REPEATS_MAX || unacknowledged { full.min(STALLED_NS) } else { full }
+        if unacknowledged || self.last.window == 0 || !replied { full.min(STALLED_NS) } else { full }
     }
 
     /// Both sides, or a reset from this one, have ended it.
@@ -475,16 +504,26 @@ impl Tracker {
             && segment.acknowledgment == self.last.end
     }
 
+    fn is_challenge(&self, kind: Kind, reply: bool) -> bool {
+        self.state == TcpState::LastAck
+            && kind == Kind::Ack
+            && self.last.kind == Kind::Syn
+            && self.last.reply != reply
+            && self.last.flags & Last::CHALLENGE != 0
+    }
+
+    /// What the ignored SYN said counts, and its answerer begins anew.
     fn catch_up(&mut self, reply: bool) {
-        self.senders[usize::from(!reply)] = Sender {
+        self.senders[usize::from(self.last.reply)] = Sender {
             end: self.last.end,
             end_max: self.last.end,
-            window_max: self.last.window.max(1),
+            window_max: u32::from(self.last.window).max(1),
             ack_max: 0,
             scale: self.last.scale,
-            flags: self.last.flags,
+            flags: self.last.flags & (Sender::SCALE | Sender::SACK),
         };
-        self.senders[usize::from(reply)] = Sender::default();
+        let answerer = &mut self.senders[usize::from(reply)];
+        *answerer = Sender { flags: answerer.flags & Sender::LIBERAL, ..Sender::default() };
     }
 
     fn ignore(&mut self, kind: Kind, segment: &Segment, reply: bool) -> Effect {
@@ -492,13 +531,31 @@ impl Tracker {
         self.last.reply = reply;
         self.last.sequence = segment.sequence;
         self.last.end = segment.end();
-        self.last.window = segment.window.into();
+        self.last.window = segment.window;
         if kind == Kind::Syn && !reply {
             let syn = Sender::from_syn(segment);
             self.last.scale = syn.scale;
-            self.last.flags = syn.flags;
+            self.last.flags = syn.flags | if self.state == TcpState::LastAck { Last::CHALLENGE } else { 0 };
+        }
+        if kind == Kind::Ack && self.state == TcpState::SynSent {
+            self.last.acknowledgment = segment.acknowledgment;
         }
         Effect::Ignored
+    }
+
+    /// A packet outside of the windows. If it would have ended the connection, and so would one from the other side, then it
+    /// is perhaps us who are out of step.
+    fn outside(&mut self, kind: Kind, reply: bool, context: Context) -> Effect {
+        let ends = |kind| matches!(kind, Kind::Fin | Kind::Rst);
+        if !context.assured || !ends(kind) {
+            return Effect::Invalid;
+        }
+        if self.last.reply != reply && ends(self.last.kind) {
+            return Effect::InvalidEnd;
+        }
+        self.last.kind = kind;
+        self.last.reply = reply;
+        Effect::Invalid
     }
 
     fn reset(&self, segment: &Segment, reply: bool, context: Context) -> Reset {
@@ -506,22 +563,26 @@ impl Tracker {
             return Reset::Unchecked;
         }
         let receiver = &self.senders[usize::from(!reply)];
-        let established = self.state == TcpState::Established && context.assured;
+        let last = &self.last;
         // After a SYN that was let through, what was acknowledged before says nothing.
-        if receiver.has(Sender::ACK_SEEN) && self.last.kind != Kind::Syn && (segment.sequence != 0 || established) {
-            if before(segment.sequence, receiver.ack_max) {
-                return Reset::Invalid;
-            }
-            let follows_own_last =
-                self.last.kind == Kind::Ack && self.last.reply == reply && segment.sequence == self.last.end;
-            if established && segment.sequence != receiver.ack_max && !follows_own_last {
-                return Reset::Doubtful;
-            }
+        if receiver.has(Sender::ACK_SEEN) && last.kind != Kind::Syn {
+            let established = self.state == TcpState::Established && context.assured;
+            let follows_own_last = last.kind == Kind::Ack && last.reply == reply && segment.sequence == last.end;
+            return match segment.sequence {
+                0 if !established => Reset::Exact,
+                sequence if before(sequence, receiver.ack_max) => Reset::Invalid,
+                sequence if !established || sequence == receiver.ack_max || follows_own_last => Reset::Exact,
+                _ => Reset::Doubtful,
+            };
         }
-        // Sent in answer to a SYN or ACK that was ignored.
-        let ignored = (context.replied && self.last.kind == Kind::Syn && self.last.reply != reply)
-            || (!context.assured && self.last.kind == Kind::Ack);
-        match ignored && segment.acknowledgment == self.last.end {
+        // Sent in answer to a SYN or ACK that was ignored, or to the challenge that was.
+        let ignored = (context.replied && last.kind == Kind::Syn && last.reply != reply)
+            || (!context.assured && last.kind == Kind::Ack);
+        let challenged = self.state == TcpState::SynSent
+            && last.kind == Kind::Ack
+            && last.reply
+            && segment.sequence == last.acknowledgment;
+        match challenged || (ignored && segment.acknowledgment == last.end) {
             true => Reset::Unchecked,
             false => Reset::Exact,
         }
@@ -529,7 +590,7 @@ impl Tracker {
 
     /// Holds a packet against the windows and, if it is inside, moves them.
     #[inline]
-    fn fit(&mut self, kind: Kind, segment: &Segment, reply: bool, state: TcpState, liberal: bool) -> Fit {
+    fn fit(&mut self, kind: Kind, segment: &Segment, reply: bool, liberal: bool) -> Fit {
         let [first, second] = &mut self.senders;
         let (sender, receiver) = if reply { (second, first) } else { (first, second) };
         let mut sequence = segment.sequence;
@@ -544,16 +605,17 @@ impl Tracker {
             receiver.flags |= Sender::LIBERAL;
         }
 
+        let restart = |sender: &mut Sender, receiver: &mut Sender| {
+            sender.restart(segment);
+            // RFC 7323 §2.2: both or neither.
+            if reply && !(sender.has(Sender::SCALE) && receiver.has(Sender::SCALE)) {
+                sender.scale = 0;
+                receiver.scale = 0;
+            }
+        };
         if sender.window_max == 0 {
             if segment.has(SYN) {
-                let flags = sender.flags & Sender::LIBERAL;
-                *sender = Sender::from_syn(segment);
-                sender.flags |= flags;
-                // RFC 7323 §2.2: both or neither.
-                if !(sender.has(Sender::SCALE) && receiver.has(Sender::SCALE)) {
-                    sender.scale = 0;
-                    receiver.scale = 0;
-                }
+                restart(sender, receiver);
                 if !segment.has(ACK) {
                     return Fit::Inside;
                 }
@@ -569,21 +631,14 @@ impl Tracker {
                     receiver.end = receiver.end.wrapping_add(1);
                 }
             }
-        } else if segment.has(SYN) && matches!(state, TcpState::SynSent | TcpState::SynRecv) {
-            if after(end, sender.end) {
-                // A SYN with another initial sequence number.
-                let keep = sender.flags & Sender::LIBERAL;
-                *sender = Sender::from_syn(segment);
-                sender.flags |= keep;
-                if reply && !(sender.has(Sender::SCALE) && receiver.has(Sender::SCALE)) {
-                    sender.scale = 0;
-                    receiver.scale = 0;
-                }
-                if reply && !segment.has(ACK) {
-                    return Fit::Inside;
-                }
-            } else if before(end, sender.end) && !reply && !segment.has(ACK) {
-                return Fit::OlderSyn;
+        } else if segment.has(SYN)
+            && after(end, sender.end)
+            && matches!(self.state, TcpState::SynSent | TcpState::SynRecv)
+        {
+            // A SYN with another initial sequence number.
+            restart(sender, receiver);
+            if reply && !segment.has(ACK) {
+                return Fit::Inside;
             }
         }
 
@@ -593,32 +648,35 @@ impl Tracker {
             sack = receiver.end;
         }
         // A reset that answers a SYN has no number of its own.
-        if segment.has(RST) && sequence == 0 && state == TcpState::SynSent {
+        if segment.has(RST) && sequence == 0 && self.state == TcpState::SynSent {
             sequence = sender.end;
             end = sender.end;
         }
 
+        // What passes all the same teaches nothing.
+        let excused = liberal || sender.has(Sender::LIBERAL);
+        let or_excused = |fit| if excused { Fit::Inside } else { fit };
         let lag = sender.window_max.max(ACK_LAG_BYTES);
-        let too_late = after(sequence, sender.end_max) || after(sack, receiver.end);
-        let too_early = (receiver.window_max != 0 && before(end, sender.end.wrapping_sub(receiver.window_max)))
-            || before(sack, receiver.end.wrapping_sub(lag));
-        if after(sequence, sender.end_max) && !too_early && !after(sack, receiver.end) && receiver.window_max != 0 {
+        let in_window = !before(end, sender.end.wrapping_sub(receiver.window_max));
+        let acknowledges_unsent = after(sack, receiver.end);
+        let acknowledges_late = before(sack, receiver.end.wrapping_sub(lag));
+        if after(sequence, sender.end_max) {
             // Some stacks send beyond the window that they were offered. By less than a window it passes, and its
             // acknowledgment will not be one of data that was never seen.
             let beyond = end.wrapping_sub(sender.end_max).wrapping_add(1);
-            if beyond <= receiver.window_max {
+            let tolerable = receiver.window_max != 0 && beyond <= receiver.window_max;
+            if tolerable && in_window && !acknowledges_unsent && !acknowledges_late {
                 sender.end = end;
                 sender.flags |= Sender::UNACKNOWLEDGED;
-                return Fit::Stale;
+                return or_excused(Fit::Stale);
             }
+            return or_excused(Fit::Outside);
         }
-        if too_late || too_early {
-            // What passes all the same teaches nothing.
-            return match (liberal || sender.has(Sender::LIBERAL), too_late) {
-                (true, _) => Fit::Inside,
-                (false, true) => Fit::Outside,
-                (false, false) => Fit::Stale,
-            };
+        if acknowledges_unsent {
+            return or_excused(Fit::Outside);
+        }
+        if (receiver.window_max != 0 && !in_window) || acknowledges_late {
+            return or_excused(Fit::Stale);
         }
 
         let advertised = window.wrapping_add(sack.wrapping_sub(ack));
@@ -642,12 +700,10 @@ impl Tracker {
             receiver.flags &= !Sender::UNACKNOWLEDGED;
         }
         if kind == Kind::Ack {
-            let last = Last { sequence, acknowledgment: ack, end, window, ..self.last };
-            let repeated = self.last.reply == reply
-                && (self.last.sequence, self.last.acknowledgment, self.last.end, self.last.window)
-                    == (sequence, ack, end, window);
-            self.repeats = if repeated { self.repeats.saturating_add(1) } else { 0 };
-            self.last = Last { reply, ..last };
+            let last = Last { sequence, acknowledgment: ack, end, window: segment.window, reply, ..self.last };
+            let of = |last: &Last| (last.reply, last.sequence, last.acknowledgment, last.end, last.window);
+            self.repeats = if of(&last) == of(&self.last) { self.repeats.saturating_add(1) } else { 0 };
+            self.last = last;
         }
         Fit::Inside
     }

@@ -57,6 +57,10 @@ fn both_may_open_at_once() {
     let mut tracker = Tracker::begin(&segment(SYN, 100, 0, 0), true).unwrap();
     assert!(moved(tracker.advance(&segment(SYN, 500, 0, 0), true, STRICT)));
     assert_eq!(tracker.state(), TcpState::SynSent2);
+    let mut responder_first = tracker;
+    assert!(moved(responder_first.advance(&segment(SYN | ACK, 100, 501, 0), false, STRICT)));
+    assert!(moved(responder_first.advance(&segment(ACK, 501, 101, 0), true, STRICT)));
+    assert_eq!(responder_first.state(), TcpState::Established, "the acknowledgment may be the responder's");
     assert!(moved(tracker.advance(&segment(SYN | ACK, 100, 501, 0), false, STRICT)));
     assert!(moved(tracker.advance(&segment(ACK, 501, 101, 0), true, STRICT)));
     assert!(moved(tracker.advance(&segment(ACK, 101, 501, 0), false, STRICT)));
@@ -85,6 +89,52 @@ fn a_reset_must_hit() {
 }
 
 #[test]
+fn a_reset_answers_a_challenge_to_a_connection_begun_anew() {
+    // The server still believes in an older connection and challenges the SYN (RFC 5961 §4); the client resets that one.
+    let mut tracker = Tracker::begin(&segment(SYN, 100, 0, 0), true).unwrap();
+    assert_eq!(tracker.advance(&segment(ACK, 500, 70_000, 0), true, STRICT), Effect::Ignored);
+    let reset = |sequence| segment(RST, sequence, 0, 0);
+    assert_eq!({ tracker }.advance(&reset(71_000), false, STRICT), Effect::Invalid);
+    assert!(moved(tracker.advance(&reset(70_000), false, STRICT)));
+    assert_eq!(tracker.state(), TcpState::Close);
+}
+
+#[test]
+fn a_challenge_does_not_acknowledge_the_last_fin() {
+    let mut tracker = established();
+    assert!(moved(tracker.advance(&segment(FIN | ACK, 101, 501, 0), false, STRICT)));
+    assert!(moved(tracker.advance(&segment(FIN | ACK, 501, 102, 0), true, STRICT)));
+    assert_eq!(tracker.state(), TcpState::LastAck);
+    assert_eq!(tracker.advance(&segment(SYN, 9000, 0, 0), false, STRICT), Effect::Ignored);
+    let ack = segment(ACK, 502, 102, 0);
+    assert_eq!(tracker.advance(&ack, true, STRICT), Effect::Ignored);
+    assert_eq!(tracker.state(), TcpState::LastAck);
+    assert!(moved(tracker.advance(&ack, true, STRICT)), "the second one is no challenge");
+    assert_eq!(tracker.state(), TcpState::TimeWait);
+}
+
+#[test]
+fn two_ends_that_give_up_outside_of_the_windows_are_noticed() {
+    let mut tracker = established();
+    let far = |reply, context| (segment(FIN | ACK, 80_000, if reply { 101 } else { 501 }, 0), reply, context);
+    for (round, (segment, reply, context), effect) in [
+        (1, far(true, Context { assured: false, ..STRICT }), Effect::Invalid),
+        (2, far(false, STRICT), Effect::Invalid),
+        (3, far(false, STRICT), Effect::Invalid),
+        (4, far(true, STRICT), Effect::InvalidEnd),
+    ] {
+        assert_eq!(tracker.advance(&segment, reply, context), effect, "round {round}");
+    }
+    assert_eq!(tracker.state(), TcpState::Established);
+    // What such a packet made us forget: the SYN that its sender's answer would have been held against.
+    let mut tracker = established();
+    assert_eq!(tracker.advance(&segment(SYN, 70_000, 0, 0), false, STRICT), Effect::Ignored);
+    assert_eq!(tracker.advance(&segment(RST, 80_000, 0, 0), false, STRICT), Effect::Invalid);
+    assert_eq!(tracker.advance(&segment(SYN | ACK, 9000, 70_001, 0), true, STRICT), Effect::Ignored);
+    assert_eq!(tracker.state(), TcpState::Established);
+}
+
+#[test]
 fn windows_decide_unless_told_otherwise() {
     let far = segment(ACK, 101 + 5000, 501, 100);
     assert_eq!(established().advance(&far, false, STRICT), Effect::Invalid);
@@ -100,8 +150,11 @@ fn windows_decide_unless_told_otherwise() {
 
 #[test]
 fn windows_are_scaled_if_both_sides_offer_it() {
-    let scaled =
-        |flags, sequence, acknowledgment, scale| Segment { scale, ..segment(flags, sequence, acknowledgment, 0) };
+    let scaled = |flags, sequence, acknowledgment, scale| Segment {
+        scale,
+        options: true,
+        ..segment(flags, sequence, acknowledgment, 0)
+    };
     for (server, passes) in [(Some(7), true), (None, false)] {
         let mut tracker = Tracker::begin(&scaled(SYN, 100, 0, Some(7)), true).unwrap();
         assert!(moved(tracker.advance(&scaled(SYN | ACK, 500, 101, server), true, STRICT)));
@@ -155,6 +208,14 @@ fn a_connection_that_only_repeats_itself_is_forgotten_sooner() {
         tracker.advance(&segment(ACK, 501, 111, 0), true, STRICT);
     }
     assert_eq!(timeout(tracker.advance(&segment(ACK, 501, 111, 0), true, STRICT)), 300);
+    let closed = Segment { window: 0, ..segment(ACK, 501, 111, 0) };
+    assert_eq!(timeout(tracker.advance(&closed, true, STRICT)), 300, "no window");
+    assert_eq!(timeout(tracker.advance(&segment(RST, 600, 0, 0), true, STRICT)), 10, "until the challenge is answered");
+    let picked_up = Tracker::begin(&segment(ACK, 7000, 8000, 0), true).unwrap();
+    assert_eq!(picked_up.timeout_ns(false) / SECOND_NS, 300, "picked up, and nobody has answered");
+    let mut begun = Tracker::begin(&segment(SYN, 100, 0, 0), true).unwrap();
+    let repeated = begun.advance(&segment(SYN, 100, 0, 0), false, Context::default());
+    assert_eq!(repeated, Effect::Ignored, "a SYN repeated keeps no entry alive");
 }
 
 proptest! {
@@ -168,7 +229,7 @@ proptest! {
             let scale = scale.map(|scale| scale.min(SCALE_MAX));
             let segment = Segment {
                 sequence, acknowledgment, selective: acknowledgment, payload_bytes, window, flags, scale,
-                sack_permitted: true, fragmented: false,
+                sack_permitted: true, options: true, fragmented: false,
             };
             tracker.advance(&segment, reply, Context { liberal, ..STRICT });
             prop_assert!(tracker.senders.iter().all(|sender| sender.scale <= SCALE_MAX));

@@ -1,11 +1,12 @@
 //! Two firewalls for one packet: Linux (nftables over nf_conntrack, forwarding between two veth pairs) and ours.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use dreamwire_bench::topology::{FrameFilter, Netns, PacketSocket, VethEnd};
 use dreamwire_policy::{
-    Action, Classifier, Conntrack, ConntrackLimits, Decision, Direction, Group, GroupId, IcmpKind, Policy, PortRange,
-    Posture, Protocol, Remote, Rule, RuleId, decide, parse,
+    Action, Classifier, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Group, GroupId, IcmpKind,
+    Policy, PortRange, Posture, Protocol, Remote, Rule, RuleId, decide, parse,
 };
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -31,18 +32,20 @@ const FENCE_ID: u16 = 0xffff;
 
 /// Both firewalls.
 pub(crate) struct Firewalls {
-    _namespaces: [Netns; 3],
+    _ends: [Netns; 2],
+    router: Netns,
     net: PacketSocket,
     vm: PacketSocket,
     /// The router's, towards the net and towards the VM.
     macs: [[u8; 6]; 2],
     classifier: Classifier,
     conntrack: Conntrack,
-    now_ns: u64,
+    start: Instant,
 }
 
 impl Firewalls {
-    pub(crate) fn new() -> Self {
+    /// `liberal`: windows do not decide; `pick_up`: a connection may begin in its middle.
+    pub(crate) fn new(liberal: bool, pick_up: bool) -> Self {
         // One CPU handles what one CPU has sent, in order.
         let mut cpu = CpuSet::new();
         cpu.set(0).unwrap();
@@ -60,6 +63,9 @@ impl Firewalls {
             .sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.net.rp_filter=0 \
                  net.ipv4.conf.vm.rp_filter=0 net.netfilter.nf_conntrack_checksum=0")
             .unwrap();
+        let settings = [("be_liberal", liberal), ("loose", pick_up)]
+            .map(|(name, value)| format!("net.netfilter.nf_conntrack_tcp_{name}={}", u8::from(value)));
+        router.sh(&format!("sysctl -qw {}", settings.join(" "))).unwrap();
         for (interface, network) in [("net", 1), ("vm", 2)] {
             for host in [1, 2, 9] {
                 let neighbour = format!("10.{network}.0.{host} lladdr 02:00:00:00:00:0{host} dev {interface}");
@@ -75,15 +81,16 @@ impl Firewalls {
         let sockets = [&net, &vm].map(|netns| netns.packet_socket("eth0").unwrap());
         let [net_socket, vm_socket] = sockets;
         let policy = Policy::new(vec![Group { id: GroupId(0), members: vec![] }], rules(), vec![]).unwrap();
-        let limits = ConntrackLimits { connections: 200_000, ..ConntrackLimits::default() };
+        let limits = ConntrackLimits { liberal, pick_up, ..ConntrackLimits::default() };
         Self {
-            _namespaces: [net, router, vm],
+            _ends: [net, vm],
+            router,
             net: net_socket,
             vm: vm_socket,
             macs,
             classifier: Classifier::compile(&policy, Posture::Enforced, &[GroupId(0)]),
             conntrack: Conntrack::new(limits, 1),
-            now_ns: 0,
+            start: Instant::now(),
         }
     }
 
@@ -112,11 +119,70 @@ impl Firewalls {
 
     /// What we say of one packet.
     pub(crate) fn ours(&mut self, direction: Direction, packet: &[u8]) -> Decision {
-        // Far less than any timeout in all: Linux's clock hardly moves either.
-        self.now_ns += 1000;
+        let now_ns = self.now_ns();
         let frame = frame([0; 6], packet);
         let parsed = parse(&frame[..frame.len().min(128)], frame.len());
-        decide(&self.classifier, &mut self.conntrack, &parsed, direction, None, 1, self.now_ns)
+        decide(&self.classifier, &mut self.conntrack, &parsed, direction, None, 1, now_ns)
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
+    }
+
+    /// What each of the two, Linux first, remembers of TCP, by the host's port.
+    pub(crate) fn remembered(&self) -> [BTreeMap<u16, Remembered>; 2] {
+        let table = self.router.sh("cat /proc/net/nf_conntrack").unwrap();
+        let now_ns = self.now_ns();
+        let tcp = |row: ConnectionRow| row.tcp.is_some().then(|| Remembered::of_row(&row));
+        [table.lines().filter_map(Remembered::of_line).collect(), self.conntrack.rows(now_ns).filter_map(tcp).collect()]
+    }
+}
+
+/// A TCP connection as a firewall remembers it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Remembered {
+    state: String,
+    replied: bool,
+    assured: bool,
+    seconds_left: u64,
+}
+
+impl Remembered {
+    /// The two tables are read one after the other, and one of them counts in ticks.
+    const SECONDS_APART_MAX: u64 = 2;
+
+    /// `ipv4 2 tcp 6 431999 ESTABLISHED src=10.1.0.1 dst=10.2.0.1 sport=1024 dport=443 src=... [ASSURED] mark=0 use=1`
+    fn of_line(line: &str) -> Option<(u16, Self)> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let port = |at: usize| words[at].split_once('=').unwrap().1.parse::<u16>().unwrap();
+        (words[2] == "tcp").then(|| {
+            let remembered = Self {
+                state: words[5].replace('_', ""),
+                replied: !line.contains("[UNREPLIED]"),
+                assured: line.contains("[ASSURED]"),
+                seconds_left: words[4].parse().unwrap(),
+            };
+            (if port(9) == 443 { port(8) } else { port(9) }, remembered)
+        })
+    }
+
+    fn of_row(row: &ConnectionRow) -> (u16, Self) {
+        let ports = [row.key.source_port, row.key.destination_port];
+        let state = format!("{:?}", row.tcp.unwrap()).to_uppercase();
+        let seconds_left = row.expires_in_ns / 1_000_000_000;
+        (ports[usize::from(ports[0] == 443)], Self { state, replied: row.replied, assured: row.assured, seconds_left })
+    }
+
+    /// Whether two firewalls remember the same, but for what expires just now.
+    pub(crate) fn same(linux: Option<&Self>, ours: Option<&Self>) -> bool {
+        match (linux, ours) {
+            (None, None) => true,
+            (Some(one), None) | (None, Some(one)) => one.seconds_left <= Self::SECONDS_APART_MAX,
+            (Some(linux), Some(ours)) => {
+                (&linux.state, linux.replied, linux.assured) == (&ours.state, ours.replied, ours.assured)
+                    && linux.seconds_left.abs_diff(ours.seconds_left) <= Self::SECONDS_APART_MAX
+            }
+        }
     }
 }
 

@@ -94,3 +94,50 @@ impl std::fmt::Display for Tcp {
         write!(f, " scale {:?} sack {:?}", self.options, self.sack)
     }
 }
+
+/// A packet of a random trace, between the host and the VM.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Packet {
+    Tcp(Tcp),
+    /// Between the host's port and this one of the VM.
+    Udp {
+        ingress: bool,
+        vm_port: u16,
+    },
+    /// A message with an identifier.
+    Icmp {
+        ingress: bool,
+        kind: u8,
+    },
+}
+
+impl Packet {
+    pub(crate) fn ingress(&self) -> bool {
+        match *self {
+            Self::Tcp(Tcp { ingress, .. }) | Self::Udp { ingress, .. } | Self::Icmp { ingress, .. } => ingress,
+        }
+    }
+
+    /// `port` is the host's, or the identifier.
+    pub(crate) fn bytes(&self, id: u16, port: u16) -> Vec<u8> {
+        let (from, to) = if self.ingress() { (HOST, VM) } else { (VM, HOST) };
+        match *self {
+            Self::Tcp(tcp) => tcp.packet(id, port),
+            Self::Udp { ingress: true, vm_port } => ipv4(id, 17, from, to, 0, &udp(port, vm_port, 10)),
+            Self::Udp { ingress: false, vm_port } => ipv4(id, 17, from, to, 0, &udp(vm_port, port, 10)),
+            Self::Icmp { kind, .. } => {
+                let [high, low] = port.to_be_bytes();
+                ipv4(id, 1, from, to, 0, &icmp(kind, 0, [high, low, 0, 1], &[0; 12]))
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Packet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(tcp) => write!(f, "{tcp}"),
+            other => write!(f, "{other:?}"),
+        }
+    }
+}

@@ -1,6 +1,6 @@
-//! Random TCP traces: two ends that mostly behave, and now and then do not.
+//! Random traces: two TCP ends that mostly behave, two that never do, and datagrams.
 
-use super::packets::{ACK, FIN, RST, SYN, Tcp};
+use super::packets::{ACK, FIN, Packet, RST, SYN, Tcp};
 
 /// Splitmix64.
 pub(crate) struct Random(u64);
@@ -23,9 +23,67 @@ impl Random {
     }
 }
 
+/// The packets of one host's port or identifier.
+pub(crate) fn trace(random: &mut Random) -> Vec<Packet> {
+    let trace: Vec<Packet> = match random.below(8) {
+        0 => (0..random.below(8)).map(|_| datagram(random)).collect(),
+        1..=3 => wild(random).into_iter().map(Packet::Tcp).collect(),
+        _ => conversation(random).into_iter().map(Packet::Tcp).collect(),
+    };
+    // Some are sent again, up to four times.
+    let mut times = || if random.below(16) == 0 { 2 + random.below(4) as usize } else { 1 };
+    trace.into_iter().flat_map(|packet| std::iter::repeat_n(packet, times())).collect()
+}
+
+fn datagram(random: &mut Random) -> Packet {
+    let ingress = random.below(2) == 0;
+    match random.below(2) {
+        0 => Packet::Udp { ingress, vm_port: random.of(&[53, 54, 123]) },
+        _ => Packet::Icmp { ingress, kind: random.of(&[8, 8, 0, 0, 13, 14, 15, 16, 17, 18]) },
+    }
+}
+
+/// Segments with any of a few flags and numbers, so that each meets what it should not.
+fn wild(random: &mut Random) -> Vec<Tcp> {
+    let first = [1000u32, random.below(1 << 32) as u32];
+    let near = |random: &mut Random, number: u32| {
+        number.wrapping_add(random.of(&[
+            0,
+            0,
+            0,
+            1,
+            1,
+            1,
+            2,
+            101,
+            0u32.wrapping_sub(1),
+            0u32.wrapping_sub(100),
+            1000,
+            70_000,
+        ]))
+    };
+    (0..1 + random.below(12))
+        .map(|_| {
+            let end = random.below(2) as usize;
+            let flags = random.of(&[SYN, SYN, SYN | ACK, SYN | ACK, ACK, ACK, ACK, FIN | ACK, RST, RST | ACK]);
+            let zero = flags & RST != 0 && random.below(3) == 0;
+            Tcp {
+                ingress: end == 0,
+                flags,
+                sequence: if zero { 0 } else { near(random, first[end]) },
+                acknowledgment: if flags & ACK != 0 && random.below(8) != 0 { near(random, first[1 - end]) } else { 0 },
+                window: random.of(&[0, 1000, 1000, 65_535]),
+                payload_bytes: if flags & ACK != 0 { random.of(&[0, 0, 0, 100]) } else { 0 },
+                options: (random.below(3) == 0).then(|| random.of(&[0, 7])),
+                sack: None,
+            }
+        })
+        .collect()
+}
+
 /// A conversation: handshake (mostly), data and acknowledgments, closing, resets and beginning again, with numbers that are
 /// off in one packet of eight.
-pub(crate) fn trace(random: &mut Random) -> Vec<Tcp> {
+fn conversation(random: &mut Random) -> Vec<Tcp> {
     // What each end sends next: host, VM.
     let mut next =
         if random.below(2) == 0 { [1_000_000, 5_000_000] } else { [random.below(1 << 32) as u32, u32::MAX - 50] };

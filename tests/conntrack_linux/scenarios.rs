@@ -89,6 +89,16 @@ fn tcp_scenarios(firewalls: &mut Firewalls) -> usize {
                 (tcp(IN, ACK, 101, 501, 10), true),
             ],
         ),
+        (
+            "a second SYN without options keeps the window scale of the first",
+            vec![
+                (Tcp { options: Some(7), ..tcp(IN, SYN, 100, 0, 0) }, true),
+                (tcp(IN, SYN, 200, 0, 0), true),
+                (Tcp { options: Some(0), ..tcp(OUT, SYN | ACK, 500, 201, 0) }, true),
+                (tcp(IN, ACK, 201, 501, 0), true),
+                (tcp(OUT, ACK, 50_501, 201, 100), true),
+            ],
+        ),
         ("segment far beyond the window", after_handshake(&[(tcp(IN, ACK, 60_000, 501, 10), false)])),
         ("acknowledgment of what was never sent", after_handshake(&[(tcp(IN, ACK, 101, 5000, 0), false)])),
         (

@@ -43,6 +43,8 @@ struct SlowConnection {
     replied: bool,
     state: char,
     closed_first: bool,
+    simultaneous: bool,
+    challenge: bool,
     last: (usize, bool),
     generation: u32,
     rule: Option<RuleId>,
@@ -223,24 +225,44 @@ impl SlowConnection {
             self.closed_first = false;
         }
         if next == '.' {
-            self.last = (kind, reply);
+            self.ignore(kind, reply);
             return Some(true);
         }
         if next == 'S' && (self.state == 'T' || self.state == 'C') {
             if self.closed_first || self.last == (4, reply) {
                 return None;
             }
-            self.last = (kind, reply);
+            self.ignore(kind, reply);
             return Some(true);
         }
+        if self.state == 'L' && kind == 3 && self.challenge && self.last == (0, !reply) {
+            // It answers a SYN that was ignored, and is not the last acknowledgment.
+            self.challenge = false;
+            return Some(true);
+        }
+        self.simultaneous |= next == '2';
+        if next == 'R' && kind == 3 && reply && self.simultaneous {
+            next = 'E';
+        }
+        let repeated = (self.state, kind, self.replied) == ('S', 0, false);
         self.closed_first |= next == 'F' && self.state != 'F';
         self.state = next;
         self.last = (kind, reply);
-        self.expires_ns = now_ns + timeout_ns(next);
+        if !repeated {
+            self.expires_ns = now_ns + timeout_ns(next);
+        }
         if kind == 4 && !self.replied {
             self.expires_ns = now_ns;
         }
         Some(true)
+    }
+
+    fn ignore(&mut self, kind: usize, reply: bool) {
+        self.last = (kind, reply);
+        if kind == 0 && !reply {
+            self.challenge = self.state == 'L';
+            self.simultaneous = false;
+        }
     }
 
     fn refresh(&mut self, now_ns: u64) {
@@ -276,6 +298,8 @@ fn begin(
         replied: false,
         state: 'N',
         closed_first: false,
+        simultaneous: false,
+        challenge: false,
         last: (5, false),
         generation,
         rule,
