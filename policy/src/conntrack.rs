@@ -32,7 +32,7 @@ const REFRESH_NS: u64 = SECOND_NS;
 /// Size and strictness of a port's connection tracking.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConntrackLimits {
-    /// Connections at most: 128 bytes each, with a third more for free room.
+    /// Connections at most: 128 bytes each and up to 24 more to find them, once used.
     pub connections: u32,
     /// Fragmented datagrams at once.
     pub datagrams: u32,
@@ -334,7 +334,7 @@ impl Conntrack {
     #[inline]
     #[must_use]
     pub fn epoch(&self) -> u64 {
-        self.table.freed
+        self.table.ended
     }
 
     /// Everything that is known and has not expired.

@@ -1,6 +1,6 @@
 //! Which fragmented datagrams have had their first fragment let through: what the ones behind it are judged by.
 //!
-//! Fixed size, seeded hash, four ways; the oldest goes. A later fragment passes only if it begins where the first one ended
+//! Fixed size, seeded hash, four ways; the oldest goes. Allocated at start, but written to only by the first fragment. A later fragment passes only if it begins where the first one ended
 //! or behind: one that would overlap it could replace the header that was judged (RFC 1858, RFC 3128, RFC 5722). Owned by a
 //! [`crate::Conntrack`].
 
@@ -37,7 +37,9 @@ struct Datagram {
 #[derive(Debug)]
 pub(crate) struct Fragments {
     hasher: SeedableRandomState,
-    datagrams: Box<[[Option<Datagram>; WAYS]]>,
+    /// Empty before the first fragment, then as many as it has room for.
+    datagrams: Vec<[Option<Datagram>; WAYS]>,
+    buckets: usize,
 }
 
 impl Fragments {
@@ -45,14 +47,17 @@ impl Fragments {
         let buckets = (limit as usize).div_ceil(WAYS).next_power_of_two();
         Self {
             hasher: SeedableRandomState::with_seed(seed, SharedSeed::global_random()),
-            datagrams: vec![[None; WAYS]; buckets].into_boxed_slice(),
+            datagrams: Vec::with_capacity(buckets),
+            buckets,
         }
     }
 
     /// The first fragment was let through.
     pub(crate) fn allow(&mut self, key: &Key, id: u32, end_bytes: u16, direction: Direction, now_ns: u64) {
         let key = datagram_key(key, id, direction);
-        let bucket = self.bucket(&key);
+        self.datagrams.resize(self.buckets, [None; WAYS]);
+        let index = self.index(&key);
+        let bucket = &mut self.datagrams[index];
         let place = bucket.iter().position(|datagram| datagram.is_some_and(|datagram| datagram.key == key));
         let oldest = || {
             let ages = bucket.iter().map(|datagram| datagram.map_or(0, |datagram| datagram.expires_ns));
@@ -66,22 +71,23 @@ impl Fragments {
     }
 
     /// Whether a later fragment may follow.
-    pub(crate) fn follows(&mut self, key: &Key, id: u32, offset_bytes: u16, direction: Direction, now_ns: u64) -> bool {
+    pub(crate) fn follows(&self, key: &Key, id: u32, offset_bytes: u16, direction: Direction, now_ns: u64) -> bool {
         let key = datagram_key(key, id, direction);
-        self.bucket(&key)
-            .iter()
+        let bucket = self.datagrams.get(self.index(&key));
+        bucket
+            .into_iter()
+            .flatten()
             .flatten()
             .any(|known| known.key == key && known.expires_ns > now_ns && offset_bytes >= known.end_bytes)
     }
 
     /// Forgets every datagram: the policy has changed.
     pub(crate) fn clear(&mut self) {
-        self.datagrams.fill([None; WAYS]);
+        self.datagrams.clear();
     }
 
-    fn bucket(&mut self, key: &DatagramKey) -> &mut [Option<Datagram>; WAYS] {
-        let index = self.hasher.hash_one(key) as usize & (self.datagrams.len() - 1);
-        &mut self.datagrams[index]
+    fn index(&self, key: &DatagramKey) -> usize {
+        self.hasher.hash_one(key) as usize & (self.buckets - 1)
     }
 }
 

@@ -1,8 +1,10 @@
 //! The connection table of one port: fixed size, two choices of an 8-way bucket, seeded hash.
 //!
-//! A connection is in one of two buckets that its hash names, or nowhere, so every operation is bounded. Nothing grows. When
-//! there is no room, the least useful connection of both buckets goes: expired, then closed, then never answered, then
-//! closing. An assured connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
+//! A connection is in one of two buckets that its hash names, or nowhere, so every operation is bounded. Buckets say where
+//! entries are; entries are taken in order, and again once freed. All is allocated at start and nothing grows, but a page is
+//! resident only once a connection has used it: a table costs what its busiest moment needed. When there is no room, the
+//! least useful connection of both buckets goes: expired, then closed, then never answered, then closing. An assured
+//! connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
 
 use std::hash::{BuildHasher, Hash, Hasher};
 
@@ -13,7 +15,7 @@ use crate::key::{Family, Key};
 use crate::model::Direction;
 use crate::tcp::{TcpState, Tracker};
 
-/// Connections in a bucket: their tags are 16 bytes.
+/// Connections in a bucket: one cache line says where they are.
 const WAYS: usize = 8;
 
 /// Buckets searched for a victim when the quota is reached and both buckets hold assured connections only.
@@ -141,6 +143,21 @@ impl Entry {
         self.flags & flag != 0
     }
 
+    /// One that nobody has used.
+    const fn free(key: ConnKey) -> Self {
+        Self {
+            key,
+            expires_ns: 0,
+            generation: 0,
+            policy_generation: 0,
+            rule: u32::MAX,
+            identity: 0,
+            flags: 0,
+            initiator: Direction::Egress,
+            tracked: Tracked::Other,
+        }
+    }
+
     /// How useful it is; `None`: too useful to be dropped. Of two that are equally useful, the one that expires first goes.
     fn worth(&self, now_ns: u64) -> Option<(u8, u64)> {
         let state = match &self.tracked {
@@ -162,16 +179,18 @@ impl Entry {
 #[derive(Debug)]
 pub(crate) struct Table {
     hasher: SeedableRandomState,
-    /// Part of the hash; 0: free.
-    tags: Box<[[u16; WAYS]]>,
-    entries: Box<[Entry]>,
-    count: u32,
+    /// Part of the hash << 32 | slot; 0: free. Plain words, so that the allocator's zeroed pages are taken as they are.
+    buckets: Box<[[u64; WAYS]]>,
+    /// Those taken so far, within the capacity of `limit`.
+    entries: Vec<Entry>,
+    /// Slots of entries that are free again.
+    freed: Vec<u32>,
     limit: u32,
     search_at: usize,
     sweep_at: usize,
     pub(crate) dropped_early: u64,
-    /// Connections freed so far.
-    pub(crate) freed: u64,
+    /// Connections that have ended so far.
+    pub(crate) ended: u64,
 }
 
 impl Table {
@@ -180,40 +199,21 @@ impl Table {
     pub(crate) fn new(limit: u32, seed: u64) -> Self {
         let limit = limit.max(WAYS as u32);
         let buckets = (limit as usize * 5 / 4).div_ceil(WAYS).next_power_of_two();
-        let free = Entry {
-            key: ConnKey {
-                local: [0; 2],
-                remote: [0; 2],
-                local_port: 0,
-                remote_port: 0,
-                protocol: 0,
-                family: Family::V4,
-                asker: Direction::Egress,
-            },
-            expires_ns: 0,
-            generation: 0,
-            policy_generation: 0,
-            rule: u32::MAX,
-            identity: 0,
-            flags: 0,
-            initiator: Direction::Egress,
-            tracked: Tracked::Other,
-        };
         Self {
             hasher: SeedableRandomState::with_seed(seed, SharedSeed::global_random()),
-            tags: vec![[0; WAYS]; buckets].into_boxed_slice(),
-            entries: vec![free; buckets * WAYS].into_boxed_slice(),
-            count: 0,
+            buckets: vec![[0; WAYS]; buckets].into_boxed_slice(),
+            entries: Vec::with_capacity(limit as usize),
+            freed: Vec::with_capacity(limit as usize),
             limit,
             search_at: 0,
             sweep_at: 0,
             dropped_early: 0,
-            freed: 0,
+            ended: 0,
         }
     }
 
     pub(crate) fn count(&self) -> u32 {
-        self.count
+        (self.entries.len() - self.freed.len()) as u32
     }
 
     pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry> {
@@ -237,11 +237,12 @@ impl Table {
         self.entries.get(slot).is_some_and(|entry| entry.generation == generation).then_some(slot)
     }
 
+    /// The two buckets of a connection, and its part of the hash in its place.
     #[inline]
-    fn places(&self, key: &ConnKey) -> ([usize; 2], u16) {
+    fn places(&self, key: &ConnKey) -> ([usize; 2], u64) {
         let hash = self.hasher.hash_one(key);
-        let mask = self.tags.len() - 1;
-        ([hash as usize & mask, (hash >> 24) as usize & mask], (hash >> 48) as u16 | 1)
+        let mask = self.buckets.len() - 1;
+        ([hash as usize & mask, (hash >> 24) as usize & mask], ((hash >> 48) | 1) << 32)
     }
 
     /// The slot of a connection that has not expired.
@@ -260,9 +261,9 @@ impl Table {
     pub(crate) fn peek(&self, key: &ConnKey) -> Option<usize> {
         let (buckets, tag) = self.places(key);
         for bucket in buckets {
-            for (way, &other) in self.tags[bucket].iter().enumerate() {
-                let slot = bucket * WAYS + way;
-                if other == tag && self.entries[slot].key == *key {
+            for place in self.buckets[bucket] {
+                let slot = slot_of(place);
+                if place ^ tag == slot as u64 && self.entries.get(slot).is_some_and(|entry| entry.key == *key) {
                     return Some(slot);
                 }
             }
@@ -273,36 +274,47 @@ impl Table {
     /// Takes a slot for a connection that is not in the table. `None`: there is no room, and nobody less useful.
     pub(crate) fn insert(&mut self, key: ConnKey, now_ns: u64) -> Option<usize> {
         let (buckets, tag) = self.places(&key);
-        let slot = self.room(buckets, now_ns)?;
-        if self.count >= self.limit {
+        let (bucket, way) = self.room(buckets, now_ns)?;
+        if self.count() >= self.limit {
             self.make_room(now_ns)?;
         }
+        let slot = match self.freed.pop() {
+            Some(slot) => slot as usize,
+            None => {
+                assert!(self.entries.len() < self.entries.capacity(), "the quota is the capacity");
+                self.entries.push(Entry::free(key));
+                self.entries.len() - 1
+            }
+        };
         let entry = &mut self.entries[slot];
         entry.key = key;
         entry.generation = entry.generation.wrapping_add(1);
         entry.flags = 0;
-        self.tags[slot / WAYS][slot % WAYS] = tag;
-        self.count += 1;
+        self.buckets[bucket][way] = tag | slot as u64;
         Some(slot)
     }
 
-    /// A free slot in one of two buckets, the emptier one's; if both are full, that of the least useful connection.
-    fn room(&mut self, buckets: [usize; 2], now_ns: u64) -> Option<usize> {
-        let [a, b] = buckets.map(|bucket| self.tags[bucket].iter().filter(|&&tag| tag == 0).count());
-        let emptier = if a >= b { buckets[0] } else { buckets[1] };
-        if let Some(way) = self.tags[emptier].iter().position(|&tag| tag == 0) {
-            return Some(emptier * WAYS + way);
+    /// A free place in one of two buckets, the emptier one; if both are full, that of the least useful connection.
+    fn room(&mut self, buckets: [usize; 2], now_ns: u64) -> Option<(usize, usize)> {
+        if let Some(place) = self.free_place(buckets) {
+            return Some(place);
         }
         let slot = self.least_useful(&buckets, now_ns)?;
         self.drop_early(slot, now_ns);
-        Some(slot)
+        self.free_place(buckets)
+    }
+
+    fn free_place(&self, buckets: [usize; 2]) -> Option<(usize, usize)> {
+        let [a, b] = buckets.map(|bucket| self.buckets[bucket].iter().filter(|&&place| place == 0).count());
+        let emptier = if a >= b { buckets[0] } else { buckets[1] };
+        self.buckets[emptier].iter().position(|&place| place == 0).map(|way| (emptier, way))
     }
 
     /// Frees one slot somewhere: the quota is reached.
     fn make_room(&mut self, now_ns: u64) -> Option<()> {
         for _ in 0..SEARCHED_BUCKETS_MAX {
             let bucket = self.search_at;
-            self.search_at = (bucket + 1) & (self.tags.len() - 1);
+            self.search_at = (bucket + 1) & (self.buckets.len() - 1);
             if let Some(slot) = self.least_useful(&[bucket], now_ns) {
                 self.drop_early(slot, now_ns);
                 return Some(());
@@ -312,8 +324,8 @@ impl Table {
     }
 
     fn least_useful(&self, buckets: &[usize], now_ns: u64) -> Option<usize> {
-        let slots = buckets.iter().flat_map(|&bucket| bucket * WAYS..(bucket + 1) * WAYS);
-        let taken = slots.filter(|&slot| self.entries[slot].generation % 2 == 1);
+        let places = buckets.iter().flat_map(|&bucket| self.buckets[bucket]);
+        let taken = places.filter(|&place| place != 0).map(slot_of);
         let candidates = taken.filter_map(|slot| self.entries[slot].worth(now_ns).map(|worth| (worth, slot)));
         candidates.min().map(|(_, slot)| slot)
     }
@@ -329,21 +341,30 @@ impl Table {
         let entry = &mut self.entries[slot];
         assert!(entry.generation % 2 == 1, "slot {slot} is free already");
         entry.generation = entry.generation.wrapping_add(1);
-        self.tags[slot / WAYS][slot % WAYS] = 0;
-        self.count -= 1;
-        self.freed += 1;
+        let key = entry.key;
+        let (buckets, tag) = self.places(&key);
+        for bucket in buckets {
+            let place = self.buckets[bucket].iter_mut().find(|place| **place == tag | slot as u64);
+            place.into_iter().for_each(|place| *place = 0);
+        }
+        self.freed.push(slot as u32);
+        self.ended += 1;
     }
 
-    /// Frees what has expired in the next `buckets` buckets.
+    /// Frees what has expired among the next entries, as many as `buckets` hold.
     pub(crate) fn sweep(&mut self, buckets: usize, now_ns: u64) {
-        for _ in 0..buckets.min(self.tags.len()) {
-            let bucket = self.sweep_at;
-            self.sweep_at = (bucket + 1) & (self.tags.len() - 1);
-            for slot in bucket * WAYS..(bucket + 1) * WAYS {
-                if self.entries[slot].generation % 2 == 1 && self.entries[slot].expires_ns <= now_ns {
-                    self.free(slot);
-                }
+        for _ in 0..buckets.saturating_mul(WAYS).min(self.entries.len()) {
+            let slot = self.sweep_at;
+            self.sweep_at = (slot + 1) % self.entries.len();
+            let entry = &self.entries[slot];
+            if entry.generation % 2 == 1 && entry.expires_ns <= now_ns {
+                self.free(slot);
             }
         }
     }
+}
+
+#[inline]
+const fn slot_of(place: u64) -> usize {
+    place as u32 as usize
 }
