@@ -96,6 +96,47 @@ fn a_removed_rule_cuts_at_once_and_an_added_one_opens() {
     assert_eq!(port.ask(tcp(IN, 2, 100, 0), IN).rule, Some(RuleId(3)));
 }
 
+/// Closed by both ends, who send these numbers next: TIME_WAIT.
+fn close(port: &mut Port, peer: u32, vm: u32) {
+    for (direction, flags, sequence, acknowledgment) in
+        [(IN, 0x11, peer, vm), (OUT, 0x11, vm, peer + 1), (IN, 0x10, peer + 1, vm + 1)]
+    {
+        assert!(port.ask(tcp(direction, flags, sequence, acknowledgment), direction).allow);
+    }
+}
+
+#[test]
+fn a_port_used_again_is_judged_anew_and_its_connection_completes() {
+    let reopened = |port: &mut Port, sequence| {
+        let syn = port.ask(tcp(IN, 2, sequence, 0), IN);
+        assert_eq!((syn.allow, syn.state, syn.rule), (true, ConnState::New, Some(RuleId(1))));
+        assert!(port.ask(tcp(OUT, 0x12, 7000, sequence + 1), OUT).allow);
+        assert!(port.ask(tcp(IN, 0x10, sequence + 1, 7001), IN).allow);
+        assert_eq!(port.conntrack.len(), 1);
+    };
+    // In TIME_WAIT, with a higher number and with a lower one, and after a reset.
+    for sequence in [90_000, 10] {
+        let mut port = Port::new(vec![allow(1, Protocol::Tcp, 443)]);
+        handshake(&mut port);
+        close(&mut port, 101, 501);
+        reopened(&mut port, sequence);
+    }
+    let mut port = Port::new(vec![allow(1, Protocol::Tcp, 443)]);
+    handshake(&mut port);
+    assert!(port.ask(tcp(IN, 4, 101, 0), IN).allow);
+    reopened(&mut port, 90_000);
+    // From the other end it is that end's rules that decide, and a rule that has gone lets nothing begin.
+    close(&mut port, 90_001, 7001);
+    let syn = port.ask(tcp(OUT, 2, 400, 0), OUT);
+    assert_eq!((syn.allow, syn.reason), (true, Reason::Posture));
+    let mut port = Port::new(vec![allow(1, Protocol::Tcp, 443)]);
+    handshake(&mut port);
+    close(&mut port, 101, 501);
+    port.change(vec![]);
+    assert_eq!(port.ask(tcp(IN, 2, 90_000, 0), IN).reason, Reason::Posture);
+    assert!(port.conntrack.is_empty());
+}
+
 #[test]
 fn a_change_that_still_allows_keeps_the_connection_and_its_state() {
     let mut port = Port::new(vec![allow(1, Protocol::Tcp, 443)]);

@@ -89,6 +89,25 @@ fn a_reset_must_hit() {
 }
 
 #[test]
+fn a_reset_of_a_closing_connection_passes_whatever_its_number() {
+    let mut tracker = established();
+    for (flags, sequence, acknowledgment, reply, state) in [
+        (FIN | ACK, 101, 501, false, TcpState::FinWait),
+        (ACK, 501, 102, true, TcpState::CloseWait),
+        (FIN | ACK, 501, 102, true, TcpState::LastAck),
+        (ACK, 102, 502, false, TcpState::TimeWait),
+    ] {
+        assert!(moved(tracker.advance(&segment(flags, sequence, acknowledgment, 0), reply, STRICT)));
+        assert_eq!(tracker.state(), state);
+        for (reply, sequence) in [(false, 0), (false, 102), (true, 502), (true, 0x8000_0000)] {
+            let mut reset = tracker;
+            assert!(moved(reset.advance(&segment(RST, sequence, 0, 0), reply, STRICT)), "{state:?} {sequence}");
+            assert_eq!(reset.state(), TcpState::Close);
+        }
+    }
+}
+
+#[test]
 fn a_reset_answers_a_challenge_to_a_connection_begun_anew() {
     // The server still believes in an older connection and challenges the SYN (RFC 5961 §4); the client resets that one.
     let mut tracker = Tracker::begin(&segment(SYN, 100, 0, 0), true).unwrap();
