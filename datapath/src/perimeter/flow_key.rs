@@ -6,8 +6,6 @@
 
 use std::hash::{Hash, Hasher};
 
-use zerocopy::{FromZeros, Immutable, KnownLayout};
-
 /// Which way a frame goes at the port that keeps its key.
 const INBOUND: u64 = 1;
 const TCP: u64 = 2;
@@ -19,8 +17,7 @@ const PROTOCOL_UDP: u8 = 17;
 const UDP_BYTES: usize = 8;
 
 /// A flow with addresses of `WORDS` words, source and destination together: 1 for IPv4, 4 for IPv6.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, FromZeros, KnownLayout, Immutable)]
-#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FlowKey<const WORDS: usize> {
     /// Destination station and the first bytes of the source's.
     stations: u64,
@@ -41,6 +38,24 @@ impl<const WORDS: usize> Hash for FlowKey<WORDS> {
 }
 
 impl<const WORDS: usize> FlowKey<WORDS> {
+    /// Words beside the addresses.
+    pub(crate) const FIXED_WORDS: usize = 3;
+
+    /// The key of no flow.
+    pub(crate) const NONE: Self = Self { stations: 0, station_ports: 0, addresses: [0; WORDS], kind: 0 };
+
+    /// Whether these words are the key, as [`FlowKey::write`] has written it.
+    #[inline]
+    pub(crate) fn is(&self, words: &[u64]) -> bool {
+        words[..3] == [self.stations, self.station_ports, self.kind] && words[3..3 + WORDS] == self.addresses
+    }
+
+    /// Writes it into as many words.
+    pub(crate) fn write(&self, words: &mut [u64]) {
+        words[..3].copy_from_slice(&[self.stations, self.station_ports, self.kind]);
+        words[3..3 + WORDS].copy_from_slice(&self.addresses);
+    }
+
     #[inline]
     pub(crate) fn is_tcp(&self) -> bool {
         self.kind & TCP != 0

@@ -13,46 +13,42 @@ use std::hash::BuildHasher;
 use dreamwire_policy::Connection;
 use dreamwire_vhost::memory::{Wish, prefetch};
 use foldhash::fast::RandomState;
-use zerocopy::{FromZeros, Immutable, KnownLayout};
 
 use super::flow_key::FlowKey;
 
 /// Places of one key.
 const WAYS: usize = 8;
 
-/// An entry of all zeros is free.
-#[derive(Debug, Clone, Copy, FromZeros, KnownLayout, Immutable)]
-#[repr(C, align(64))]
-pub(crate) struct Entry<const WORDS: usize> {
-    key: FlowKey<WORDS>,
-    /// At the sender's and the receiver's perimeter: [`Connection::to_bits`].
-    connections: [u64; 2],
-    /// Sum of epochs << 16 | hop.
-    epoch_hop: u64,
-    until_ns: u64,
-}
+/// Words of a cache line.
+const LINE_WORDS: usize = 8;
 
-impl<const WORDS: usize> Entry<WORDS> {
+/// What an entry says behind its key: the connections at the sender's and the receiver's perimeter
+/// ([`Connection::to_bits`]), the sum of epochs << 16 | hop, and until when (ns).
+type Said = [u64; 4];
+
+/// An entry that holds.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Held<'a>(&'a Said);
+
+impl Held<'_> {
     /// Where the flow goes.
     #[inline]
-    pub(crate) fn hop(&self) -> u16 {
-        self.epoch_hop as u16
+    pub(crate) fn hop(self) -> u16 {
+        self.0[2] as u16
     }
 
     /// What the lease was made from.
     #[inline]
-    pub(crate) fn epoch(&self) -> u64 {
-        self.epoch_hop >> 16
+    pub(crate) fn epoch(self) -> u64 {
+        self.0[2] >> 16
     }
 
     /// At the sender's and the receiver's perimeter.
     #[inline]
-    pub(crate) fn connections(&self) -> [Option<Connection>; 2] {
-        self.connections.map(Connection::from_bits)
+    pub(crate) fn connections(self) -> [Option<Connection>; 2] {
+        [self.0[0], self.0[1]].map(Connection::from_bits)
     }
 }
-
-const _: () = assert!(size_of::<Entry<1>>() == 64 && size_of::<Entry<4>>() == 128);
 
 /// What a flow may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,24 +66,35 @@ pub(crate) struct Lease {
 /// See the module's text.
 #[derive(Debug)]
 pub(crate) struct Leases<const WORDS: usize> {
-    entries: Box<[Entry<WORDS>]>,
+    /// Entries of [`Self::STRIDE`] words from `first` on. Plain words: only their zeroed pages come untouched from the
+    /// allocator, not those of a type that asks for an alignment.
+    words: Box<[u64]>,
+    first: usize,
+    /// Number of entries less one.
+    mask: usize,
     /// Seeded: which flows share a place cannot be foreseen.
     hasher: RandomState,
 }
 
 impl<const WORDS: usize> Leases<WORDS> {
-    /// Room for `flows`, and as much again, so that few find both of their places taken.
+    const KEY_WORDS: usize = FlowKey::<WORDS>::FIXED_WORDS + WORDS;
+    /// Words of an entry: 8 for IPv4, 16 for IPv6.
+    const STRIDE: usize = (Self::KEY_WORDS + size_of::<Said>() / 8).next_multiple_of(LINE_WORDS);
+
+    /// Room for `flows`, and as much again, so that few find their first place taken.
     pub(crate) fn new(flows: u32) -> Self {
         let entries = (flows.max(4) as usize * 2).next_power_of_two();
-        let entries = <[Entry<WORDS>]>::new_box_zeroed_with_elems(entries).expect("memory for leases");
-        Self { entries, hasher: RandomState::default() }
+        let words = vec![0u64; entries * Self::STRIDE + LINE_WORDS].into_boxed_slice();
+        // Entries begin where a cache line does.
+        let first = (words.as_ptr() as usize / 8).wrapping_neg() % LINE_WORDS;
+        Self { words, first, mask: entries - 1, hasher: RandomState::default() }
     }
 
     /// Where a flow's lease should be; asks for its cache line.
     #[inline]
     pub(crate) fn place(&self, key: &FlowKey<WORDS>) -> usize {
-        let place = (self.hasher.hash_one(key) >> 16) as usize & (self.entries.len() - 1);
-        prefetch(&raw const self.entries[place] as usize, Wish::Read);
+        let place = (self.hasher.hash_one(key) >> 16) as usize & self.mask;
+        prefetch(&raw const self.words[self.first + place * Self::STRIDE] as usize, Wish::Read);
         place
     }
 
@@ -97,40 +104,52 @@ impl<const WORDS: usize> Leases<WORDS> {
         std::array::from_fn(|way| place ^ way)
     }
 
+    /// The entry at a place: its key, and what it says.
+    #[inline]
+    fn entry(&self, place: usize) -> (&[u64], &Said) {
+        let at = self.first + place * Self::STRIDE;
+        let (key, said) = self.words[at..at + Self::STRIDE].split_at(Self::KEY_WORDS);
+        (key, said.first_chunk().expect("an entry has room for what it says"))
+    }
+
+    fn until_ns(&self, place: usize) -> u64 {
+        self.entry(place).1[3]
+    }
+
     /// The lease of a flow, unless its time is over. `place` is its [`Leases::place`]. Whether its epoch is still right is for the
     /// caller to see.
     #[inline(always)]
-    pub(crate) fn get(&self, place: usize, key: &FlowKey<WORDS>, now_ns: u64) -> Option<&Entry<WORDS>> {
-        let first = &self.entries[place];
-        let found = if first.key == *key { first } else { self.find_elsewhere(place, key)? };
-        (now_ns < found.until_ns).then_some(found)
+    pub(crate) fn get(&self, place: usize, key: &FlowKey<WORDS>, now_ns: u64) -> Option<Held<'_>> {
+        let (first, said) = self.entry(place);
+        let said = if key.is(first) { said } else { self.entry(self.find_elsewhere(place, key)?).1 };
+        (now_ns < said[3]).then_some(Held(said))
     }
 
     #[cold]
-    fn find_elsewhere(&self, place: usize, key: &FlowKey<WORDS>) -> Option<&Entry<WORDS>> {
-        self.places(place)[1..].iter().map(|&place| &self.entries[place]).find(|entry| entry.key == *key)
+    fn find_elsewhere(&self, place: usize, key: &FlowKey<WORDS>) -> Option<usize> {
+        self.places(place)[1..].iter().copied().find(|&place| key.is(self.entry(place).0))
     }
 
     /// Keeps a lease: in the place of the flow's last one, or of that which ends first.
     pub(crate) fn put(&mut self, key: FlowKey<WORDS>, lease: Lease) {
         let places = self.places(self.place(&key));
-        let own = places.into_iter().find(|&place| self.entries[place].key == key);
+        let own = places.into_iter().find(|&place| key.is(self.entry(place).0));
         // Of those that end at the same time, the first.
-        let oldest = || places.into_iter().min_by_key(|&place| self.entries[place].until_ns);
+        let oldest = || places.into_iter().min_by_key(|&place| self.until_ns(place));
         let Some(place) = own.or_else(oldest) else { return };
-        self.entries[place] = Entry {
-            key,
-            connections: lease.connections.map(|connection| connection.map_or(0, Connection::to_bits)),
-            epoch_hop: lease.epoch << 16 | u64::from(lease.hop),
-            until_ns: lease.until_ns,
-        };
+        let [egress, ingress] = lease.connections.map(|connection| connection.map_or(0, Connection::to_bits));
+        let said: Said = [egress, ingress, lease.epoch << 16 | u64::from(lease.hop), lease.until_ns];
+        let at = self.first + place * Self::STRIDE;
+        let (words, rest) = self.words[at..at + Self::STRIDE].split_at_mut(Self::KEY_WORDS);
+        key.write(words);
+        rest[..said.len()].copy_from_slice(&said);
     }
 
     /// Ends a flow's lease.
     pub(crate) fn end(&mut self, key: &FlowKey<WORDS>) {
         for place in self.places(self.place(key)) {
-            if self.entries[place].key == *key {
-                self.entries[place].until_ns = 0;
+            if key.is(self.entry(place).0) {
+                self.words[self.first + place * Self::STRIDE + Self::KEY_WORDS + 3] = 0;
             }
         }
     }
@@ -155,7 +174,7 @@ mod tests {
     fn get(leases: &Leases<1>, port: u16, now_ns: u64) -> Option<Lease> {
         let found = leases.get(leases.place(&key(port)), &key(port), now_ns)?;
         let (hop, connections, epoch) = (found.hop(), found.connections(), found.epoch());
-        Some(Lease { hop, connections, epoch, until_ns: found.until_ns })
+        Some(Lease { hop, connections, epoch, until_ns: found.0[3] })
     }
 
     #[test]
@@ -169,6 +188,29 @@ mod tests {
         assert_eq!(get(&leases, 1, 150), Some(lease(6, 200)));
         leases.end(&key(1));
         assert_eq!(get(&leases, 1, 0), None);
+    }
+
+    #[test]
+    fn a_table_takes_no_memory_before_it_is_used() {
+        let resident = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+            statm.split_whitespace().nth(1).and_then(|pages| pages.parse::<usize>().ok()).unwrap() * 4096
+        };
+        let before = resident();
+        let tables: Vec<_> = (0..8).map(|_| (Leases::<1>::new(32_768), Leases::<4>::new(32_768))).collect();
+        let grown = resident().saturating_sub(before);
+        assert!(tables.iter().all(|(four, six)| four.words.len() * 8 > 4 << 20 && six.words.len() * 8 > 8 << 20));
+        // 96 MiB of address space; other tests run beside this one.
+        assert!(grown < 16 << 20, "{grown} bytes");
+    }
+
+    #[test]
+    fn entries_begin_with_a_cache_line() {
+        let (four, six) = (Leases::<1>::new(64), Leases::<4>::new(64));
+        for (leases, first, stride) in [(&four.words, four.first, 8), (&six.words, six.first, 16)] {
+            assert_eq!(&raw const leases[first] as usize % 64, 0);
+            assert_eq!((leases.len() - 8) / stride, 128);
+        }
     }
 
     #[test]

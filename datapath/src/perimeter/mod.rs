@@ -22,7 +22,6 @@ use dreamwire_policy::{
 };
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
-use zerocopy::FromZeros;
 
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
@@ -116,7 +115,7 @@ struct Touch {
 }
 
 /// A frame whose lease is being looked for.
-#[derive(Debug, Clone, Copy, FromZeros)]
+#[derive(Debug, Clone, Copy)]
 struct Asked {
     index: usize,
     place: usize,
@@ -147,7 +146,7 @@ impl Default for Perimeters {
             epochs: vec![0; PORTS_MAX].into_boxed_slice(),
             has_meters: false,
             hops: Hops::default(),
-            asked: std::array::from_fn(|_| Asked::new_zeroed()),
+            asked: [Asked { index: 0, place: 0, key: FlowKey::NONE }; BURST],
             events: Events::default(),
             now_ns: 0,
             swept_ns: 0,
