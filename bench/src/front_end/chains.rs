@@ -114,16 +114,14 @@ impl Chains {
     #[inline(always)]
     pub(super) fn offer(&mut self, slot: u16, buffer: Buffer, bytes: usize, flags: u16) {
         let head = slot * self.stride;
+        self.outstanding[usize::from(slot)] = true;
         if self.shape.descriptors == 1 && !self.shape.indirect {
-            self.ring.set_descriptor(
-                head,
-                Descriptor { address: buffer.guest_address, bytes: bytes as u32, flags, next: 0 },
-            );
+            let descriptor = Descriptor { address: buffer.guest_address, bytes: bytes as u32, flags, next: 0 };
+            self.ring.offer_one(head, descriptor);
         } else {
             self.describe(slot, head, buffer, bytes, flags);
+            self.ring.offer(head);
         }
-        self.outstanding[usize::from(slot)] = true;
-        self.ring.offer(head);
     }
 
     #[inline(never)]

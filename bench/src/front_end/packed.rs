@@ -92,8 +92,8 @@ pub struct PackedRing {
     table: Box<[Descriptor]>,
     /// Ring descriptors of the chain with each id, 0: it is not outstanding.
     slots: Box<[u16]>,
-    /// First chain since the last publish: where its flags go, and which.
-    first: Option<(u16, u16)>,
+    /// Of the first descriptor since the last publish the second word, and where it goes.
+    first: Option<(usize, u64)>,
     /// Descriptors written since then.
     unpublished: u32,
     /// Chains published, not yet found used.
@@ -168,36 +168,41 @@ impl PackedRing {
     }
 
     /// Writes a chain into the ring; invisible to the device until [`Self::publish`].
-    #[inline(always)]
+    #[inline]
     pub fn offer(&mut self, head: u16) {
-        let first = self.available;
-        let mut slots = 0;
-        let mut index = head;
-        loop {
-            let Descriptor { address, bytes, flags, next } = self.table[usize::from(index)];
-            let at = self.available;
-            let flags_here = flags | at.available_flags();
-            let offset = self.layout.descriptor(at.index);
-            self.memory.store_u64(offset, address);
-            if slots == 0 && self.first.is_none() {
-                self.memory.store_u32(offset + 8, bytes);
-                self.memory.store_u16(offset + 12, head, Ordering::Relaxed);
-                self.first = Some((at.index, flags_here));
-            } else {
-                let [_, rest] = Self::words(self.table[usize::from(index)], head, flags_here);
-                self.memory.store_u64(offset + 8, rest);
-            }
+        let mut slots = 1;
+        let mut descriptor = self.table[usize::from(head)];
+        self.put(head, descriptor);
+        while descriptor.flags & DESC_NEXT != 0 {
+            descriptor = self.table[usize::from(descriptor.next)];
+            self.put(head, descriptor);
             slots += 1;
-            self.available = at.after(1, self.layout.size);
-            if flags & DESC_NEXT == 0 {
-                break;
-            }
-            index = next;
         }
-        debug_assert!(slots <= self.layout.size, "a chain of {slots} at {first:?}");
+        debug_assert!(slots <= self.layout.size, "a chain of {slots} at {head}");
         self.slots[usize::from(head)] = slots;
-        self.unpublished += u32::from(slots);
         self.offered += 1;
+    }
+
+    /// As [`Self::offer`], of one descriptor that need not be in the table: the usual chain, and none of the rest's costs.
+    #[inline(always)]
+    pub fn offer_one(&mut self, head: u16, descriptor: Descriptor) {
+        self.put(head, descriptor);
+        self.slots[usize::from(head)] = 1;
+        self.offered += 1;
+    }
+
+    #[inline(always)]
+    fn put(&mut self, id: u16, descriptor: Descriptor) {
+        let at = self.available;
+        let [address, rest] = Self::words(descriptor, id, descriptor.flags | at.available_flags());
+        let offset = self.layout.descriptor(at.index);
+        self.memory.store_u64(offset, address);
+        match self.first {
+            None => self.first = Some((offset + 8, rest)),
+            Some(_) => self.memory.store_u64(offset + 8, rest),
+        }
+        self.unpublished += 1;
+        self.available = at.after(1, self.layout.size);
     }
 
     /// A descriptor's two words as a packed ring has them: id before flags, and no next.
@@ -210,9 +215,10 @@ impl PackedRing {
     /// Makes all offered chains visible. True if the device has to be kicked for them.
     #[inline(always)]
     pub fn publish(&mut self) -> bool {
-        let Some((index, flags)) = self.first.take() else { return false };
+        let Some((offset, rest)) = self.first.take() else { return false };
         // Release: pairs with the device's acquire load of the flags; it sees descriptors and buffers.
-        self.memory.store_u16(self.layout.descriptor(index) + 14, flags, Ordering::Release);
+        fence(Ordering::Release);
+        self.memory.store_u64(offset, rest);
         let count = std::mem::take(&mut self.unpublished) as i32;
         self.in_flight += std::mem::take(&mut self.offered);
         // SeqCst: pairs with the fence between the device's store of its event structure and its last look at the ring.
@@ -236,21 +242,25 @@ impl PackedRing {
         if self.reaped > self.slots.len() {
             self.found.drain(..std::mem::take(&mut self.reaped));
         }
+        let before = self.found.len();
         while self.in_flight > 0 {
             let offset = self.layout.descriptor(self.used.index);
-            // Acquire: pairs with the device's release store of the flags.
-            let flags = self.memory.load_u16(offset + 14, Ordering::Acquire);
-            if flags & (DESC_AVAIL | DESC_USED) != self.used.used_flags() {
+            let rest = self.memory.load_u64(offset + 8);
+            if (rest >> 48) as u16 & (DESC_AVAIL | DESC_USED) != self.used.used_flags() {
                 break;
             }
-            let id = self.memory.load_u16(offset + 12, Ordering::Relaxed);
+            let id = (rest >> 32) as u16;
             let slots = match self.slots.get_mut(usize::from(id)) {
                 Some(slots) if *slots > 0 => std::mem::take(slots),
                 _ => return Err(RingError::HeadNotOutstanding { head: u32::from(id) }),
             };
-            self.found.push(Used { head: u32::from(id), bytes: self.memory.load_u32(offset + 8) });
+            self.found.push(Used { head: u32::from(id), bytes: rest as u32 });
             self.used = self.used.after(slots, self.layout.size);
             self.in_flight -= 1;
+        }
+        if self.found.len() > before {
+            // Acquire: pairs with the device's release stores of the flags.
+            fence(Ordering::Acquire);
         }
         Ok((self.found.len() - self.reaped) as u16)
     }

@@ -78,6 +78,18 @@ impl Ring {
         either!(self, ring => ring.offer(head));
     }
 
+    /// Sets the one descriptor of the chain at `head` and enters it.
+    #[inline(always)]
+    pub fn offer_one(&mut self, head: u16, descriptor: Descriptor) {
+        match self {
+            Self::Split(ring) => {
+                ring.set_descriptor(head, descriptor);
+                ring.offer(head);
+            }
+            Self::Packed(ring) => ring.offer_one(head, descriptor),
+        }
+    }
+
     /// Makes all offered chains visible. True if the device has to be kicked for them.
     #[inline(always)]
     pub fn publish(&mut self) -> bool {
