@@ -23,7 +23,7 @@ struct ScheduleArguments {
     #[arg(long, value_parser = binary)]
     binary: Vec<(String, PathBuf)>,
     /// Rounds: windows of each device
-    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// Seconds per window
     #[arg(long, default_value_t = 0.3, value_parser = seconds)]
@@ -36,7 +36,7 @@ struct ScheduleArguments {
 /// Arguments of `compare`.
 #[derive(Debug, Args)]
 pub(crate) struct CompareArguments {
-    /// Device and case, the baseline first: io, ovs, dreamwire or a --binary, then any of size=N flows=N ring=N ports=N packed encap decap stateful new-flows label=TEXT
+    /// Device and case, the baseline first: io, ovs, kernel, dreamwire or a --binary, then any of size=N flows=N ring=N ports=N rules=N packed encap decap stateful new-flows latency wake-up label=TEXT
     #[arg(required = true, value_name = "DEVICE[,OPTION...]")]
     lanes: Vec<Lane>,
     #[command(flatten)]
@@ -120,18 +120,24 @@ pub(crate) fn standard(arguments: &StandardArguments) -> Result<(), Error> {
         let schedule = &arguments.schedule;
         let comparison = compare::run(&standard.title, &standard.lanes, &schedule.schedule(), &schedule.site())?;
         writeln!(out, "{comparison}")?;
-        comparisons.push(comparison);
+        comparisons.push((standard.name, comparison));
         // After each: what was measured is not lost when a later one fails.
         write_results(&arguments.output, &comparisons)?;
     }
     Ok(())
 }
 
-fn write_results(directory: &Path, comparisons: &[Comparison]) -> io::Result<()> {
+/// All together, and a plot of each by its name.
+fn write_results(directory: &Path, named: &[(String, Comparison)]) -> io::Result<()> {
     fs::create_dir_all(directory)?;
+    let comparisons: Vec<_> = named.iter().map(|(_, comparison)| comparison.clone()).collect();
     let table: String = comparisons.iter().map(|comparison| format!("{comparison}\n")).collect();
     fs::write(directory.join("results.txt"), table)?;
     let json: Vec<_> = comparisons.iter().map(Comparison::to_json).collect();
     fs::write(directory.join("results.json"), format!("{}\n", serde_json::Value::Array(json)))?;
-    fs::write(directory.join("results.svg"), compare::svg(comparisons).map_err(io::Error::other)?)
+    let plot = |comparisons: &[Comparison]| compare::svg(comparisons).map_err(io::Error::other);
+    for (name, comparison) in named {
+        fs::write(directory.join(format!("{name}.svg")), plot(std::slice::from_ref(comparison))?)?;
+    }
+    fs::write(directory.join("results.svg"), plot(&comparisons)?)
 }

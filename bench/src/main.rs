@@ -18,7 +18,7 @@ use dreamwire_bench::topology::TopologyError;
 use dreamwire_bench::traffic::testpmd::{TestpmdError, TestpmdOptions};
 use dreamwire_bench::traffic::throughput::Throughput;
 use dreamwire_bench::traffic::{
-    DeviceUnderTest, Dreamwire, Endpoint, Failure, Plan, Round, Testpmd, cost, cpu, frame, latency,
+    DeviceUnderTest, Dreamwire, Endpoint, Failure, Latencies, Plan, Round, Testpmd, cost, cpu, frame, latency,
 };
 
 /// Frames per side of `cost`: about a second.
@@ -248,10 +248,11 @@ fn latency(arguments: &LatencyArguments) -> Result<(), Error> {
     let (_peer, mut from, mut to) = connect(&arguments.device, Options::default())?;
     let plan = Plan { size: arguments.size, flows: 1, ..Plan::default() };
     let gap = Duration::from_micros(u64::from(arguments.gap_us));
-    let latencies = latency::measure(&mut from, &mut to, &plan, arguments.samples as usize, gap)?;
+    let mut latencies = Latencies::default();
+    latency::measure(&mut from, &mut to, &plan, arguments.samples as usize, gap, &mut latencies)?;
     let mut table = Table::new(["share of frames", "at most us"]);
     for (name, share) in [("50 %", 0.5), ("90 %", 0.9), ("99 %", 0.99), ("99.9 %", 0.999), ("all", 1.0)] {
-        table.row([name.into(), format!("{:.1}", latencies.quantile(share) as f64 / 1e3)]);
+        table.row([name.into(), format!("{:.1}", latencies.quantile_us(share))]);
     }
     write!(io::stdout().lock(), "{table}")?;
     from.stop()?;

@@ -62,6 +62,28 @@ fn a_lane_that_its_device_cannot_do_leaves_the_others_measured() {
 }
 
 #[test]
+fn kernel_bridges_and_tunnels() {
+    if !topology::available(Needs::Netns) {
+        return;
+    }
+    let lanes = ["kernel", "kernel,encap,size=1518", "kernel,decap,flows=3", "kernel,size=65214"];
+    let Some((comparison, _guard)) = compare(&lanes) else { return };
+    is_whole(&comparison);
+}
+
+#[test]
+fn latency_is_measured_under_load_and_idle() {
+    let Some((comparison, _guard)) = compare(&["io,latency", "io,wake-up"]) else { return };
+    for report in &comparison.lanes {
+        let latency = report.latency().unwrap_or_else(|| panic!("{comparison}"));
+        assert!(latency.frames >= 100, "{latency:?}");
+        assert!(0.0 < latency.p50_us && latency.p50_us <= latency.p99_us && latency.p99_us <= latency.max_us);
+    }
+    assert_eq!(comparison.lanes[0].rounds().len(), 2);
+    assert!(comparison.lanes[1].rounds().is_empty());
+}
+
+#[test]
 fn ovs_tunnels_and_polices() {
     // Its bridges are made in a network namespace.
     if !topology::available(Needs::Netns) {

@@ -6,17 +6,19 @@
 
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::CompareError;
+use super::kernel;
 use super::lane::{Case, Lane, Way};
-use crate::topology::{Ovs, OvsSpec, OvsTunnel};
+use crate::front_end::{FrontEnd, Options};
+use crate::topology::{self, Needs, Netns, Ovs, OvsSpec, OvsTunnel};
 use crate::traffic::frame::DESTINATION_PORTS;
 use crate::traffic::testpmd::TestpmdOptions;
-use crate::traffic::{DeviceUnderTest, Dreamwire, Endpoint, Outer, Testpmd, Tunnel, dreamwire};
+use crate::traffic::{DeviceUnderTest, Dreamwire, End, Endpoint, Outer, Tap, Testpmd, Tunnel, dreamwire};
 
 /// The VMs, sender first.
 pub(super) const VMS: [Endpoint; 2] = [
@@ -29,8 +31,10 @@ pub(super) const OUTER: Outer = Outer {
     to: Endpoint { mac: [2, 0, 0, 0, 0, 2], address: Ipv4Addr::new(192, 0, 2, 2) },
     vni: 100,
 };
-/// An MTU of 1500 inside needs 1550.
-const UNDERLAY_MTU: u32 = 1600;
+/// "1518" are an Ethernet header and 1504 bytes.
+pub(super) const VM_MTU: u32 = 1504;
+/// That inside needs 1554.
+pub(super) const UNDERLAY_MTU: u32 = 1600;
 
 /// Where everything runs.
 #[derive(Clone, Debug)]
@@ -47,9 +51,9 @@ pub struct Site {
 #[derive(Debug)]
 pub(super) struct Device {
     peer: Peer,
-    ends: DeviceUnderTest,
+    ends: Ends,
     /// Ports on which nothing happens.
-    pub(super) bystanders: Vec<PathBuf>,
+    bystanders: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -57,6 +61,15 @@ enum Peer {
     Dreamwire(Dreamwire),
     Testpmd(Testpmd),
     Ovs(Ovs),
+    Kernel { _netns: Netns },
+}
+
+/// Where frames go in and come out.
+#[derive(Debug)]
+enum Ends {
+    Sockets(DeviceUnderTest),
+    /// Until they are taken.
+    Taps(Option<[Tap; 2]>),
 }
 
 impl Case {
@@ -82,13 +95,18 @@ impl Case {
             .collect()
     }
 
-    fn ends(&self, socket: impl Fn(&str) -> PathBuf, is_client: bool) -> DeviceUnderTest {
-        let [from, to] = match self.way {
+    /// Names of the ports where frames go in and come out.
+    pub(super) fn end_names(&self) -> [&'static str; 2] {
+        match self.way {
             Way::VmToVm => ["a", "b"],
             Way::Encap => ["a", "fabric"],
             Way::Decap => ["fabric", "b"],
-        };
-        DeviceUnderTest { from: socket(from), to: socket(to), is_client }
+        }
+    }
+
+    fn ends(&self, socket: impl Fn(&str) -> PathBuf, is_client: bool) -> Ends {
+        let [from, to] = self.end_names().map(socket);
+        Ends::Sockets(DeviceUnderTest { from, to, is_client })
     }
 }
 
@@ -108,7 +126,12 @@ impl Device {
                 }
                 let options = TestpmdOptions { cpu: site.peer_cpu, main_cpu: site.cpu, ..TestpmdOptions::default() };
                 let peer = Testpmd::start(&std::env::temp_dir(), &options)?;
-                Self { ends: peer.device().clone(), peer: Peer::Testpmd(peer), bystanders: Vec::new() }
+                let ends = Ends::Sockets(peer.device().clone());
+                Self { ends, peer: Peer::Testpmd(peer), bystanders: Vec::new() }
+            }
+            "kernel" => {
+                let (netns, taps) = kernel::start(case, site)?;
+                Self { ends: Ends::Taps(Some(taps)), peer: Peer::Kernel { _netns: netns }, bystanders: Vec::new() }
             }
             "ovs" => {
                 let peer = start_ovs(case, site)?;
@@ -128,9 +151,26 @@ impl Device {
         })
     }
 
-    /// The sockets of the busy ports.
-    pub(super) fn ends(&self) -> &DeviceUnderTest {
-        &self.ends
+    /// Connects to where frames go in and where they come out. Once.
+    pub(super) fn connect(&mut self, options: &Options) -> Result<[Box<dyn End>; 2], CompareError> {
+        Ok(match &mut self.ends {
+            Ends::Taps(taps) => {
+                let [from, to] = taps.take().expect("a device is connected to once");
+                [Box::new(from), Box::new(to)]
+            }
+            Ends::Sockets(DeviceUnderTest { from, to, is_client }) => {
+                let connect = if *is_client { FrontEnd::listen } else { FrontEnd::connect };
+                [Box::new(connect(from, options.clone())?), Box::new(connect(to, options.clone())?)]
+            }
+        })
+    }
+
+    /// Connects to the ports on which nothing happens.
+    pub(super) fn attach_bystanders(&self) -> Result<Vec<FrontEnd>, CompareError> {
+        let is_client = matches!(&self.ends, Ends::Sockets(DeviceUnderTest { is_client: true, .. }));
+        let connect = if is_client { FrontEnd::listen } else { FrontEnd::connect };
+        let options = Options { spare_bytes: 0, ..Options::default() };
+        self.bystanders.iter().map(|path| Ok(connect(path, options.clone())?)).collect()
     }
 
     /// It does nothing any more, wherever it stands.
@@ -148,13 +188,14 @@ impl Device {
             Peer::Dreamwire(peer) => Pid::from_raw(peer.daemon().pid().cast_signed()),
             Peer::Testpmd(peer) => Pid::from_raw(peer.pid().cast_signed()),
             Peer::Ovs(peer) => peer.pid(),
+            Peer::Kernel { .. } => return Ok(()),
         };
         kill(pid, signal).map_err(CompareError::Signal)
     }
 }
 
 fn start_ovs(case: &Case, site: &Site) -> Result<Ovs, CompareError> {
-    let (ports, flows) = (case.vm_ports(), if case.stateful { stateful_flows() } else { String::new() });
+    let (ports, flows) = (case.vm_ports(), if case.stateful { stateful_flows(case.rules) } else { String::new() });
     if case.stateful && case.way != Way::VmToVm {
         return Err(CompareError::Cannot { device: "ovs".into(), what: "rules are set up from VM to VM only".into() });
     }
@@ -179,8 +220,14 @@ fn start_ovs(case: &Case, site: &Site) -> Result<Ovs, CompareError> {
     })?)
 }
 
+/// Addresses that nobody has, for rules that match nothing: (RFC 2544's 198.18.0.0/15 from its start), for all but one rule.
+fn strangers(rules: usize) -> impl Iterator<Item = Ipv4Addr> {
+    let first = u32::from(Ipv4Addr::new(198, 18, 0, 0));
+    (first..).take(rules.saturating_sub(1)).map(Ipv4Addr::from)
+}
+
 /// A security group as OVN's pipeline has it: the sender's rules in its zone, then the receiver's in its own.
-fn stateful_flows() -> String {
+fn stateful_flows(rules: usize) -> String {
     let mut flows = String::from("table=0,priority=10,arp,actions=NORMAL\n");
     // Priority 0 of each table: dropped.
     for (zone, (port, vm)) in (1..).zip(["a", "b"].iter().zip(VMS)) {
@@ -195,12 +242,17 @@ fn stateful_flows() -> String {
                 "table={ingress},priority=10,udp,ct_state=+trk+new-inv,tp_dst={udp_port},actions=ct(commit,zone={zone}),{port}"
             ));
         }
+        for stranger in strangers(rules) {
+            flow(format!(
+                "table={ingress},priority=20,udp,ct_state=+trk+new-inv,nw_src={stranger},actions=ct(commit,zone={zone}),{port}"
+            ));
+        }
         flow(format!("table={ingress},priority=10,ip,ct_state=+trk+est-inv,actions={port}"));
     }
     flows
 }
 
-fn mac_text(mac: [u8; 6]) -> String {
+pub(super) fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
@@ -235,8 +287,12 @@ fn configuration(case: &Case, cpu: usize) -> String {
         }
     }
     if case.stateful {
+        let rule = "[[rule]]\ngroup = \"bench\"\ndirection = \"ingress\"\nallow = \"udp\"\n";
+        for stranger in strangers(case.rules) {
+            add(format!("{rule}from = \"{stranger}/32\"\n"));
+        }
         add(format!(
-            "[[group]]\nname = \"bench\"\n[[rule]]\ngroup = \"bench\"\ndirection = \"ingress\"\nallow = \"udp\"\n\
+            "[[group]]\nname = \"bench\"\n{rule}\
              ports = \"{}-{}\"\nfrom = \"any\"\n",
             DESTINATION_PORTS.start(),
             DESTINATION_PORTS.end()
@@ -251,6 +307,7 @@ pub fn is_installed(lane: &Lane) -> bool {
     match lane.device.as_str() {
         "io" | "testpmd" => crate::traffic::testpmd::is_installed(),
         "ovs" => crate::topology::ovs::is_installed(),
+        "kernel" => topology::missing(Needs::Netns).is_none() && Path::new("/dev/net/tun").exists(),
         _ => dreamwire::program().exists() || lane.device != "dreamwire",
     }
 }
@@ -258,22 +315,29 @@ pub fn is_installed(lane: &Lane) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn a_tunnel_replaces_one_of_the_busy_ports() {
         let case = Case { way: Way::Encap, ports: 3, ..Case::default() };
         let text = configuration(&case, 1);
         assert!(text.contains("name = \"a\"") && text.contains("name = \"idle3\"") && !text.contains("name = \"b\""));
-        let ends = case.ends(|name| Path::new("/run").join(name), false);
-        assert_eq!((ends.from, ends.to), ("/run/a".into(), "/run/fabric".into()));
+        assert_eq!(case.end_names(), ["a", "fabric"]);
     }
 
     #[test]
     fn both_ports_of_a_security_group_have_a_zone_of_their_own() {
-        let flows = stateful_flows();
+        let flows = stateful_flows(1);
         assert!(flows.contains("table=0,priority=10,ip,in_port=b,actions=ct(zone=2,table=2)"));
         assert!(flows.contains("table=5,priority=10,ip,dl_dst=52:54:00:00:00:02,actions=ct(zone=2,table=12)"));
         assert!(flows.contains("table=12,priority=10,udp,ct_state=+trk+new-inv,tp_dst=9,actions=ct(commit,zone=2),b"));
+    }
+
+    #[test]
+    fn all_rules_but_one_are_about_strangers() {
+        let case = Case { stateful: true, rules: 300, ..Case::default() };
+        let text = configuration(&case, 1);
+        assert_eq!(text.matches("[[rule]]").count(), 300);
+        assert!(text.contains("from = \"198.18.1.42/32\"") && text.contains("from = \"any\""));
+        assert_eq!(stateful_flows(300).matches("nw_src=").count(), 2 * 299);
     }
 }

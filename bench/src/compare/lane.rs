@@ -20,6 +20,16 @@ pub enum Way {
     Decap,
 }
 
+/// When a frame's latency is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Load {
+    /// At a tenth of the rate that was measured in the same round.
+    Tenth,
+    /// One at a time, when the device has had nothing to do for longer than it polls.
+    Idle,
+}
+
 /// What is to be carried, and how.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Case {
@@ -36,10 +46,14 @@ pub struct Case {
     /// Rules with connection tracking at both ports: what a VM sends is allowed, of what it is sent UDP to the flows' ports and
     /// replies.
     pub stateful: bool,
+    /// Rules of the receiver's group, of which only the last matches.
+    pub rules: usize,
     /// Ports with a VM attached, the two busy ones included.
     pub ports: usize,
     /// Every frame is the first of its flow.
     pub new_flows: bool,
+    /// Latency is measured besides the rate, or instead of it.
+    pub latency: Option<Load>,
 }
 
 impl Default for Case {
@@ -51,8 +65,10 @@ impl Default for Case {
             packed: false,
             way: Way::VmToVm,
             stateful: false,
+            rules: 1,
             ports: 2,
             new_flows: false,
+            latency: None,
         }
     }
 }
@@ -88,11 +104,15 @@ impl FromStr for Lane {
                 "encap" => case.way = Way::Encap,
                 "decap" => case.way = Way::Decap,
                 "stateful" => case.stateful = true,
+                "rules" => (case.rules, case.stateful) = (number()?, true),
                 "new-flows" => case.new_flows = true,
+                "latency" => case.latency = Some(Load::Tenth),
+                "wake-up" => case.latency = Some(Load::Idle),
                 "label" => lane.label = value.to_owned(),
                 _ => {
                     return Err(format!(
-                        "{word}: neither size, flows, ring, ports, packed, encap, decap, stateful, new-flows nor label"
+                        "{word}: neither size, flows, ring, ports, rules, packed, encap, decap, stateful, new-flows, latency, \
+                         wake-up nor label"
                     ));
                 }
             }
@@ -118,8 +138,15 @@ impl Case {
         least("size", self.size, *sizes.start(), *sizes.end())?;
         least("flows", self.flows, 1, frame::FLOWS_MAX)?;
         least("ports", self.ports, 2, PORTS_MAX)?;
+        least("rules", self.rules, 1, RULES_MAX)?;
         if !self.ring.is_power_of_two() || !(2..=RING_SIZE_MAX).contains(&self.ring) {
             return Err(format!("ring {}: a power of two up to {RING_SIZE_MAX}", self.ring));
+        }
+        if self.latency.is_some() && self.new_flows {
+            return Err("latency is that of flows that are known".into());
+        }
+        if self.latency == Some(Load::Idle) && (self.way != Way::VmToVm || self.is_segmented()) {
+            return Err("wake-up is measured with whole frames from VM to VM".into());
         }
         if self.is_segmented() && (self.flows > 1 || self.way != Way::VmToVm || self.new_flows) {
             return Err("frames to be segmented go from VM to VM in one flow".into());
@@ -130,6 +157,8 @@ impl Case {
 
 /// Ports at most: each attached VM takes eight descriptors of this process.
 const PORTS_MAX: usize = 1024;
+/// Rules at most: addresses that they name.
+const RULES_MAX: usize = 65_536;
 
 #[cfg(test)]
 mod tests {
@@ -145,9 +174,19 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused() {
-        for text in
-            ["", "io,size", "io,size=59", "io,flow=1", "io,ring=100", "io,size=65000,encap", "io,ports=1", "io,flows=0"]
-        {
+        for text in [
+            "",
+            "io,size",
+            "io,size=59",
+            "io,flow=1",
+            "io,ring=100",
+            "io,size=65000,encap",
+            "io,ports=1",
+            "io,flows=0",
+            "io,rules=0",
+            "io,latency,new-flows",
+            "io,wake-up,encap",
+        ] {
             assert!(text.parse::<Lane>().is_err(), "{text}");
         }
     }

@@ -8,11 +8,13 @@
 //!
 //! ```text
 //!  lane      parse "ovs,size=64,encap"      device    start it for its case, pause, resume
+//!  kernel    the one of taps, without a process
 //!  run       rounds of windows              report    table, JSON       plot   SVG
 //!  standard  the set that scripts/bench runs
 //! ```
 
 mod device;
+mod kernel;
 mod lane;
 mod plot;
 mod report;
@@ -22,7 +24,7 @@ mod standard;
 use nix::errno::Errno;
 
 pub use device::{Site, is_installed};
-pub use lane::{Case, Lane, Way};
+pub use lane::{Case, Lane, Load, Way};
 pub use plot::svg;
 pub use report::{Comparison, LaneReport, Outcome};
 pub use run::{Schedule, run};

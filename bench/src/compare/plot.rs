@@ -30,10 +30,11 @@ const TEXT_PIXELS: i32 = 13;
 const MARK_PIXELS: i32 = 11;
 
 const CAPTION: &str = "Bar: median over rounds. Line: least to most over rounds. \
-                       x: ratio to the baseline named, median over paired rounds.";
+                       x: ratio to the baseline named, median over paired rounds. \
+                       Latency: 50 %, line to 99 %.";
 
 /// Devices with a colour of their own in every report; others take the rest in turn.
-const KNOWN: [&str; 3] = ["io", "dreamwire", "ovs"];
+const KNOWN: [&str; 4] = ["io", "dreamwire", "ovs", "kernel"];
 /// Grey, and the colours of Okabe and Ito, which people who see no red or no green can tell apart.
 const COLOURS: [RGBColor; 7] = [
     RGBColor(153, 153, 153),
@@ -107,7 +108,9 @@ impl Sheet<'_, '_> {
         let mut x = MARGIN;
         for device in &self.devices {
             let mut lanes = comparisons.iter().flat_map(|comparison| &comparison.lanes);
-            if lanes.any(|report| report.lane.device == *device && !report.rounds().is_empty()) {
+            if lanes.any(|report| {
+                report.lane.device == *device && (!report.rounds().is_empty() || report.latency().is_some())
+            }) {
                 self.bar((x, y), BAR, device)?;
                 self.write(*device, (x + BAR + 6, y), TEXT_PIXELS, HPos::Left)?;
                 x += BAR + 30 + device.chars().count() as i32 * TEXT_PIXELS * 2 / 3;
@@ -131,8 +134,7 @@ impl Sheet<'_, '_> {
                 self.bar((LABELS, y), scale.pixels(summary.median), &report.lane.device)?;
                 let (from, to) = (LABELS + scale.pixels(summary.min), LABELS + scale.pixels(summary.max));
                 self.line((from, y + BAR / 2), (to, y + BAR / 2), BLACK)?;
-                let ratio = comparison.ratio(index).map_or(String::new(), |ratio| format!(", {:.2} x", ratio.median));
-                let words = format!("{:.2} {}{ratio}", summary.median, figure.unit());
+                let words = figure.words(comparison, index, &summary);
                 self.write(words, (LABELS + BARS + MARGIN, y), TEXT_PIXELS, HPos::Left)?;
             } else {
                 self.write("not measured", (LABELS + 6, y), TEXT_PIXELS, HPos::Left)?;
@@ -173,10 +175,14 @@ fn devices(comparisons: &[Comparison]) -> Vec<&str> {
 enum Figure {
     Mpps,
     GbitPerS,
+    LatencyUs,
 }
 
 impl Figure {
     fn of(comparison: &Comparison) -> Self {
+        if comparison.lanes.iter().any(|report| report.latency().is_some()) {
+            return Self::LatencyUs;
+        }
         let is_large = comparison.lanes.iter().any(|report| report.lane.case.size > LIMITED_BYTES);
         if is_large { Self::GbitPerS } else { Self::Mpps }
     }
@@ -185,13 +191,28 @@ impl Figure {
         match self {
             Self::Mpps => "Mpps",
             Self::GbitPerS => "Gbit/s",
+            Self::LatencyUs => "us",
         }
+    }
+
+    fn words(self, comparison: &Comparison, index: usize, summary: &Summary) -> String {
+        if matches!(self, Self::LatencyUs) {
+            return format!("{:.1} us, 99 %: {:.1}", summary.median, summary.max);
+        }
+        let ratio = comparison.ratio(index).map_or(String::new(), |ratio| format!(", {:.2} x", ratio.median));
+        format!("{:.2} {}{ratio}", summary.median, self.unit())
     }
 
     fn summary(self, report: &LaneReport) -> Option<Summary> {
         match self {
             Self::Mpps => report.mpps(),
             Self::GbitPerS => report.gbit_per_s(),
+            Self::LatencyUs => report.latency().map(|latency| Summary {
+                median: latency.p50_us,
+                min: latency.p50_us,
+                max: latency.p99_us,
+                spread: 0.0,
+            }),
         }
     }
 }
@@ -248,6 +269,6 @@ mod tests {
             outcome: crate::compare::Outcome::Unavailable { reason: String::new() },
         });
         let comparison = Comparison { title: String::new(), window_s: 0.3, lanes: lanes.into() };
-        assert_eq!(devices(&[comparison]), ["io", "dreamwire", "ovs", "old"]);
+        assert_eq!(devices(&[comparison]), ["io", "dreamwire", "ovs", "kernel", "old"]);
     }
 }

@@ -4,9 +4,9 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::lane::Lane;
+use super::lane::{Lane, Load};
 use crate::report::{Paired, Series, Summary, Table};
-use crate::traffic::Round;
+use crate::traffic::{LatencySummary, Round};
 
 /// Lanes measured in one run.
 #[derive(Clone, Debug, Serialize)]
@@ -34,8 +34,10 @@ pub struct LaneReport {
 pub enum Outcome {
     /// It was measured.
     Measured {
-        /// In order.
+        /// In order; none where only latency was measured.
         rounds: Vec<Round>,
+        /// Over all windows, where it was measured.
+        latency: Option<LatencySummary>,
     },
     /// It did not come up, or the device cannot do this.
     Unavailable {
@@ -49,8 +51,17 @@ impl LaneReport {
     #[must_use]
     pub fn rounds(&self) -> &[Round] {
         match &self.outcome {
-            Outcome::Measured { rounds } => rounds,
+            Outcome::Measured { rounds, .. } => rounds,
             Outcome::Unavailable { .. } => &[],
+        }
+    }
+
+    /// Latency, if it was measured.
+    #[must_use]
+    pub fn latency(&self) -> Option<LatencySummary> {
+        match self.outcome {
+            Outcome::Measured { latency, .. } => latency,
+            Outcome::Unavailable { .. } => None,
         }
     }
 
@@ -105,6 +116,25 @@ impl Comparison {
     }
 }
 
+impl Comparison {
+    fn latencies(&self) -> Table {
+        let mut table = Table::new(["latency, us", "load", "50 %", "99 %", "99.9 %", "most", "frames"]);
+        for report in &self.lanes {
+            let Some(latency) = report.latency() else { continue };
+            let load = match report.lane.case.latency {
+                Some(Load::Idle) => "idle",
+                _ => "10 %",
+            };
+            let mut row = vec![report.lane.label.clone(), load.into()];
+            let figures = [latency.p50_us, latency.p99_us, latency.p999_us, latency.max_us];
+            row.extend(figures.map(|figure| format!("{figure:.1}")));
+            row.push(latency.frames.to_string());
+            table.row(row);
+        }
+        table
+    }
+}
+
 impl fmt::Display for Comparison {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new([
@@ -138,6 +168,9 @@ impl fmt::Display for Comparison {
             table.row(row);
         }
         write!(formatter, "{table}")?;
+        if self.lanes.iter().any(|report| report.lane.case.latency.is_some()) {
+            write!(formatter, "{}", self.latencies())?;
+        }
         for report in &self.lanes {
             if let Outcome::Unavailable { reason } = &report.outcome {
                 writeln!(formatter, "{}: not measured: {reason}", report.lane.label)?;
@@ -164,7 +197,7 @@ mod tests {
             idle: 0.5,
         };
         let lane = Lane { label: label.into(), ..label.parse().unwrap() };
-        LaneReport { lane, outcome: Outcome::Measured { rounds: mpps.iter().map(round).collect() } }
+        LaneReport { lane, outcome: Outcome::Measured { rounds: mpps.iter().map(round).collect(), latency: None } }
     }
 
     #[test]
@@ -208,6 +241,20 @@ mod tests {
             crate::compare::svg(&[Comparison { title: "TSO".into(), window_s: 0.3, lanes: vec![report] }]).unwrap();
         // 0.512 Gbit/s per Mpps, as all of these rounds.
         assert!(svg.contains("0.03 Gbit/s, 1.00 x") && !svg.contains("Mpps"), "{svg}");
+    }
+
+    #[test]
+    fn latency_has_a_table_and_bars_of_its_own() {
+        let mut report = lane("io,wake-up", &[]);
+        let summary = LatencySummary { frames: 9, p50_us: 12.3, p99_us: 45.6, p999_us: 50.0, max_us: 60.0 };
+        if let Outcome::Measured { latency, .. } = &mut report.outcome {
+            *latency = Some(summary);
+        }
+        let comparison = Comparison { title: "wake-up".into(), window_s: 0.3, lanes: vec![report] };
+        let row: Vec<_> = ["io,wake-up", "idle", "12.3", "45.6", "50.0", "60.0", "9"].into();
+        assert!(comparison.to_string().lines().any(|line| line.split_whitespace().eq(row.iter().copied())));
+        let svg = crate::compare::svg(&[comparison]).unwrap();
+        assert!(svg.contains("12.3 us, 99 %: 45.6") && !svg.contains("not measured"), "{svg}");
     }
 
     #[test]

@@ -6,16 +6,21 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::CompareError;
 use super::device::{Device, Site, VMS};
-use super::lane::{Case, Lane};
+use super::lane::{Case, Lane, Load};
 use super::report::{Comparison, LaneReport, Outcome};
 use crate::front_end::{ChainShape, FrontEnd, Options, feature};
 use crate::traffic::throughput::Throughput;
-use crate::traffic::{DeviceUnderTest, Endpoint, FlowSet, Plan, Round, cpu};
+use crate::traffic::{End, Endpoint, FlowSet, Latencies, Plan, Round, cpu, latency};
 
 /// As a Linux guest sends 64 KiB: header, and pages of a scattered buffer in an indirect table.
 const SEGMENTED_CHAIN: ChainShape = ChainShape { descriptors: 18, indirect: true };
 /// As a Linux guest takes them: buffers of a page, put together (MRG_RXBUF).
 const SEGMENTED_RX_BYTES: usize = 4096;
+
+/// Silence before a frame that is to find its device asleep, and up to as much again: longer than dreamwire polls (50 us).
+const SILENCE: Duration = Duration::from_micros(200);
+/// A device's share of its rate at which latency under load is measured.
+const LOAD: f64 = 0.1;
 
 /// How long, how often.
 #[derive(Clone, Copy, Debug)]
@@ -48,10 +53,10 @@ impl Default for Schedule {
 struct Running<'a> {
     lane: &'a Lane,
     device: Device,
-    from: FrontEnd,
-    to: FrontEnd,
+    ends: [Box<dyn End>; 2],
     set: FlowSet,
     rounds: Vec<Round>,
+    latencies: Latencies,
     _bystanders: Vec<FrontEnd>,
 }
 
@@ -83,7 +88,9 @@ pub fn run(title: &str, lanes: &[Lane], schedule: &Schedule, site: &Site) -> Res
     }
     let reports = lanes.iter().zip(outcomes).map(|(lane, outcome)| {
         let outcome = match outcome {
-            Ok(mut running) => Outcome::Measured { rounds: std::mem::take(&mut running.rounds) },
+            Ok(mut running) => {
+                Outcome::Measured { rounds: std::mem::take(&mut running.rounds), latency: running.latencies.summary() }
+            }
             Err(error) => Outcome::Unavailable { reason: error.to_string() },
         };
         LaneReport { lane: lane.clone(), outcome }
@@ -92,19 +99,17 @@ pub fn run(title: &str, lanes: &[Lane], schedule: &Schedule, site: &Site) -> Res
 }
 
 fn bring_up<'a>(lane: &'a Lane, site: &Site, schedule: &Schedule) -> Result<Running<'a>, CompareError> {
-    let device = Device::start(lane, site)?;
+    let mut device = Device::start(lane, site)?;
     // After the device was started, which would inherit it.
     let _ = cpu::pin(site.cpu);
-    let connect = if device.ends().is_client { FrontEnd::listen } else { FrontEnd::connect };
-    let options = options(&lane.case, schedule);
-    let DeviceUnderTest { from, to, .. } = device.ends();
-    let (from, to) = (connect(from, options.clone())?, connect(to, options)?);
-    let attach = |path| connect(path, Options { spare_bytes: 0, ..Options::default() });
-    let bystanders = device.bystanders.iter().map(|path| attach(path)).collect::<Result<_, _>>()?;
+    let ends = device.connect(&options(&lane.case, schedule))?;
+    let bystanders = device.attach_bystanders()?;
     let set = Throughput::flow_set(&plan(&lane.case, schedule), lane.case.ring);
-    let mut running = Running { lane, device, from, to, set, rounds: Vec::new(), _bystanders: bystanders };
+    let latencies = Latencies::default();
+    let mut running = Running { lane, device, ends, set, rounds: Vec::new(), latencies, _bystanders: bystanders };
     let warm_up = Plan { once: false, ..plan(&lane.case, schedule) };
-    Throughput::new(&mut running.from, &mut running.to, warm_up, &running.set)?.warm_up()?;
+    let [from, to] = &mut running.ends;
+    Throughput::new(from.as_mut(), to.as_mut(), warm_up, &running.set)?.warm_up()?;
     running.device.pause()?;
     Ok(running)
 }
@@ -112,23 +117,35 @@ fn bring_up<'a>(lane: &'a Lane, site: &Site, schedule: &Schedule) -> Result<Runn
 impl Running<'_> {
     fn window(&mut self, number: u32, schedule: &Schedule) -> Result<(), CompareError> {
         let plan = plan(&self.lane.case, schedule);
+        let [from, to] = &mut self.ends;
+        let (from, to) = (from.as_mut(), to.as_mut());
+        let load = self.lane.case.latency;
+        if load == Some(Load::Idle) {
+            let samples = schedule.window.div_duration_f64(SILENCE.mul_f64(1.5)).ceil() as usize;
+            return Ok(latency::measure(from, to, &plan, samples, SILENCE, &mut self.latencies)?);
+        }
         // The set is written anew: the lanes' memory would not stay in the caches anyway.
-        let mut settling =
-            Throughput::new(&mut self.from, &mut self.to, Plan { once: false, ..plan.clone() }, &self.set)?;
+        let mut settling = Throughput::new(from, to, Plan { once: false, ..plan.clone() }, &self.set)?;
         settling.settle(schedule.settle)?;
-        let (round, specimen) = if plan.once {
+        let checked = |round: Round, specimen: Option<&[u8]>| match round.fault(specimen) {
+            Some(fault) => Err(CompareError::Content(format!("{}, round {}: {fault}", self.lane.label, number + 1))),
+            None => Ok(round),
+        };
+        let round = if plan.once {
+            drop(settling);
             // An address that has never sent: nobody knows any of these flows.
             let [.., high, low] = number.to_be_bytes();
-            let from = Endpoint { address: [10, high.wrapping_add(1), low, 1].into(), ..plan.from };
-            let set = FlowSet::new(from, plan.to, plan.size, schedule.new_flows, schedule.new_flows);
-            let mut throughput = Throughput::new(&mut self.from, &mut self.to, plan, &set)?;
-            (throughput.round()?, throughput.specimen().map(<[u8]>::to_vec))
+            let sender = Endpoint { address: [10, high.wrapping_add(1), low, 1].into(), ..plan.from };
+            let set = FlowSet::new(sender, plan.to, plan.size, schedule.new_flows, schedule.new_flows);
+            let mut throughput = Throughput::new(from, to, plan, &set)?;
+            checked(throughput.round()?, throughput.specimen())?
         } else {
-            (settling.round()?, settling.specimen().map(<[u8]>::to_vec))
+            let round = checked(settling.round()?, settling.specimen())?;
+            if load.is_some() {
+                checked(settling.paced(LOAD * round.mpps, &mut self.latencies)?, settling.specimen())?;
+            }
+            round
         };
-        if let Some(fault) = round.fault(specimen.as_deref()) {
-            return Err(CompareError::Content(format!("{}, round {}: {fault}", self.lane.label, number + 1)));
-        }
         self.rounds.push(round);
         Ok(())
     }

@@ -26,17 +26,19 @@ pub fn standard() -> Vec<Standard> {
         set.push(Standard { name: name.into(), title: title.into(), lanes: lanes.iter().map(parse).collect() });
     };
     for size in [64, 256, 512, 1518] {
-        let lanes = ["io", "dreamwire", "ovs"].map(|device| format!("{device},size={size},label={device}"));
+        let lanes = ["io", "dreamwire", "ovs", "kernel"].map(|device| format!("{device},size={size},label={device}"));
         add(&format!("l2-{size}"), &format!("VM to VM, {size} B"), &lanes.each_ref().map(String::as_str));
     }
-    let tso = ["ovs", "dreamwire"].map(|device| format!("{device},size={SEGMENTED_BYTES},ring=1024,label={device}"));
+    let tso = ["ovs", "dreamwire", "kernel"]
+        .map(|device| format!("{device},size={SEGMENTED_BYTES},ring=1024,label={device}"));
     add("tso", "VM to VM, 64 KB TSO", &tso.each_ref().map(String::as_str));
     for way in ["encap", "decap"] {
         for size in [64, 1518] {
             let io = format!("io,size={size},label=io (L2)");
-            let others = ["dreamwire", "ovs"].map(|device| format!("{device},size={size},{way},label={device}"));
-            let [first, second] = others.each_ref().map(String::as_str);
-            add(&format!("vxlan-{way}-{size}"), &format!("VXLAN {way}, {size} B"), &[&io, first, second]);
+            let others =
+                ["dreamwire", "ovs", "kernel"].map(|device| format!("{device},size={size},{way},label={device}"));
+            let [first, second, third] = others.each_ref().map(String::as_str);
+            add(&format!("vxlan-{way}-{size}"), &format!("VXLAN {way}, {size} B"), &[&io, first, second, third]);
         }
     }
     let labelled = |device: &str, option: &str| format!("{device},{option},label={device} {option}");
@@ -44,8 +46,23 @@ pub fn standard() -> Vec<Standard> {
         let lanes = [1, 1000, 100_000, 1_000_000].map(|flows| labelled(device, &format!("flows={flows}")));
         add(&format!("flows-{device}"), &format!("64 B by flows, {device}"), &lanes.each_ref().map(String::as_str));
     }
-    let ports = [2, 64, 512].map(|ports| labelled("dreamwire", &format!("ports={ports}")));
+    let ports = [2, 8, 32, 128, 512].map(|ports| labelled("dreamwire", &format!("ports={ports}")));
     add("ports", "64 B by ports attached, two busy", &ports.each_ref().map(String::as_str));
+    let rules = [1, 10, 100, 1000, 10_000];
+    for (name, title, option) in
+        [("rules", "64 B by rules", ""), ("rules-new-flows", "64 B by rules, every frame a new flow", ",new-flows")]
+    {
+        let without = format!("dreamwire{option},label=dreamwire no rules");
+        let with = rules.map(|rules| format!("dreamwire,rules={rules}{option},label=dreamwire rules={rules}"));
+        let lanes: Vec<_> = std::iter::once(&without).chain(&with).map(String::as_str).collect();
+        add(name, title, &lanes);
+    }
+    for (name, title, option) in
+        [("latency", "Latency, 64 B, at 10 % load", "latency"), ("wake-up", "Wake-up, 64 B", "wake-up")]
+    {
+        let lanes = ["io", "dreamwire", "ovs", "kernel"].map(|device| format!("{device},{option},label={device}"));
+        add(name, title, &lanes.each_ref().map(String::as_str));
+    }
     add(
         "packed",
         "64 B, packed against split rings",

@@ -86,7 +86,7 @@ pub enum FrontEndError {
 
 impl FrontEndError {
     /// For `map_err`: a system call, and what it was for.
-    pub(super) fn system<E: Into<io::Error>>(doing: &'static str) -> impl Fn(E) -> Self
+    pub(crate) fn system<E: Into<io::Error>>(doing: &'static str) -> impl Fn(E) -> Self
     where
         io::Error: From<E>,
     {

@@ -274,6 +274,10 @@ impl FrontEnd {
         &mut self.pairs
     }
 
+    pub(crate) fn first(&self) -> &QueuePair {
+        &self.pairs[0]
+    }
+
     /// Sends frames on the first pair until its ring is full; returns how many went in.
     ///
     /// # Errors

@@ -7,10 +7,12 @@
 pub mod cost;
 pub mod cpu;
 pub mod dreamwire;
+pub mod end;
 pub mod frame;
 mod in_flight;
 pub mod latency;
 pub mod sink;
+pub mod tap;
 pub mod testpmd;
 pub mod throughput;
 pub mod vxlan;
@@ -18,9 +20,12 @@ pub mod vxlan;
 use std::path::PathBuf;
 
 pub use dreamwire::Dreamwire;
+pub use end::End;
 pub use frame::{Endpoint, FlowSet};
 pub(crate) use in_flight::LIMITED_BYTES;
+pub use latency::{Latencies, LatencySummary};
 pub use sink::Sink;
+pub use tap::Tap;
 pub use testpmd::Testpmd;
 pub use throughput::{Failure, Plan, Round, Tunnel};
 pub use vxlan::Outer;

@@ -141,12 +141,12 @@ impl<'a> Sink<'a> {
         }
     }
 
-    /// Takes one frame.
+    /// Takes one frame; its number in the set if it is good.
     #[inline]
-    pub fn take(&mut self, frame: Received<'_>) {
+    pub fn take(&mut self, frame: Received<'_>) -> Option<usize> {
         let Some(prefix) = self.prefix(&frame) else {
             self.arrived.foreign += 1;
-            return;
+            return None;
         };
         let known = usize::try_from(sequence_of(&prefix)).ok().and_then(|index| Some((index, self.own.get(index)?)));
         match known {
@@ -156,14 +156,15 @@ impl<'a> Sink<'a> {
                 self.until_sample -= 1;
                 if self.until_sample == 0 {
                     self.until_sample = self.sample;
-                    self.compare(index, frame);
-                } else {
-                    self.arrived.good += 1;
+                    return self.compare(index, frame);
                 }
+                self.arrived.good += 1;
+                return Some(index);
             }
             _ if magic_of(&prefix) == MAGIC => self.corrupt(frame),
             _ => self.arrived.foreign += 1,
         }
+        None
     }
 
     #[inline]
@@ -197,7 +198,7 @@ impl<'a> Sink<'a> {
     }
 
     #[cold]
-    fn compare(&mut self, index: usize, mut frame: Received<'_>) {
+    fn compare(&mut self, index: usize, mut frame: Received<'_>) -> Option<usize> {
         let packet = frame.bytes();
         let is_good = match &self.outer {
             // Its checksum is in the prefix.
@@ -209,7 +210,12 @@ impl<'a> Sink<'a> {
             None => packet == self.set.frames()[index],
             Some(_) => packet[OUTER_BYTES..] == self.set.frames()[index] && OuterCheck::checksum_holds(packet),
         };
-        if is_good { self.arrived.good += 1 } else { self.corrupt(frame) }
+        if !is_good {
+            self.corrupt(frame);
+            return None;
+        }
+        self.arrived.good += 1;
+        Some(index)
     }
 
     #[inline]

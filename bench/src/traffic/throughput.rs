@@ -9,21 +9,22 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::end::End;
 use super::frame::{self, Endpoint, FlowSet};
 use super::in_flight::{InFlight, LIMITED_BYTES};
 use super::sink::Sink;
 use super::vxlan::Outer;
 use crate::front_end::split::RingError;
-use crate::front_end::{BURST, FrontEnd, FrontEndError, VirtioNetHeader};
+use crate::front_end::{BURST, FrontEndError, VirtioNetHeader};
 
 /// Turns of generator and sink between two looks at the clock: some microseconds.
 const TURNS_PER_LOOK: u32 = 16;
 
 /// After this long without a frame nothing is under way any more.
-const QUIET: Duration = Duration::from_millis(25);
+pub(super) const QUIET: Duration = Duration::from_millis(25);
 
 /// Draining longer than this means that the device never falls silent.
-const DRAIN_MAX: Duration = Duration::from_secs(5);
+pub(super) const DRAIN_MAX: Duration = Duration::from_secs(5);
 
 /// How long the device may take to bring the first frame across.
 const FIRST_FRAME_MAX: Duration = Duration::from_secs(10);
@@ -162,10 +163,10 @@ impl From<RingError> for Failure {
 /// A generator and a sink on either side of a device.
 #[derive(Debug)]
 pub struct Throughput<'a> {
-    from: &'a mut FrontEnd,
-    to: &'a mut FrontEnd,
-    plan: Plan,
-    sink: Sink<'a>,
+    pub(super) from: &'a mut dyn End,
+    pub(super) to: &'a mut dyn End,
+    pub(super) plan: Plan,
+    pub(super) sink: Sink<'a>,
 }
 
 impl<'a> Throughput<'a> {
@@ -179,14 +180,14 @@ impl<'a> Throughput<'a> {
     ///
     /// # Errors
     /// If guest memory is too small for it.
-    pub fn new(from: &'a mut FrontEnd, to: &'a mut FrontEnd, plan: Plan, set: &'a FlowSet) -> Result<Self, Failure> {
+    pub fn new(from: &'a mut dyn End, to: &'a mut dyn End, plan: Plan, set: &'a FlowSet) -> Result<Self, Failure> {
         match plan.tunnel {
             Some(Tunnel::Decapsulate(outer)) => {
                 let wrap = |(index, frame): (usize, &Vec<u8>)| outer.wrap(frame, index % set.flows());
                 let packets: Vec<_> = set.frames().iter().enumerate().map(wrap).collect();
-                from.load_templates(0, &packets, set.header())?;
+                from.load(&packets, set.header())?;
             }
-            _ => from.load_templates(0, set.frames(), set.header())?,
+            _ => from.load(set.frames(), set.header())?,
         }
         let sink = match plan.tunnel {
             Some(Tunnel::Encapsulate(outer)) => Sink::behind(&outer, set, plan.sample),
@@ -209,19 +210,16 @@ impl<'a> Throughput<'a> {
         self.sink.reset(0);
         while self.sink.arrived().good == 0 {
             if started.elapsed() > FIRST_FRAME_MAX {
-                return Err(Failure::Nothing {
-                    sent: self.from.pairs()[0].transmit.sent(),
-                    foreign: self.sink.arrived().foreign,
-                });
+                return Err(Failure::Nothing { sent: self.from.sent(), foreign: self.sink.arrived().foreign });
             }
-            self.to.send_burst(&[&hello])?;
-            self.from.pairs()[0].transmit.repost_burst(1)?;
+            self.to.send(&hello)?;
+            self.from.repost(1)?;
             self.receive_for(Duration::from_millis(10))?;
             if let (Some(header), Some(frame)) = (self.sink.specimen_header(), self.sink.specimen()) {
                 return Err(Failure::Altered { bytes: frame.len(), header, start: start_of(frame) });
             }
         }
-        self.to.pairs()[0].transmit.reap()?;
+        self.to.reap()?;
         self.run(Duration::from_millis(100).min(self.plan.duration)).map(|_| ())
     }
 
@@ -243,45 +241,47 @@ impl<'a> Throughput<'a> {
 
     fn run(&mut self, duration: Duration) -> Result<Round, Failure> {
         self.drain()?;
-        let sequence = self.from.pairs()[0].transmit.next_template();
+        let sequence = self.from.next_template();
         self.sink.reset(sequence);
-        let sent_before = self.from.pairs()[0].transmit.sent();
+        let sent_before = self.from.sent();
         let mut left = self.sink.set().frames().len();
 
         let started = Instant::now();
         let mut idle = Idle::default();
-        let held = self.to.pairs()[0].receive.frames_held(self.plan.size);
+        let held = self.to.frames_held(self.plan.size);
         let mut limit = (self.plan.size > LIMITED_BYTES).then(|| InFlight::new(held, started));
         let elapsed = loop {
             for _ in 0..TURNS_PER_LOOK {
-                let transmit = &mut self.from.pairs()[0].transmit;
                 let burst = if self.plan.once { left.min(usize::from(BURST)) as u16 } else { BURST };
                 let burst = limit.as_ref().map_or(burst, |limit| burst.min(limit.room()));
-                let sent = transmit.repost_burst(burst)?;
+                let sent = self.from.repost(burst)?;
                 left -= if self.plan.once { usize::from(sent) } else { 0 };
-                let sink = &mut self.sink;
-                let received = self.to.pairs()[0].receive.receive_views(|frame| sink.take(frame))?;
+                let received = self.to.receive_into(&mut self.sink)?;
                 if let Some(limit) = &mut limit {
-                    let (arrived, transmit) = (self.sink.arrived(), &self.from.pairs()[0].transmit);
-                    limit.turn(sent, arrived.good + arrived.corrupt, transmit.in_flight() == 0, Instant::now());
+                    let arrived = self.sink.arrived();
+                    limit.turn(sent, arrived.good + arrived.corrupt, self.from.in_flight() == 0, Instant::now());
                 }
                 idle.turn(sent == 0 && received == 0);
             }
             self.discard_backwards()?;
             let elapsed = started.elapsed();
-            let is_through = left == 0 && self.from.pairs()[0].transmit.in_flight() == 0;
+            let is_through = left == 0 && self.from.in_flight() == 0;
             if elapsed >= duration || is_through {
                 break elapsed;
             }
         };
         let in_time = self.sink.arrived().good;
         self.drain()?;
+        Ok(self.result(sent_before, in_time, elapsed, idle.total))
+    }
 
-        let sent = self.from.pairs()[0].transmit.sent() - sent_before;
+    /// After all has arrived that will: `in_time` good frames did so in `elapsed`.
+    pub(super) fn result(&self, sent_before: u64, in_time: u64, elapsed: Duration, idle: Duration) -> Round {
+        let sent = self.from.sent() - sent_before;
         let arrived = self.sink.arrived();
         let lost = sent.saturating_sub(arrived.good + arrived.corrupt);
         let per_second = in_time as f64 / elapsed.as_secs_f64();
-        Ok(Round {
+        Round {
             mpps: per_second / 1e6,
             gbit_per_s: per_second * self.plan.size as f64 * 8.0 / 1e9,
             sent,
@@ -290,24 +290,23 @@ impl<'a> Throughput<'a> {
             corrupt: arrived.corrupt,
             foreign: arrived.foreign,
             in_order: self.sink.in_sequence(lost),
-            idle: (idle.total.as_secs_f64() / elapsed.as_secs_f64()).min(1.0),
-        })
+            idle: (idle.as_secs_f64() / elapsed.as_secs_f64()).min(1.0),
+        }
     }
 
     /// What a switch floods towards the generator must not fill its ring.
-    fn discard_backwards(&mut self) -> Result<(), Failure> {
-        self.from.pairs()[0].receive.receive_views(|_| ())?;
+    pub(super) fn discard_backwards(&mut self) -> Result<(), Failure> {
+        self.from.receive_each(&mut |_| ())?;
         Ok(())
     }
 
     /// Receives until all that was sent has been taken and nothing has come for [`QUIET`].
-    fn drain(&mut self) -> Result<(), Failure> {
+    pub(super) fn drain(&mut self) -> Result<(), Failure> {
         let started = Instant::now();
         let mut last = started;
         loop {
-            let transmit = &mut self.from.pairs()[0].transmit;
-            transmit.reap()?;
-            let waiting = transmit.in_flight() > 0;
+            self.from.reap()?;
+            let waiting = self.from.in_flight() > 0;
             if self.receive()? > 0 || waiting {
                 last = Instant::now();
             }
@@ -330,8 +329,7 @@ impl<'a> Throughput<'a> {
 
     fn receive(&mut self) -> Result<usize, Failure> {
         self.discard_backwards()?;
-        let sink = &mut self.sink;
-        Ok(self.to.pairs()[0].receive.receive_views(|frame| sink.take(frame))?)
+        Ok(self.to.receive_into(&mut self.sink)?)
     }
 
     /// The first corrupt frame, if there was one.
