@@ -15,10 +15,12 @@ use dreamwire_bench::compare::CompareError;
 use dreamwire_bench::front_end::{ChainShape, FrontEnd, FrontEndError, MessageOrder, Options, feature};
 use dreamwire_bench::report::{Series, Table};
 use dreamwire_bench::topology::TopologyError;
+use dreamwire_bench::traffic::idle::{self, IdleError, IdlePlan};
 use dreamwire_bench::traffic::testpmd::{TestpmdError, TestpmdOptions};
 use dreamwire_bench::traffic::throughput::Throughput;
 use dreamwire_bench::traffic::{
-    DeviceUnderTest, Dreamwire, Endpoint, Failure, Latencies, Plan, Round, Testpmd, cost, cpu, frame, latency,
+    DeviceUnderTest, Dreamwire, Endpoint, Failure, Latencies, Plan, Round, Testpmd, cost, cpu, dreamwire, frame,
+    latency,
 };
 
 /// Frames per side of `cost`: about a second.
@@ -41,8 +43,32 @@ enum Command {
     Compare(CompareArguments),
     /// Run the standard set of comparisons; write a table, JSON and a plot
     Standard(StandardArguments),
+    /// What dreamwire takes while many guests are attached and silent: CPU time, memory, wake-up
+    Idle(IdleArguments),
     /// What the generator and the sink themselves cost, against a device that does nothing
     Cost(CostArguments),
+}
+
+#[derive(Debug, Args)]
+struct IdleArguments {
+    /// Ports, each with a guest: 2 to 512
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(2..=512))]
+    ports: u16,
+    /// Seconds to watch
+    #[arg(long, default_value_t = 10.0, value_parser = seconds)]
+    seconds: f64,
+    /// Frames whose wake-up is measured
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    samples: u32,
+    /// CPU of the guests
+    #[arg(long, default_value_t = 0)]
+    cpu: usize,
+    /// CPU of the daemon's worker
+    #[arg(long, default_value_t = 1)]
+    peer_cpu: usize,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -194,6 +220,8 @@ enum Error {
     #[error(transparent)]
     Failure(#[from] Failure),
     #[error(transparent)]
+    Idle(#[from] IdleError),
+    #[error(transparent)]
     Testpmd(#[from] TestpmdError),
     #[error(transparent)]
     Dreamwire(#[from] TopologyError),
@@ -213,6 +241,7 @@ fn main() -> ExitCode {
         Command::Latency(arguments) => latency(&arguments),
         Command::Compare(arguments) => compare::compare(&arguments),
         Command::Standard(arguments) => compare::standard(&arguments),
+        Command::Idle(arguments) => idle(&arguments),
         Command::Cost(arguments) => cost(&arguments),
     };
     match done {
@@ -272,6 +301,38 @@ fn throughput(arguments: &ThroughputArguments) -> Result<(), Error> {
     from.stop()?;
     to.stop()?;
     check(&rounds, specimen.as_deref())
+}
+
+fn idle(arguments: &IdleArguments) -> Result<(), Error> {
+    let plan = IdlePlan {
+        ports: arguments.ports.into(),
+        duration: Duration::from_secs_f64(arguments.seconds),
+        wake_ups: arguments.samples as usize,
+        cpu: arguments.cpu,
+        peer_cpu: arguments.peer_cpu,
+    };
+    let idle = idle::measure(&dreamwire::program(), &plan)?;
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        return Ok(writeln!(out, "{}", serde_json::json!(idle))?);
+    }
+    let (resident, wake_up) = (idle.resident, idle.wake_up);
+    let mib = |kib: u64| format!("{:.1}", kib as f64 / 1024.0);
+    let mut table = Table::new([&format!("{} silent guests", idle.ports), "figure"]);
+    for (name, figure) in [
+        ("CPU, % of one", format!("{:.2} ({} ticks in {} s)", idle.cpu_percent, idle.ticks, idle.seconds)),
+        ("memory, MiB: its own", mib(resident.anonymous_kib + resident.file_kib)),
+        ("    of that anonymous", mib(resident.anonymous_kib)),
+        ("    of that program and libraries", mib(resident.file_kib)),
+        ("memory, MiB: guests' that it touched", mib(resident.guest_kib)),
+        ("wake-up, us: 50 %", format!("{:.1}", wake_up.p50_us)),
+        ("wake-up, us: 99 %", format!("{:.1}", wake_up.p99_us)),
+        ("wake-up, us: 99.9 %", format!("{:.1}", wake_up.p999_us)),
+        ("wake-up, us: most", format!("{:.1}", wake_up.max_us)),
+    ] {
+        table.row([name.into(), figure]);
+    }
+    Ok(write!(out, "{table}")?)
 }
 
 fn cost(arguments: &CostArguments) -> Result<(), Error> {

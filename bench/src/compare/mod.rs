@@ -27,6 +27,7 @@ pub use device::{Site, is_installed};
 pub use lane::{Case, Lane, Load, Way};
 pub use plot::svg;
 pub use report::{Comparison, LaneReport, Outcome};
+pub(crate) use run::raise_descriptor_limit;
 pub use run::{Schedule, run};
 pub use standard::{Standard, standard};
 

@@ -191,7 +191,7 @@ fn options(case: &Case, schedule: &Schedule) -> Options {
 }
 
 /// Every attached VM takes a socket, memory and six eventfds.
-fn raise_descriptor_limit() {
+pub(crate) fn raise_descriptor_limit() {
     if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
         // Without it the lanes that need more say so.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);

@@ -13,7 +13,8 @@ pub struct Dreamwire {
 }
 
 /// The program: `$DREAMWIRE_DAEMON`, else `dreamwire` beside the running program.
-pub(crate) fn program() -> PathBuf {
+#[must_use]
+pub fn program() -> PathBuf {
     let beside = || Some(std::env::current_exe().ok()?.parent()?.join("dreamwire"));
     std::env::var_os("DREAMWIRE_DAEMON").map(PathBuf::from).or_else(beside).unwrap_or_else(|| "dreamwire".into())
 }

@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod dreamwire;
 pub mod end;
 pub mod frame;
+pub mod idle;
 mod in_flight;
 pub mod latency;
 pub mod sink;
