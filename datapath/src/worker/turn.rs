@@ -40,10 +40,11 @@ const EMPTY_TURNS_MAX: u32 = 1024;
 
 /// Idle transmitqs looked at in one turn, so that many silent guests do not slow down those that talk. A worker that
 /// sleeps is told by their kicks.
-const IDLE_PER_TURN: usize = 8;
+const IDLE_PER_TURN: usize = 4;
 
-/// All idle ones are looked at this often at least, however long turns are. A glance at 512 costs some 10 µs.
-const IDLE_LAP_NS: u64 = 200_000;
+/// All idle ones are looked at this often at least, however long turns are: with 510 of them a frame costs the worker 62 ns,
+/// with a lap of 200 µs and eight a turn 75 (docs/performance.md).
+const IDLE_LAP_NS: u64 = 500_000;
 
 /// Parcels that a turn takes from one other worker, so that its own guests have their turn too.
 const PARCELS_PER_TURN: usize = 4;
