@@ -220,7 +220,7 @@ fn start_ovs(case: &Case, site: &Site) -> Result<Ovs, CompareError> {
     })?)
 }
 
-/// Addresses that nobody has, for rules that match nothing: (RFC 2544's 198.18.0.0/15 from its start), for all but one rule.
+/// Addresses that nobody has (RFC 2544's 198.18.0.0/15), for all rules but one: those match nothing.
 fn strangers(rules: usize) -> impl Iterator<Item = Ipv4Addr> {
     let first = u32::from(Ipv4Addr::new(198, 18, 0, 0));
     (first..).take(rules.saturating_sub(1)).map(Ipv4Addr::from)

@@ -150,6 +150,9 @@ impl fmt::Display for Comparison {
             "most",
         ]);
         for (index, report) in self.lanes.iter().enumerate() {
+            if report.lane.case.latency == Some(Load::Idle) {
+                continue;
+            }
             let mut row = vec![report.lane.label.clone()];
             let number = |value: f64| format!("{value:.2}");
             match (report.mpps(), report.gbit_per_s()) {
@@ -173,7 +176,9 @@ impl fmt::Display for Comparison {
         }
         for report in &self.lanes {
             if let Outcome::Unavailable { reason } = &report.outcome {
-                writeln!(formatter, "{}: not measured: {reason}", report.lane.label)?;
+                // A daemon's log is quoted from its second line on: what comes first in it is why. JSON has all.
+                let reason: Vec<_> = reason.lines().take(2).collect();
+                writeln!(formatter, "{}: not measured: {}", report.lane.label, reason.join(" "))?;
             }
         }
         Ok(())

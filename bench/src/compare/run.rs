@@ -17,9 +17,7 @@ const SEGMENTED_CHAIN: ChainShape = ChainShape { descriptors: 18, indirect: true
 /// As a Linux guest takes them: buffers of a page, put together (MRG_RXBUF).
 const SEGMENTED_RX_BYTES: usize = 4096;
 
-/// Silence before a frame that is to find its device asleep, and up to as much again: longer than dreamwire polls (50 us).
-const SILENCE: Duration = Duration::from_micros(200);
-/// A device's share of its rate at which latency under load is measured.
+/// Share of a device's rate at which latency under load is measured.
 const LOAD: f64 = 0.1;
 
 /// How long, how often.
@@ -121,8 +119,8 @@ impl Running<'_> {
         let (from, to) = (from.as_mut(), to.as_mut());
         let load = self.lane.case.latency;
         if load == Some(Load::Idle) {
-            let samples = schedule.window.div_duration_f64(SILENCE.mul_f64(1.5)).ceil() as usize;
-            return Ok(latency::measure(from, to, &plan, samples, SILENCE, &mut self.latencies)?);
+            let samples = schedule.window.div_duration_f64(latency::SILENCE.mul_f64(1.5)).ceil() as usize;
+            return Ok(latency::measure(from, to, &plan, samples, latency::SILENCE, &mut self.latencies)?);
         }
         // The set is written anew: the lanes' memory would not stay in the caches anyway.
         let mut settling = Throughput::new(from, to, Plan { once: false, ..plan.clone() }, &self.set)?;

@@ -19,8 +19,6 @@ use crate::topology::TopologyError;
 
 /// Time for the daemon to settle after the last guest was attached.
 const SETTLE: Duration = Duration::from_millis(500);
-/// Silence before each frame whose wake-up is measured: longer than the daemon polls (50 us).
-const SILENCE: Duration = Duration::from_micros(200);
 /// How /proc names a guest's memory (front_end/memory.rs).
 const GUEST_MEMORY: &str = "/memfd:dreamwire-guest";
 
@@ -116,7 +114,7 @@ pub fn measure(binary: &Path, plan: &IdlePlan) -> Result<Idle, IdleError> {
 
     let mut latencies = Latencies::default();
     let [from, to, ..] = guests.as_mut_slice() else { unreachable!("there are two at least") };
-    latency::measure(from, to, &Plan::default(), plan.wake_ups, SILENCE, &mut latencies)?;
+    latency::measure(from, to, &Plan::default(), plan.wake_ups, latency::SILENCE, &mut latencies)?;
     let seconds = plan.duration.as_secs_f64();
     let ticks_per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as f64;
     Ok(Idle {

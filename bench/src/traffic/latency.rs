@@ -18,6 +18,9 @@ use super::frame;
 use super::throughput::{DRAIN_MAX, Failure, Plan, QUIET, Round, Throughput};
 use crate::front_end::BURST;
 
+/// Silence before a frame that is to find its device asleep: longer than dreamwire polls (50 us).
+pub const SILENCE: Duration = Duration::from_micros(200);
+
 /// After this long a frame is given up as lost.
 const LOST: Duration = Duration::from_secs(5);
 
