@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use foldhash::fast::RandomState;
 
 use crate::mac::Mac;
-use crate::snapshot::{NETWORKS_MAX, NetworkId, PORTS_MAX, PortId};
+use crate::snapshot::{NETWORKS_MAX, NetworkId, PORTS_MAX, PortId, WorkerId};
 
 /// Addresses in one bucket: 8 keys of 8 bytes are a cache line.
 const WAYS: usize = 8;
@@ -42,6 +42,9 @@ pub fn refresh_ns(age_ns: u64) -> u64 {
 /// Sightings kept for the others until the end of a turn. A burst has 32 frames, a turn as many bursts as there are ports
 /// with something to say; what is too much is said at the next refresh.
 const NEWS_MAX: usize = 1024;
+
+/// A worker's epochs are below that power of two more than where they begin: a million a second for half a year.
+const EPOCH_BITS: u32 = 44;
 
 /// Buckets looked at by one [`Fdb::sweep`].
 const SWEEP_BUCKETS: usize = 256;
@@ -161,6 +164,11 @@ impl Fdb {
     /// Makes everything that was looked up before be looked up again.
     pub fn renew(&mut self) {
         self.epochs.iter_mut().for_each(|epoch| *epoch += 1);
+    }
+
+    /// Has epochs begin so far from other workers' that they are never the same: a port takes along what was noted at one.
+    pub(crate) fn begin_at(&mut self, worker: WorkerId) {
+        self.epochs.fill(1 + (u64::from(worker.0) << EPOCH_BITS));
     }
 
     /// Where `mac` was last seen in `network` and when that is forgotten (ns), unless it was too long ago.

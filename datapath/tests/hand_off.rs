@@ -10,6 +10,7 @@ use dreamwire_datapath::counters::{NetworkCounters, PortCounters, WorkerCounters
 use dreamwire_datapath::drop_reason::DropReason;
 use dreamwire_datapath::fdb::Location;
 use dreamwire_datapath::mac::Mac;
+use dreamwire_datapath::perimeter::{Perimeter, PerimeterLimits};
 use dreamwire_datapath::snapshot::{PortId, PortPolicy, Snapshot, WorkerId};
 use dreamwire_datapath::worker::{Links, Worker};
 use dreamwire_policy::{Classifier, Policy, Posture};
@@ -265,4 +266,40 @@ fn what_no_worker_has_judged_reaches_no_port_that_moves() {
     // Worker 0 has nothing to hold the port to its policy with: it is closed.
     assert_eq!(pair.ports[1][0].drops.get(DropReason::NoPerimeter), 6);
     pair.assert_conserved();
+}
+
+/// Leases go with a port to a worker whose epochs are others: whatever these are, a station that has moved meanwhile is found.
+#[test]
+fn a_lease_of_one_worker_does_not_hold_at_another() {
+    let datagram = |to: u8, from: u8| {
+        let mut datagram = udp(mac(to), mac(from), 4000);
+        datagram[26..34].copy_from_slice(&[10, 0, 0, from, 10, 0, 0, to]);
+        datagram[36..40].copy_from_slice(&[0, 53, 0, 26]);
+        datagram
+    };
+    for ahead in 0..32 {
+        let mut pair = Pair::new();
+        pair.closed = Some(1);
+        (0..16).for_each(|_| pair.adopt([1]));
+        let perimeter = Perimeter::new(PerimeterLimits::default(), 7);
+        assert!(pair.workers[1].guard(PortId(1), Some(Box::new(perimeter))).is_none());
+        pair.send(3, &frame(Mac::BROADCAST, mac(9), 60, 0));
+        pair.received();
+        (0..2).for_each(|_| pair.send(1, &datagram(9, 2)));
+        assert_eq!(pair.received()[3].len(), 2);
+        let rings = [0, 1].map(|queue| pair.workers[1].detach(PortId(1), queue).unwrap());
+        let perimeter = pair.workers[1].guard(PortId(1), None);
+        pair.owners[1] = 0;
+        pair.adopt([0, 1]);
+        pair.workers[0].guard(PortId(1), perimeter);
+        for (queue, ring) in (0..).zip(rings) {
+            pair.workers[0].attach(PortId(1), queue, ring);
+        }
+        pair.now_ns += 1000;
+        pair.send(0, &frame(Mac::BROADCAST, mac(9), 60, 1));
+        (0..ahead).for_each(|_| pair.adopt([0]));
+        pair.received();
+        pair.send(1, &datagram(9, 2));
+        assert_eq!(pair.received().map(|frames| frames.len()), [1, 0, 0, 0], "{ahead}");
+    }
 }

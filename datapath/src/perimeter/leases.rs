@@ -2,7 +2,8 @@
 //!
 //! An entry says where the flow goes and that both perimeters on its way have let it through. It holds as long as nothing
 //! was changed that it was made from: its `epoch` is the sum of counters that only rise (of the FDB for the network, which
-//! rises with every snapshot too, and of both perimeters' connections), so the sum is the same only if each of them is. And
+//! rises with every snapshot too, and of both perimeters' connections), so the sum is the same only if each of them is. (A
+//! port that moves takes its leases along; FDBs of two workers never have the same epoch.) And
 //! for [`LEASE_NS`](super::LEASE_NS) at most: then tables are asked again, and hear that the flow is alive.
 //!
 //! Eight places for each key, the first of which is nearly always its own; 64 bytes for IPv4; zeroed pages, so that what is

@@ -127,6 +127,7 @@ impl Worker {
         if !outbox.is_alone() {
             outbox.count_at(&counters);
             fdb.keep_news();
+            fdb.begin_at(snapshot.worker);
         }
         Self {
             snapshot,
