@@ -54,6 +54,7 @@ fn connections_go_on_while_a_port_moves_from_worker_to_worker() {
     let [one, two] = boot([guest(&daemon, 1), guest(&daemon, 2)]);
     assert_ping(&one, "10.0.0.2");
     let hashes = send_to_each_other([&one, &two]);
+    let before = drops(&daemon);
     let probe = one.probe(SocketAddr::new([10, 0, 0, 2].into(), ECHO_PORT), PROBE_INTERVAL).unwrap();
 
     let started = Instant::now();
@@ -81,7 +82,8 @@ fn connections_go_on_while_a_port_moves_from_worker_to_worker() {
             guest.sh("cat /tmp/nc.log").unwrap()
         );
     }
-    let drops = drops(&daemon);
+    let mut drops = drops(&daemon);
+    drops.retain(|name, count| before.get(name) != Some(count));
     eprintln!(
         "{MOVES} moves in {:.1} s: {} of {} probes answered, longest gap {:.0} ms; dropped: {drops:?}",
         moved.as_secs_f64(),
@@ -89,8 +91,8 @@ fn connections_go_on_while_a_port_moves_from_worker_to_worker() {
         report.sent,
         report.longest_gap_ms
     );
-    // What misses a ring during a move, and no more.
-    assert!(drops.iter().all(|(name, _)| name == "ports/vm1/port_down"), "{drops:?}");
+    // What misses a ring during a move; beside that, TCP may find a full one.
+    assert!(drops.keys().all(|name| name == "ports/vm1/port_down" || name.ends_with("/ring_full")), "{drops:?}");
     let lost = report.sent - report.received;
     assert!(lost <= drops.values().sum(), "{report:?}, {drops:?}");
     assert_eq!((report.refused, report.duplicates), (0, 0), "{report:?}");
