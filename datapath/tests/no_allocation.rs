@@ -94,6 +94,33 @@ fn unicast_flooding_and_learning_allocate_nothing() {
     });
 }
 
+#[test]
+fn judging_new_flows_and_known_ones_allocates_nothing() {
+    let mut lan = Lan::new(4, 1);
+    common::policy::with_policy(&mut lan);
+    let queue = dreamwire_datapath::perimeter::events::queue();
+    lan.worker.tell(Arc::clone(&queue));
+    assert_steady(&mut lan, |lan, number| {
+        for station in 0..4u16 {
+            let (own, next) = (lan.stations[usize::from(station)].mac(), mac(((station + 1) % 4) as u8 + 1));
+            let mut known = udp(next, own, 7);
+            let mut new = udp(next, own, 1000 + number as u16);
+            let mut everybody = udp(Mac::BROADCAST, own, 7);
+            for frame in [&mut known, &mut new, &mut everybody] {
+                frame[38..40].copy_from_slice(&26u16.to_be_bytes());
+            }
+            // A length that lies: unreadable, and told of.
+            let mut bad = known.clone();
+            bad[16] = 9;
+            for frame in [known, new, everybody, bad] {
+                lan.stations[usize::from(station)].send(&frame);
+            }
+        }
+        lan.now_ns += SECOND_NS / 8;
+    });
+    assert!(std::iter::from_fn(|| queue.pop()).count() > 100);
+}
+
 /// Host number `here` of two, without an underlay yet.
 fn host(here: usize, addresses: [IpAddr; 2]) -> Lan {
     let mut lan = Lan::new(2, 1);

@@ -7,16 +7,11 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::time::Instant;
 
+use common::policy::with_policy;
 use common::*;
 use dreamwire_datapath::mac::Mac;
-use dreamwire_datapath::perimeter::{Perimeter, PerimeterLimits};
-use dreamwire_datapath::snapshot::PortPolicy;
-use dreamwire_policy::{
-    Action, Classifier, ConntrackLimits, Direction, Group, GroupId, Policy, Posture, Protocol, Remote, Rule, RuleId,
-};
 
 /// Rounds over which one slice is averaged.
 const SLICE: u32 = 64;
@@ -69,35 +64,6 @@ fn two_guests_among_many() {
     let (to, from) = (lan.stations[1].mac(), lan.stations[0].mac());
     let frames = vec![udp(to, from, 7); usize::from(RING_SIZE)];
     println!("guest to guest among 128, 60 B: {:.1} ns a frame", cost(&mut lan, &frames));
-}
-
-/// Both stations under rules that let everything pass.
-fn with_policy(lan: &mut Lan) {
-    let group = GroupId(1);
-    let rule = |id, direction| Rule {
-        id: RuleId(id),
-        group,
-        direction,
-        protocol: Protocol::Any,
-        ports: vec![],
-        icmp: vec![],
-        remote: Remote::Any,
-        action: Action::Allow,
-        priority: 1,
-        log: false,
-    };
-    let rules = vec![rule(0, Direction::Ingress), rule(1, Direction::Egress)];
-    let policy = Policy::new(vec![Group { id: group, members: vec![] }], rules, vec![]).expect("a sound policy");
-    let classifier = Arc::new(Classifier::compile(&policy, Posture::Enforced, &[group]));
-    let conntrack = ConntrackLimits { connections: 131_072, ..ConntrackLimits::default() };
-    for port in lan.snapshot.ports.iter_mut().flatten() {
-        port.policy = Some(PortPolicy { classifier: Arc::clone(&classifier), meters: Default::default() });
-    }
-    for station in &lan.stations {
-        lan.worker.guard(station.id, Some(Box::new(Perimeter::new(PerimeterLimits { conntrack }, 7))));
-    }
-    lan.snapshot.has_policies = true;
-    lan.publish();
 }
 
 #[test]
