@@ -16,7 +16,7 @@ use super::kernel;
 use super::lane::{Case, Lane, Way};
 use crate::front_end::{FrontEnd, Options};
 use crate::topology::{self, Needs, Netns, Ovs, OvsSpec, OvsTunnel};
-use crate::traffic::frame::DESTINATION_PORTS;
+use crate::traffic::frame::{DESTINATION_PORTS, FLOWS_MAX};
 use crate::traffic::testpmd::TestpmdOptions;
 use crate::traffic::{DeviceUnderTest, Dreamwire, End, Endpoint, Outer, Tap, Testpmd, Tunnel, dreamwire};
 
@@ -262,6 +262,9 @@ fn configuration(case: &Case, cpu: usize) -> String {
     let mut add = |line: String| text.push_str(&line);
     if case.way == Way::VmToVm {
         add("[[network]]\nname = \"bench\"\n".into());
+        if case.stateful {
+            add("policy = \"enforced\"\n".into());
+        }
     } else {
         let Outer { from, to, vni } = OUTER;
         add(format!(
@@ -283,7 +286,10 @@ fn configuration(case: &Case, cpu: usize) -> String {
             if ["a", "b"].contains(&name.as_str()) {
                 add(format!("mac = \"{}\"\naddresses = [\"{}\"]\n", mac_text(vm.mac), vm.address));
             }
-            add("groups = [\"bench\"]\n".into());
+            // Room for every flow of the case at once: OVS's conntrack has three million by default.
+            let flows = if case.new_flows { FLOWS_MAX } else { case.flows };
+            let connections = (2 * flows).clamp(32_768, FLOWS_MAX);
+            add(format!("groups = [\"bench\"]\nconnections = {connections}\n"));
         }
     }
     if case.stateful {

@@ -4,7 +4,7 @@
 //! was changed that it was made from: its `epoch` is the sum of counters that only rise (of the FDB for the network, which
 //! rises with every snapshot too, and of both perimeters' connections), so the sum is the same only if each of them is. (A
 //! port that moves takes its leases along; FDBs of two workers never have the same epoch.) And
-//! for [`LEASE_NS`](super::LEASE_NS) at most: then tables are asked again, and hear that the flow is alive.
+//! for [`LEASE_NS`](super::LEASE_NS) at most: then it is renewed, and tables hear that the flow is alive.
 //!
 //! Eight places for each key, the first of which is nearly always its own; 64 bytes for IPv4; zeroed pages, so that what is
 //! not used costs nothing. Only the port's own guest and those who speak to it fill it.
@@ -36,6 +36,12 @@ impl Held<'_> {
     #[inline]
     pub(crate) fn hop(self) -> u16 {
         self.0[2] as u16
+    }
+
+    /// When it is to be renewed, ns.
+    #[inline]
+    pub(crate) fn until_ns(self) -> u64 {
+        self.0[3]
     }
 
     /// What the lease was made from.
@@ -117,13 +123,13 @@ impl<const WORDS: usize> Leases<WORDS> {
         self.entry(place).1[3]
     }
 
-    /// The lease of a flow, unless its time is over. `place` is its [`Leases::place`]. Whether its epoch is still right is for the
-    /// caller to see.
+    /// The lease of a flow. `place` is its [`Leases::place`]. Whether its epoch is still right and its time is not over is for
+    /// the caller to see.
     #[inline(always)]
-    pub(crate) fn get(&self, place: usize, key: &FlowKey<WORDS>, now_ns: u64) -> Option<Held<'_>> {
+    pub(crate) fn get(&self, place: usize, key: &FlowKey<WORDS>) -> Option<Held<'_>> {
         let (first, said) = self.entry(place);
         let said = if key.is(first) { said } else { self.entry(self.find_elsewhere(place, key)?).1 };
-        (now_ns < said[3]).then_some(Held(said))
+        Some(Held(said))
     }
 
     #[cold]
@@ -150,7 +156,7 @@ impl<const WORDS: usize> Leases<WORDS> {
     pub(crate) fn end(&mut self, key: &FlowKey<WORDS>) {
         for place in self.places(self.place(key)) {
             if key.is(self.entry(place).0) {
-                self.words[self.first + place * Self::STRIDE + Self::KEY_WORDS + 3] = 0;
+                self.words[self.first + place * Self::STRIDE..][..Self::STRIDE].fill(0);
             }
         }
     }
@@ -172,23 +178,22 @@ mod tests {
         Lease { hop, connections: [None, Connection::from_bits(7 << 32)], epoch: 3, until_ns }
     }
 
-    fn get(leases: &Leases<1>, port: u16, now_ns: u64) -> Option<Lease> {
-        let found = leases.get(leases.place(&key(port)), &key(port), now_ns)?;
+    fn get(leases: &Leases<1>, port: u16) -> Option<Lease> {
+        let found = leases.get(leases.place(&key(port)), &key(port))?;
         let (hop, connections, epoch) = (found.hop(), found.connections(), found.epoch());
         Some(Lease { hop, connections, epoch, until_ns: found.0[3] })
     }
 
     #[test]
-    fn a_lease_holds_for_its_flow_and_time() {
+    fn a_lease_is_its_flows() {
         let mut leases = Leases::new(64);
         leases.put(key(1), lease(5, 100));
-        assert_eq!(get(&leases, 1, 99), Some(lease(5, 100)));
-        assert_eq!(get(&leases, 1, 100), None);
-        assert_eq!(get(&leases, 2, 99), None);
+        assert_eq!(get(&leases, 1), Some(lease(5, 100)));
+        assert_eq!(get(&leases, 2), None);
         leases.put(key(1), lease(6, 200));
-        assert_eq!(get(&leases, 1, 150), Some(lease(6, 200)));
+        assert_eq!(get(&leases, 1), Some(lease(6, 200)));
         leases.end(&key(1));
-        assert_eq!(get(&leases, 1, 0), None);
+        assert_eq!(get(&leases, 1), None);
     }
 
     #[test]
@@ -218,7 +223,7 @@ mod tests {
     fn as_many_flows_as_it_is_made_for_keep_their_leases() {
         let mut leases = Leases::new(4096);
         (0..4096).for_each(|port| leases.put(key(port), lease(port, 100)));
-        let kept = (0..4096).filter(|&port| get(&leases, port, 0) == Some(lease(port, 100))).count();
+        let kept = (0..4096).filter(|&port| get(&leases, port) == Some(lease(port, 100))).count();
         // By chance nearly all: at most eight in each of 1024 buckets.
         assert!(kept > 4000, "{kept} of 4096");
     }

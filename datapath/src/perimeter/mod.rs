@@ -114,6 +114,17 @@ struct Touch {
     now_ns: u64,
 }
 
+/// How far frames have come by leases.
+#[derive(Debug, Default)]
+pub(crate) struct Recalled {
+    /// Those that are past both perimeters.
+    pub(crate) passed: usize,
+    /// A bit for each whose lease is to be renewed.
+    pub(crate) due: u32,
+}
+
+const _: () = assert!(BURST <= u32::BITS as usize);
+
 /// A frame whose lease is being looked for.
 #[derive(Debug, Clone, Copy)]
 struct Asked {
@@ -226,28 +237,33 @@ impl Perimeters {
         receiver + from.map_or(0, |port| self.epoch(port))
     }
 
-    /// Sets the next hop of every frame of port `from` whose flow has a lease; returns how many are past both perimeters.
+    /// Sets the next hop of every frame of port `from` whose flow has a lease.
     #[inline]
-    pub(crate) fn recall(&mut self, from: PortId, burst: &mut Burst, fdb_epoch: u64, snapshot: &Snapshot) -> usize {
-        let mut passed = 0;
-        let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return 0 };
+    pub(crate) fn recall(&mut self, from: PortId, burst: &mut Burst, fdb_epoch: u64, snapshot: &Snapshot) -> Recalled {
+        let mut recalled = Recalled::default();
+        let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return recalled };
         // First all places, so that memory is waited for once.
         let mut asked = 0;
+        let mut others = false;
         for index in 0..burst.length {
             let frame = &burst.frames[index];
-            if burst.next_hops[index] == NextHop::Undecided
-                && let Some(key) = FlowKey::ipv4(frame.headers(), frame.frame_bytes)
-            {
-                self.asked[asked] = Asked { index, place: own.leases.place(&key), key };
-                asked += 1;
+            if burst.next_hops[index] != NextHop::Undecided {
+                continue;
+            }
+            match FlowKey::ipv4(frame.headers(), frame.frame_bytes) {
+                Some(key) => {
+                    self.asked[asked] = Asked { index, place: own.leases.place(&key), key };
+                    asked += 1;
+                }
+                None => others = true,
             }
         }
         let mut last = (u16::MAX, 0, NextHop::Undecided);
         for slot in 0..asked {
             let Asked { index, place, key } = &self.asked[slot];
             let (index, is_tcp) = (*index, key.is_tcp());
-            let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return passed };
-            let Some(lease) = own.leases.get(*place, key, self.now_ns) else { continue };
+            let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return recalled };
+            let Some(lease) = own.leases.get(*place, key) else { continue };
             if lease.hop() != last.0 {
                 let Some(next_hop) = self.hops.next_hop(lease.hop()) else { continue };
                 last = (lease.hop(), fdb_epoch + self.epoch_between(Some(from), next_hop), next_hop);
@@ -255,81 +271,127 @@ impl Perimeters {
             if lease.epoch() != last.1 {
                 continue;
             }
-            let connections = lease.connections();
-            burst.next_hops[index] = last.2;
-            if !is_tcp {
+            if !is_tcp && self.now_ns < lease.until_ns() {
+                burst.next_hops[index] = last.2;
                 (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
-                passed += 1;
+                recalled.passed += 1;
                 continue;
             }
-            // What a segment ends may have been what others' leases were made from.
-            last.0 = u16::MAX;
-            match self.recall_tcp(from, &burst.frames[index], connections, last.2, snapshot.policy_generation) {
-                Some(ingress) => {
-                    (burst.egress[index], burst.ingress[index]) = (Stand::Leased, ingress);
-                    passed += usize::from(ingress == Stand::Leased);
-                }
-                None => burst.next_hops[index] = NextHop::Undecided,
+            if self.now_ns < lease.until_ns() {
+                recalled.passed += usize::from(self.pass(from, burst, index, last.2, lease.connections(), snapshot));
+                // What a segment ends may have been what others' leases were made from.
+                last.0 = u16::MAX;
+            } else {
+                recalled.due |= 1 << index;
             }
         }
-        passed + self.recall_ipv6(from, burst, fdb_epoch, snapshot)
+        if others {
+            self.recall_ipv6(from, burst, fdb_epoch, snapshot, &mut recalled);
+        }
+        recalled
     }
 
     /// The same for IPv6, frame by frame.
-    fn recall_ipv6(&mut self, from: PortId, burst: &mut Burst, fdb_epoch: u64, snapshot: &Snapshot) -> usize {
-        let mut passed = 0;
+    fn recall_ipv6(
+        &mut self,
+        from: PortId,
+        burst: &mut Burst,
+        fdb_epoch: u64,
+        snapshot: &Snapshot,
+        recalled: &mut Recalled,
+    ) {
         for index in 0..burst.length {
             let frame = &burst.frames[index];
-            if burst.next_hops[index] != NextHop::Undecided {
+            if burst.next_hops[index] != NextHop::Undecided || recalled.due & 1 << index != 0 {
                 continue;
             }
             let Some(key) = FlowKey::ipv6(frame.headers(), frame.frame_bytes) else { continue };
-            let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return passed };
-            let Some(lease) = own.leases6.get(own.leases6.place(&key), &key, self.now_ns) else { continue };
+            let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return };
+            let Some(lease) = own.leases6.get(own.leases6.place(&key), &key) else { continue };
             let Some(next_hop) = self.hops.next_hop(lease.hop()) else { continue };
             if lease.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop) {
                 continue;
             }
-            let ingress = match key.is_tcp() {
-                true => self.recall_tcp(from, frame, lease.connections(), next_hop, snapshot.policy_generation),
-                false => Some(Stand::Leased),
-            };
-            if let Some(ingress) = ingress {
+            if self.now_ns >= lease.until_ns() {
+                recalled.due |= 1 << index;
+            } else if key.is_tcp() {
+                recalled.passed += usize::from(self.pass(from, burst, index, next_hop, lease.connections(), snapshot));
+            } else {
                 burst.next_hops[index] = next_hop;
-                (burst.egress[index], burst.ingress[index]) = (Stand::Leased, ingress);
-                passed += usize::from(ingress == Stand::Leased);
+                (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
+                recalled.passed += 1;
             }
+        }
+    }
+
+    /// Renews the lease of frame `index`, whose time is over, if the switch still sends it to `next_hop` as before (until
+    /// `until_ns`) and both connections take it; whether it is past both perimeters.
+    #[allow(clippy::too_many_arguments, reason = "two ends, each with its own")]
+    pub(crate) fn renew(
+        &mut self,
+        from: PortId,
+        burst: &mut Burst,
+        index: usize,
+        next_hop: NextHop,
+        until_ns: u64,
+        fdb_epoch: u64,
+        snapshot: &Snapshot,
+    ) -> bool {
+        let (header, bytes) = (burst.frames[index].headers(), burst.frames[index].frame_bytes);
+        let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return false };
+        let held = if let Some(key) = FlowKey::ipv4(header, bytes) {
+            own.leases.get(own.leases.place(&key), &key)
+        } else {
+            FlowKey::ipv6(header, bytes).and_then(|key| own.leases6.get(own.leases6.place(&key), &key))
+        };
+        let Some(held) = held else { return false };
+        if self.hops.next_hop(held.hop()) != Some(next_hop)
+            || held.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop)
+        {
+            return false;
+        }
+        let connections = held.connections();
+        let passed = self.pass(from, burst, index, next_hop, connections, snapshot);
+        if passed {
+            let lease_ns = until_ns.saturating_sub(self.now_ns);
+            self.grant(Some(from), None, &burst.frames[index], next_hop, connections, fdb_epoch, lease_ns);
         }
         passed
     }
 
-    /// A segment's effect on its connection at both ends. `Unasked`: the sender's end alone has let it pass; `None`: not
-    /// even that.
-    fn recall_tcp(
+    /// Has the connections of a frame with a lease, at both ends, take it; whether it is past both perimeters. If the
+    /// receiver's does not, that end has still to judge it; if the sender's does not, both have, and the switch.
+    fn pass(
         &mut self,
         from: PortId,
-        frame: &RawFrame,
-        connections: [Option<Connection>; 2],
+        burst: &mut Burst,
+        index: usize,
         next_hop: NextHop,
-        policy_generation: u32,
-    ) -> Option<Stand> {
-        let Parsed::Ip(packet) = parse(frame.headers(), frame.frame_bytes as usize) else { return None };
-        let now_ns = self.now_ns;
+        connections: [Option<Connection>; 2],
+        snapshot: &Snapshot,
+    ) -> bool {
+        let frame = &burst.frames[index];
+        let Parsed::Ip(packet) = parse(frame.headers(), frame.frame_bytes as usize) else { return false };
+        let (now_ns, policy_generation) = (self.now_ns, snapshot.policy_generation);
         let touch = |direction| Touch { direction, policy_generation, now_ns };
         let [egress, ingress] = connections;
-        if !self.get(from)?.touch(egress, &packet, touch(Direction::Egress)) {
-            return None;
+        let sent = self.get(from).is_some_and(|own| own.touch(egress, &packet, touch(Direction::Egress)));
+        if !sent {
+            return false;
         }
-        let passes = match (next_hop, ingress) {
+        let received = match (next_hop, ingress) {
             (NextHop::Port(to), Some(_)) => {
                 self.get(to).is_some_and(|perimeter| perimeter.touch(ingress, &packet, touch(Direction::Ingress)))
             }
             _ => true,
         };
-        if !passes {
+        if !received {
             self.end(from, frame);
         }
-        Some(if passes { Stand::Leased } else { Stand::Unasked })
+        burst.next_hops[index] = next_hop;
+        burst.egress[index] = Stand::Leased;
+        burst.ingress[index] = if received { Stand::Leased } else { Stand::Unasked };
+        received
     }
 
     fn end(&mut self, from: PortId, frame: &RawFrame) {
@@ -356,19 +418,17 @@ impl Perimeters {
         let Some(leases) = self.slots[usize::from(to.0)].as_deref() else { return false };
         let (is_tcp, lease) = if let Some(key) = FlowKey::ipv4(header, frame.frame_bytes) {
             let (key, leases) = (key.inbound(identity), &leases.leases);
-            let lease = leases.get(leases.place(&key), &key, self.now_ns);
-            (key.is_tcp(), lease.map(|lease| (lease.epoch(), lease.connections()[1])))
+            let lease = leases.get(leases.place(&key), &key);
+            (key.is_tcp(), lease.filter(|lease| self.now_ns < lease.until_ns()))
         } else if let Some(key) = FlowKey::ipv6(header, frame.frame_bytes) {
             let (key, leases) = (key.inbound(identity), &leases.leases6);
-            let lease = leases.get(leases.place(&key), &key, self.now_ns);
-            (key.is_tcp(), lease.map(|lease| (lease.epoch(), lease.connections()[1])))
+            let lease = leases.get(leases.place(&key), &key);
+            (key.is_tcp(), lease.filter(|lease| self.now_ns < lease.until_ns()))
         } else {
             return false;
         };
-        let Some((epoch, connection)) = lease else { return false };
-        if epoch != fdb_epoch + self.epoch(to) {
-            return false;
-        }
+        let Some(lease) = lease.filter(|lease| lease.epoch() == fdb_epoch + self.epoch(to)) else { return false };
+        let [_, connection] = lease.connections();
         if !is_tcp {
             return true;
         }
@@ -462,6 +522,12 @@ impl Perimeters {
             let story = Story { port: Some(id), network, direction, dropped, rule: decision.rule, log: false };
             self.events.tell(story, frame, self.now_ns);
         }
+    }
+
+    /// The time of this turn, ns.
+    #[inline]
+    pub(crate) fn now_ns(&self) -> u64 {
+        self.now_ns
     }
 
     /// Tells of a frame that was dropped where it came from, unless its judge has told.

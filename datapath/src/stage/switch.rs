@@ -43,7 +43,7 @@ pub(crate) fn switch<T: Copy + Eq>(
 
 /// Learns where frame `index` came from and decides where it goes. That holds until the returned time (ns), unless the
 /// FDB's epoch rises before.
-fn decide(burst: &Burst, index: usize, snapshot: &Snapshot, fdb: &mut Fdb, now_ns: u64) -> (NextHop, u64) {
+pub(super) fn decide(burst: &Burst, index: usize, snapshot: &Snapshot, fdb: &mut Fdb, now_ns: u64) -> (NextHop, u64) {
     let header = burst.frames[index].headers();
     let (source, destination) = (parse::source(header), parse::destination(header));
     let (id, origin) = (burst.networks[index], burst.origins[index]);

@@ -150,6 +150,8 @@ pub(crate) struct Lan {
     pub(crate) snapshot: Snapshot,
     pub(crate) stations: Vec<Station>,
     pub(crate) now_ns: u64,
+    /// By how much benchmarks have it go on in each round.
+    pub(crate) step_ns: u64,
     before: BTreeMap<String, u64>,
 }
 
@@ -208,7 +210,8 @@ impl Lan {
     pub(crate) fn without_rings(snapshot: Snapshot) -> Self {
         let counters = Arc::<WorkerCounters>::default();
         let worker = Worker::new(Arc::new(copy(&snapshot)), Arc::clone(&counters));
-        let mut lan = Self { worker, counters, snapshot, stations: vec![], now_ns: 0, before: BTreeMap::new() };
+        let mut lan =
+            Self { worker, counters, snapshot, stations: vec![], now_ns: 0, step_ns: 0, before: BTreeMap::new() };
         lan.before = lan.totals();
         lan
     }
