@@ -163,7 +163,9 @@ impl Fdb {
 
     /// Makes everything that was looked up before be looked up again.
     pub fn renew(&mut self) {
-        self.epochs.iter_mut().for_each(|epoch| *epoch += 1);
+        // Above every earlier one of any network: a port may come to another.
+        let next = self.epochs.iter().max().map_or(1, |epoch| epoch + 1);
+        self.epochs.fill(next);
     }
 
     /// Has epochs begin so far from other workers' that they are never the same: a port takes along what was noted at one.

@@ -2,6 +2,7 @@
 
 pub mod burst;
 mod checksum;
+mod checksum_place;
 mod claim;
 pub mod counters;
 pub mod drop_reason;

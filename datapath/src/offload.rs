@@ -12,6 +12,7 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 
+use crate::checksum_place;
 use crate::stage::parse::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, network_layer};
 
 pub(crate) const TCP: u8 = 6;
@@ -87,6 +88,11 @@ pub(crate) struct Offload {
     pub(crate) large: Option<Large>,
 }
 
+/// Whether a checksum may go where the sender says.
+fn may_be_written(frame: &RawFrame, (start, offset): (u16, u16)) -> bool {
+    checksum_place::is_allowed(frame.headers(), usize::from(start) + usize::from(offset))
+}
+
 /// The sender's header and its frame do not fit together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Lie;
@@ -120,6 +126,7 @@ impl Offload {
         };
         let large = match u32::from(net.gso_type) {
             // The other fields mean nothing then.
+            VIRTIO_NET_HDR_GSO_NONE if checksum.is_some_and(|place| !may_be_written(frame, place)) => return Err(Lie),
             VIRTIO_NET_HDR_GSO_NONE => None,
             _ => Some(large(frame, features).filter(|large| sums_transport(large, checksum)).ok_or(Lie)?),
         };

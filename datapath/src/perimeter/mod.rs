@@ -34,12 +34,13 @@ use leases::{Lease, Leases};
 /// How long a flow passes before tables are asked again. Timeouts of connections are 10 s and more.
 const LEASE_NS: u64 = 1_000_000_000;
 
-/// How often a part of the connection tables is swept.
-const SWEEP_NS: u64 = 10_000_000;
-/// In how many sweeps each perimeter has its turn once.
-const SWEEP_PORTS: usize = 16;
-/// In how many of its turns a table is swept once: every 10 s, with the above.
-const SWEEP_PARTS: usize = 64;
+/// How often a part of one connection table is swept: all of 1024, one after the other, in a tenth of a second.
+const SWEEP_NS: u64 = 100_000;
+/// In how many of its turns a table is swept once: 10 s with the above. Where there are fewer ports, or the worker sleeps, a
+/// connection is forgotten sooner or later than that; look-ups see to expiry by themselves.
+const SWEEP_PARTS: u32 = 96;
+/// Connections in a bucket of the table.
+const WAYS: u32 = 8;
 
 /// What a port may keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -83,7 +84,7 @@ impl Perimeter {
             leases: Leases::new(connections),
             leases6: Leases::new(connections),
             meters: Default::default(),
-            sweep_buckets: (connections as usize / 4).div_ceil(SWEEP_PARTS),
+            sweep_buckets: connections.div_ceil(WAYS * SWEEP_PARTS) as usize,
         }
     }
 
@@ -168,17 +169,27 @@ impl Default for Perimeters {
 
 impl Perimeters {
     /// Gives a port its perimeter, or none; returns the last one, for the control thread to free.
-    pub(crate) fn guard(&mut self, id: PortId, perimeter: Option<Box<Perimeter>>) -> Option<Box<Perimeter>> {
+    pub(crate) fn guard(
+        &mut self,
+        snapshot: &Snapshot,
+        id: PortId,
+        perimeter: Option<Box<Perimeter>>,
+    ) -> Option<Box<Perimeter>> {
         let slot = usize::from(id.0);
         let last = std::mem::replace(&mut self.slots[slot], perimeter);
         // Leases that were made with it, at any port, are over.
         self.epochs[slot] += 1 + last.as_ref().map_or(0, |last| last.conntrack.epoch());
+        self.follow(snapshot);
         last
     }
 
     /// Follows a new snapshot. All leases are over by the FDB's epoch.
     pub(crate) fn adopt(&mut self, snapshot: &Snapshot) {
         self.hops.clear();
+        self.follow(snapshot);
+    }
+
+    fn follow(&mut self, snapshot: &Snapshot) {
         self.has_meters = false;
         for (slot, port) in self.slots.iter_mut().zip(&snapshot.ports) {
             if let (Some(perimeter), Some(Port { policy: Some(policy), .. })) = (slot, port) {
@@ -199,8 +210,8 @@ impl Perimeters {
     }
 
     fn sweep(&mut self) {
-        self.sweep_at = (self.sweep_at + 1) % SWEEP_PORTS;
-        for perimeter in self.slots.iter_mut().skip(self.sweep_at).step_by(SWEEP_PORTS).flatten() {
+        self.sweep_at = (self.sweep_at + 1) % self.slots.len();
+        if let Some(perimeter) = &mut self.slots[self.sweep_at] {
             perimeter.conntrack.sweep(perimeter.sweep_buckets, self.now_ns);
         }
     }

@@ -40,8 +40,9 @@ pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
     }
 }
 
-/// Ends frames beyond what their port may send, or their receiver may receive.
-pub(crate) fn meter(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters) {
+/// Ends frames beyond what their port may send, or their receiver may receive. Those that another worker has taken were
+/// metered there as they left their port.
+pub(crate) fn meter(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters, is_ours: bool) {
     if !perimeters.has_meters {
         return;
     }
@@ -51,6 +52,7 @@ pub(crate) fn meter(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
             continue;
         }
         if let Origin::Port(from) = burst.origins[index]
+            && is_ours
             && !perimeters.meter(from, Direction::Egress, bytes)
         {
             burst.next_hops[index] = NextHop::Drop(DropReason::RateLimit);

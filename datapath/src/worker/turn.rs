@@ -188,7 +188,7 @@ impl Worker {
                     parcel.burst.unask();
                 }
                 admit(&mut parcel.burst, snapshot, perimeters, fdb);
-                meter(&mut parcel.burst, snapshot, perimeters);
+                meter(&mut parcel.burst, snapshot, perimeters, false);
                 accept(&parcel, snapshot, perimeters, outlets);
                 outlets.flush(snapshot);
                 moved += parcel.burst.length;
@@ -316,7 +316,7 @@ impl Worker {
             switch(burst, snapshot, fdb, &mut source.flows, |_, _| (), *now_ns);
             admit(burst, snapshot, perimeters, fdb);
         }
-        meter(burst, snapshot, perimeters);
+        meter(burst, snapshot, perimeters, true);
         transmit(burst, Tails::Ring(&source.ring), snapshot, perimeters, outlets);
         outlets.flush(snapshot);
         if source.ring.complete() {
@@ -337,7 +337,7 @@ impl Worker {
                 burst.unask();
             }
             admit(burst, snapshot, perimeters, fdb);
-            meter(burst, snapshot, perimeters);
+            meter(burst, snapshot, perimeters, true);
             transmit(burst, Tails::Datagrams(&inlet.rx), snapshot, perimeters, outlets);
             outlets.flush(snapshot);
             inlet.rx.complete();
@@ -368,7 +368,7 @@ impl Worker {
         police(burst, id, port, snapshot, perimeters);
         switch(burst, snapshot, fdb, &mut self.own_flows, |_, _| Some(id), *now_ns);
         admit(burst, snapshot, perimeters, fdb);
-        meter(burst, snapshot, perimeters);
+        meter(burst, snapshot, perimeters, true);
         transmit(burst, Tails::None, snapshot, perimeters, outlets);
         outlets.flush(snapshot);
         self.ship();
@@ -389,9 +389,7 @@ impl Worker {
 
     /// Gives a port what its policy keeps, or takes it; returns the last one, for the control thread to free.
     pub fn guard(&mut self, port: PortId, perimeter: Option<Box<Perimeter>>) -> Option<Box<Perimeter>> {
-        let last = self.perimeters.guard(port, perimeter);
-        self.perimeters.adopt(&self.snapshot);
-        last
+        self.perimeters.guard(&self.snapshot, port, perimeter)
     }
 
     /// The connections of a port with a policy.
