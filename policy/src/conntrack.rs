@@ -25,6 +25,8 @@ const UDP_STREAM_NS: u64 = 120 * SECOND_NS;
 const UDP_STREAM_AFTER_MS: u32 = 2000;
 const ICMP_NS: u64 = 30 * SECOND_NS;
 const OTHER_NS: u64 = 600 * SECOND_NS;
+/// How long a denied TCP connection is remembered: Linux sends a segment again after two minutes at the latest.
+const REVOKED_NS: u64 = 300 * SECOND_NS;
 
 /// An entry without TCP state is written to again only when its timeout has moved by this much.
 const REFRESH_NS: u64 = SECOND_NS;
@@ -291,6 +293,22 @@ impl Conntrack {
         }
     }
 
+    /// The rules no longer let a connection pass: it ends. One of TCP stays, to be judged at each packet, as long as either
+    /// end repeats itself, and must make room for any other: else the segment that an end sends next would begin one in its
+    /// middle, which other rules may let through, and open the way again.
+    pub(crate) fn revoke(&mut self, connection: Connection, refusal: Grant, now_ns: u64) {
+        let Some(slot) = self.table.resolve(connection.slot, connection.generation) else { return };
+        let entry = self.table.entry_mut(slot);
+        if !matches!(entry.tracked, Tracked::Tcp(_)) {
+            self.table.free(slot);
+            return;
+        }
+        // As if judged by the policy before this one: no cached flow passes, and any word of the rules is asked for anew.
+        apply(entry, Grant { policy_generation: refusal.policy_generation.wrapping_sub(1), ..refusal });
+        entry.flags |= Entry::REVOKED;
+        entry.expires_ns = entry.expires_ns.min(now_ns.saturating_add(REVOKED_NS));
+    }
+
     /// Forgets a connection.
     pub fn remove(&mut self, connection: Connection) {
         if let Some(slot) = self.table.resolve(connection.slot, connection.generation) {
@@ -303,7 +321,7 @@ impl Conntrack {
     pub fn peek(&self, key: &Key, direction: Direction, now_ns: u64) -> Option<ConnectionRow> {
         let (key, _) = conn_key(key, direction)?;
         let entry = self.table.entry(self.table.peek(&key)?);
-        (entry.expires_ns > now_ns).then(|| row(entry, now_ns))
+        (entry.expires_ns > now_ns && !entry.has(Entry::REVOKED)).then(|| row(entry, now_ns))
     }
 
     /// Forgets what has expired in the next `buckets` of the table. Called now and then, so that [`Self::len`] is right and
@@ -337,9 +355,10 @@ impl Conntrack {
         self.table.ended
     }
 
-    /// Everything that is known and has not expired.
+    /// Everything that is known, may pass and has not expired.
     pub fn rows(&self, now_ns: u64) -> impl Iterator<Item = ConnectionRow> {
-        self.table.entries().filter(move |entry| entry.expires_ns > now_ns).map(move |entry| row(entry, now_ns))
+        let shown = move |entry: &&Entry| entry.expires_ns > now_ns && !entry.has(Entry::REVOKED);
+        self.table.entries().filter(shown).map(move |entry| row(entry, now_ns))
     }
 
     /// The first fragment of a datagram was let through by a policy of this generation.
@@ -521,7 +540,7 @@ fn apply(entry: &mut Entry, grant: Grant) {
     entry.policy_generation = grant.policy_generation;
     entry.rule = grant.rule.map_or(u32::MAX, |rule| rule.0);
     entry.identity = grant.identity.unwrap_or(0);
-    entry.flags &= !(Entry::LOG | Entry::IDENTITY);
+    entry.flags &= !(Entry::LOG | Entry::IDENTITY | Entry::REVOKED);
     if grant.log {
         entry.flags |= Entry::LOG;
     }

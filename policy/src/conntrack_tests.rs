@@ -198,6 +198,24 @@ fn a_touch_is_stale_after_a_change_of_policy_and_of_time() {
 }
 
 #[test]
+fn a_revoked_connection_makes_room_and_is_forgotten_after_silence() {
+    let mut conntrack = Conntrack::new(limits(16), 1);
+    let kept: Vec<_> = (0..16).map(|port| establish(&mut conntrack, 1000 + port, 0)).collect();
+    let syn = tcp(Direction::Egress, 2000, SYN, 1, 0);
+    assert_eq!(conntrack.admit(&syn, Direction::Egress, GRANT, 0), Err(Refused::Full));
+    conntrack.revoke(kept[3], GRANT, 0);
+    assert_eq!(conntrack.rows(0).count(), 15);
+    assert!(conntrack.admit(&syn, Direction::Egress, GRANT, 0).is_ok());
+    assert_eq!(conntrack.grant(kept[3]), None, "that one has gone, and no other");
+    assert_eq!(conntrack.rows(0).count(), 16);
+
+    let ack = tcp(Direction::Egress, 1004, ACK, 101, 501);
+    conntrack.revoke(kept[4], GRANT, 0);
+    assert_eq!(conntrack.touch(kept[4], &ack, Direction::Egress, 1, 0), Touched::Stale);
+    assert_eq!(conntrack.track(&ack, Direction::Egress, REVOKED_NS).connection, None);
+}
+
+#[test]
 fn a_flood_drops_no_established_connection_whatever_the_seed() {
     for seed in [0, 1, u64::MAX, 0x1234_5678_9abc_def0] {
         let mut conntrack = Conntrack::new(limits(4096), seed);

@@ -3,7 +3,7 @@
 //!
 //! The rules judge the first packet of a connection; everything else of it follows, for as long as the rules would still let
 //! that first packet through. So after a change of policy the next packet of each connection judges it again: it stays with
-//! its state, or ends.
+//! its state, or ends. What either end of a TCP connection that has ended so goes on sending begins none.
 
 use crate::classifier::{Classifier, Verdict};
 use crate::conntrack::{ConnState, Connection, Conntrack, Grant, Refused};
@@ -112,7 +112,7 @@ fn tracked(
     let track = conntrack.track(packet, direction, now_ns);
     if let Some(connection) = track.connection {
         let heard = identity.filter(|_| direction == Direction::Ingress);
-        let mut decision = of_connection(classifier, conntrack, connection, heard, policy_generation);
+        let mut decision = of_connection(classifier, conntrack, connection, heard, policy_generation, now_ns);
         decision.state = track.state;
         decision.cache = decision.allow && track.state != ConnState::Related && packet.fragment == Fragment::Whole;
         return decision;
@@ -151,6 +151,7 @@ fn of_connection(
     connection: Connection,
     heard: Option<u16>,
     policy_generation: u32,
+    now_ns: u64,
 ) -> Decision {
     let Some((grant, key, initiator)) = conntrack.grant(connection) else {
         return stateless(false, Reason::InvalidState, None, false);
@@ -164,11 +165,12 @@ fn of_connection(
         return Decision { connection: Some(connection), ..decision };
     }
     let verdict = classifier.lookup(initiator, &key, identity);
+    let grant = Grant { policy_generation, rule: verdict.rule, log: verdict.log, identity };
     if !verdict.allow {
-        conntrack.remove(connection);
+        conntrack.revoke(connection, grant, now_ns);
         return judged(verdict);
     }
-    conntrack.regrant(connection, Grant { policy_generation, rule: verdict.rule, log: verdict.log, identity });
+    conntrack.regrant(connection, grant);
     Decision { connection: Some(connection), log: false, ..judged(verdict) }
 }
 

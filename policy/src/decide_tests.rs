@@ -90,10 +90,18 @@ fn a_removed_rule_cuts_at_once_and_an_added_one_opens() {
         (false, Reason::Posture, false),
         "the answer of a denied connection"
     );
-    assert_eq!(port.conntrack.touch(connection, &ack, OUT, 1, 0), Touched::Stale, "and it is forgotten");
+    assert_eq!(
+        port.conntrack.touch(connection, &ack, OUT, port.generation, 0),
+        Touched::Stale,
+        "it is judged each time"
+    );
+    assert!(!port.ask(ack, OUT).allow, "what an end repeats begins no connection of its own");
+    assert!(!port.ask(tcp(IN, 0x10, 101, 501), IN).allow);
     assert!(!port.ask(tcp(IN, 2, 100, 0), IN).allow);
+    assert_eq!(port.conntrack.rows(0).count(), 0, "nothing that may pass is left");
     port.change(vec![allow(3, Protocol::Tcp, 443)]);
     assert_eq!(port.ask(tcp(IN, 2, 100, 0), IN).rule, Some(RuleId(3)));
+    assert_eq!(port.ask(ack, OUT).connection, Some(connection), "the same one goes on");
 }
 
 /// Closed by both ends, who send these numbers next: TIME_WAIT.

@@ -138,6 +138,8 @@ impl Entry {
     pub(crate) const ASSURED: u8 = 2;
     pub(crate) const LOG: u8 = 4;
     pub(crate) const IDENTITY: u8 = 8;
+    /// The rules no longer let it pass.
+    pub(crate) const REVOKED: u8 = 16;
 
     pub(crate) const fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
@@ -167,7 +169,7 @@ impl Entry {
         let class = match state {
             _ if self.expires_ns <= now_ns => 0,
             TcpState::Close | TcpState::TimeWait => 1,
-            _ if !self.has(Self::ASSURED) => 2,
+            _ if !self.has(Self::ASSURED) || self.has(Self::REVOKED) => 2,
             TcpState::FinWait | TcpState::CloseWait | TcpState::LastAck => 3,
             _ => return None,
         };

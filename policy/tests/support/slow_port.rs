@@ -149,7 +149,13 @@ impl SlowPort {
                 judged_identity,
             );
             if !said.allow {
-                self.connections.remove(place);
+                if connection.key.protocol == 6 {
+                    connection.generation = generation.wrapping_sub(1);
+                    connection.identity = judged_identity;
+                    connection.expires_ns = connection.expires_ns.min(now_ns + 300 * SECOND_NS);
+                } else {
+                    self.connections.remove(place);
+                }
                 return SlowDecision { known: true, ..decision(false, said.rule, state) };
             }
             connection.generation = generation;
