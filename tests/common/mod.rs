@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: configurations, guests that fit them, frames.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+pub(crate) mod conversation;
 pub(crate) mod counters;
 pub(crate) mod process;
 pub(crate) mod vxlan_peers;
