@@ -8,10 +8,10 @@ use common::*;
 use dreamwire_datapath::drop_reason::DropReason;
 use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::perimeter::{Perimeter, PerimeterLimits};
-use dreamwire_datapath::snapshot::{PortId, PortPolicy};
+use dreamwire_datapath::snapshot::{NetworkId, PortId, PortPolicy};
 use dreamwire_policy::{
-    Action, Classifier, ConntrackLimits, Direction, Group, GroupId, IcmpKind, Identity, MeterLimits, Policy, PortRange,
-    Posture, Protocol, Remote, Rule, RuleId,
+    Action, Classifier, ConnectionRow, ConntrackLimits, Direction, Group, GroupId, IcmpKind, Identity, MeterLimits,
+    Policy, PortRange, Posture, Protocol, Remote, Rule, RuleId,
 };
 
 const WEB: GroupId = GroupId(1);
@@ -73,6 +73,12 @@ fn datagram(to: u8, from: u8, source: u16, destination: u16) -> Vec<u8> {
     frame
 }
 
+fn connections(lan: &Lan, port: u16) -> Vec<ConnectionRow> {
+    let mut rows = Vec::with_capacity(4096);
+    assert!(!lan.worker.connection_rows(PortId(port), 0, &mut rows), "all in one go");
+    rows
+}
+
 fn hits(lan: &Lan, rule: usize) -> u64 {
     lan.snapshot.rules[rule].hits.get()
 }
@@ -96,7 +102,7 @@ fn what_is_allowed_passes_with_its_replies_and_the_rest_is_counted() {
     lan.send(1, &datagram(0, 1, 53, 4000));
     lan.send(1, &datagram(0, 1, 55, 4000));
     assert_eq!(lan.received(0), [datagram(0, 1, 53, 4000)], "station 0 is enforced too: replies alone");
-    let connections = lan.worker.connection_rows(PortId(1));
+    let connections = connections(&lan, 1);
     assert_eq!(connections.iter().filter(|row| row.replied).count(), 1, "{connections:?}");
 }
 
@@ -265,7 +271,7 @@ fn one_ports_flood_of_connections_takes_nothing_from_anothers() {
             lan.received(1);
         }
     }
-    assert!(lan.worker.connection_rows(PortId(2)).len() <= 64);
+    assert!(connections(&lan, 2).len() <= 64);
     lan.received(1);
     lan.send(0, &datagram(1, 0, 4000, 53));
     assert_eq!((lan.received(1).len(), hits(&lan, 3)), (1, 1001));
@@ -289,4 +295,29 @@ fn drops_are_told_within_a_rate() {
     lan.send(0, &datagram(1, 0, 4000, 53));
     assert_eq!(queue.pop().map(|event| event.left_out), Some(960));
     assert_eq!(hits(&lan, 3), 1001);
+}
+
+#[test]
+fn a_network_that_gets_another_number_leaves_no_lease() {
+    let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    let frame = datagram(1, 0, 4000, 53);
+    // Epochs of network 0 rise beyond those of network 1.
+    for station in 10..40 {
+        lan.send(0, &common::frame(mac(2), mac(station), 60, 0));
+    }
+    lan.send(0, &frame);
+    assert_eq!(lan.received(1).last(), Some(&frame));
+    // The same ports in network 1, and no rule any more.
+    let mut moved = network("blue", &[0, 1, 2]);
+    moved.static_macs = lan.network(0).static_macs.clone();
+    lan.snapshot.networks.push(Some(moved));
+    lan.snapshot.ports.iter_mut().flatten().for_each(|port| port.network = NetworkId(1));
+    set_rules(&mut lan, vec![]);
+    // Whatever the new network's epoch is, the flow is judged anew.
+    for station in 10..60 {
+        lan.send(0, &frame);
+        lan.send(0, &common::frame(Mac([9, 9, 9, 9, 9, 9]), mac(station), 60, 0));
+        assert!(!lan.received(1).contains(&frame));
+        lan.received(2);
+    }
 }

@@ -357,8 +357,19 @@ impl Conntrack {
 
     /// Everything that is known, may pass and has not expired.
     pub fn rows(&self, now_ns: u64) -> impl Iterator<Item = ConnectionRow> {
+        self.rows_among(0, usize::MAX, now_ns)
+    }
+
+    /// That of it which is in `count` places of the table from `first` on. There are [`Conntrack::places`] places.
+    pub fn rows_among(&self, first: usize, count: usize, now_ns: u64) -> impl Iterator<Item = ConnectionRow> {
         let shown = move |entry: &&Entry| entry.expires_ns > now_ns && !entry.has(Entry::REVOKED);
-        self.table.entries().filter(shown).map(move |entry| row(entry, now_ns))
+        self.table.entries_among(first, count).filter(shown).map(move |entry| row(entry, now_ns))
+    }
+
+    /// Places that the table has used so far.
+    #[must_use]
+    pub fn places(&self) -> usize {
+        self.table.places_used()
     }
 
     /// The first fragment of a datagram was let through by a policy of this generation.

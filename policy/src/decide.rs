@@ -111,8 +111,9 @@ fn tracked(
 ) -> Decision {
     let track = conntrack.track(packet, direction, now_ns);
     if let Some(connection) = track.connection {
-        let heard = identity.filter(|_| direction == Direction::Ingress);
-        let mut decision = of_connection(classifier, conntrack, connection, heard, policy_generation, now_ns);
+        // An error comes from anybody on the way.
+        let shown = (track.state != ConnState::Related).then_some((direction, identity));
+        let mut decision = of_connection(classifier, conntrack, connection, shown, policy_generation, now_ns);
         decision.state = track.state;
         decision.cache = decision.allow && track.state != ConnState::Related && packet.fragment == Fragment::Whole;
         return decision;
@@ -144,30 +145,35 @@ fn tracked(
     }
 }
 
-/// Judges a connection again if another policy has judged it last, or its initiator shows another identity than then.
+/// Judges a connection again if another policy has judged it last, or its initiator shows another identity than then, or none.
+/// `shown` is which way the packet goes and the identity in it. Under the same policy another identity costs the packet alone:
+/// whoever forges one ends nobody's connection.
 fn of_connection(
     classifier: &Classifier,
     conntrack: &mut Conntrack,
     connection: Connection,
-    heard: Option<u16>,
+    shown: Option<(Direction, Option<u16>)>,
     policy_generation: u32,
     now_ns: u64,
 ) -> Decision {
     let Some((grant, key, initiator)) = conntrack.grant(connection) else {
         return stateless(false, Reason::InvalidState, None, false);
     };
-    let identity = match initiator {
-        Direction::Ingress => heard.or(grant.identity),
-        Direction::Egress => grant.identity,
+    let identity = match (initiator, shown) {
+        (Direction::Ingress, Some((Direction::Ingress, identity))) => identity,
+        _ => grant.identity,
     };
-    if grant.policy_generation == policy_generation && grant.identity == identity {
+    let is_same_policy = grant.policy_generation == policy_generation;
+    if is_same_policy && grant.identity == identity {
         let decision = stateless(true, because(grant.rule), grant.rule, false);
         return Decision { connection: Some(connection), ..decision };
     }
     let verdict = classifier.lookup(initiator, &key, identity);
     let grant = Grant { policy_generation, rule: verdict.rule, log: verdict.log, identity };
     if !verdict.allow {
-        conntrack.revoke(connection, grant, now_ns);
+        if !is_same_policy {
+            conntrack.revoke(connection, grant, now_ns);
+        }
         return judged(verdict);
     }
     conntrack.regrant(connection, grant);

@@ -244,4 +244,7 @@ fn an_initiator_that_shows_another_identity_is_judged_again() {
     assert!(ask(tcp(OUT, 0x12, 500, 101), OUT, None, 2), "judged again with the identity that began it");
     assert!(ask(tcp(IN, 0x10, 101, 501), IN, Some(5), 2));
     assert!(!ask(tcp(IN, 0x10, 101, 501), IN, Some(6), 2));
+    assert!(!ask(tcp(IN, 0x10, 101, 501), IN, None, 2), "one that is not shown any more does not count");
+    assert!(ask(tcp(IN, 0x10, 101, 501), IN, Some(5), 2), "others' packets end nothing");
+    assert!(ask(tcp(OUT, 0x10, 501, 101), OUT, None, 2));
 }

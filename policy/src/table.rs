@@ -218,8 +218,14 @@ impl Table {
         (self.entries.len() - self.freed.len()) as u32
     }
 
-    pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.iter().filter(|entry| entry.generation % 2 == 1)
+    /// Those in `count` places from `first` on.
+    pub(crate) fn entries_among(&self, first: usize, count: usize) -> impl Iterator<Item = &Entry> {
+        self.entries.iter().skip(first).take(count).filter(|entry| entry.generation % 2 == 1)
+    }
+
+    /// Places that were ever taken.
+    pub(crate) fn places_used(&self) -> usize {
+        self.entries.len()
     }
 
     #[inline]

@@ -61,7 +61,7 @@ pub(super) async fn connections<'a>(
 
 async fn rows(inventory: &Inventory, entry: &PortEntry) -> Result<Vec<ConnectionRow>, Refusal> {
     let (workers, worker, id) = (Arc::clone(&inventory.workers), usize::from(entry.worker.0), entry.id);
-    rings::off_thread(move || workers[worker].connections(id)).await
+    rings::off_thread(move || workers[worker].connections(id, CONNECTIONS_MAX)).await
 }
 
 fn connection(row: &ConnectionRow, entry: &PortEntry, inventory: &Inventory) -> Value {

@@ -556,10 +556,13 @@ impl Perimeters {
         self.events.tell(story, &burst.frames[index], self.now_ns);
     }
 
-    /// The connections of a port.
-    pub(crate) fn rows(&self, id: PortId) -> Vec<ConnectionRow> {
+    /// Adds the connections of a port in the next `rows.capacity()` places from `first` on; whether there are more places.
+    pub(crate) fn rows(&self, id: PortId, first: usize, rows: &mut Vec<ConnectionRow>) -> bool {
         let perimeter = self.slots.get(usize::from(id.0)).and_then(Option::as_ref);
-        perimeter.map_or_else(Vec::new, |perimeter| perimeter.conntrack.rows(self.now_ns).collect())
+        let Some(Perimeter { conntrack, .. }) = perimeter.map(Box::as_ref) else { return false };
+        let count = rows.capacity();
+        rows.extend(conntrack.rows_among(first, count, self.now_ns));
+        first + count < conntrack.places()
     }
 }
 

@@ -67,9 +67,12 @@ pub(super) enum Command {
         perimeter: Option<Box<Perimeter>>,
         reply: Sender<Option<Box<Perimeter>>>,
     },
+    /// From `first` on, as many places as `rows` has room for. The answer says whether there are more.
     ReadConnections {
         port: PortId,
-        reply: Sender<Vec<ConnectionRow>>,
+        first: usize,
+        rows: Vec<ConnectionRow>,
+        reply: Sender<(Vec<ConnectionRow>, bool)>,
     },
     ReadFdb {
         reply: Sender<Vec<FdbRow>>,

@@ -100,6 +100,9 @@ pub struct RingRow {
     pub kicked_but_empty: bool,
 }
 
+/// Places of a connection table that are read between two turns: some 20 µs.
+const PLACES_AT_ONCE: usize = 1024;
+
 /// A running worker. Methods may be called from any thread but the worker's own. Dropping it stops the worker.
 #[derive(Debug)]
 pub struct WorkerHandle {
@@ -214,9 +217,19 @@ impl WorkerHandle {
         self.ask(|reply| Command::Guard { port, perimeter, reply }).flatten()
     }
 
-    /// The connections of a port with a policy.
-    pub fn connections(&self, port: PortId) -> Vec<ConnectionRow> {
-        self.ask(|reply| Command::ReadConnections { port, reply }).unwrap_or_default()
+    /// The connections of a port with a policy, up to `limit` and a few more. The worker goes on between parts of the table.
+    pub fn connections(&self, port: PortId, limit: usize) -> Vec<ConnectionRow> {
+        let (mut all, mut first) = (Vec::new(), 0);
+        loop {
+            let rows = Vec::with_capacity(PLACES_AT_ONCE);
+            let answer = self.ask(|reply| Command::ReadConnections { port, first, rows, reply });
+            let Some((rows, more)) = answer else { return all };
+            all.extend(rows);
+            first += PLACES_AT_ONCE;
+            if !more || all.len() >= limit {
+                return all;
+            }
+        }
     }
 
     /// What the worker has to tell of single frames since the last call. The worker is not disturbed.
@@ -383,7 +396,10 @@ fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: 
             let _ = reply.send(());
         }
         Command::Guard { port, perimeter, reply } => drop(reply.send(worker.guard(port, perimeter))),
-        Command::ReadConnections { port, reply } => drop(reply.send(worker.connection_rows(port))),
+        Command::ReadConnections { port, first, mut rows, reply } => {
+            let more = worker.connection_rows(port, first, &mut rows);
+            drop(reply.send((rows, more)));
+        }
         Command::ReadFdb { reply } => drop(reply.send(worker.fdb_rows())),
         Command::ReadRings { reply } => drop(reply.send(worker.ring_rows())),
         Command::Stop => return false,

@@ -392,9 +392,10 @@ impl Worker {
         self.perimeters.guard(&self.snapshot, port, perimeter)
     }
 
-    /// The connections of a port with a policy.
-    pub fn connection_rows(&self, port: PortId) -> Vec<ConnectionRow> {
-        self.perimeters.rows(port)
+    /// Adds the connections of a port with a policy that are in the next `rows.capacity()` places of its table from `first` on;
+    /// whether there are more places.
+    pub fn connection_rows(&self, port: PortId, first: usize, rows: &mut Vec<ConnectionRow>) -> bool {
+        self.perimeters.rows(port, first, rows)
     }
 
     /// Tells of single frames into `queue` from now on.

@@ -136,7 +136,8 @@ impl SlowPort {
         };
         let connection = &mut self.connections[place];
         let mut judged_identity = connection.identity;
-        if direction == Direction::Ingress && connection.initiator == Direction::Ingress && identity.is_some() {
+        let is_initiators = direction == Direction::Ingress && connection.initiator == Direction::Ingress;
+        if is_initiators && state != ConnState::Related {
             judged_identity = identity;
         }
         if connection.generation != generation || connection.identity != judged_identity {
@@ -149,7 +150,9 @@ impl SlowPort {
                 judged_identity,
             );
             if !said.allow {
-                if connection.key.protocol == 6 {
+                if connection.generation == generation {
+                    // Somebody else's packet.
+                } else if connection.key.protocol == 6 {
                     connection.generation = generation.wrapping_sub(1);
                     connection.identity = judged_identity;
                     connection.expires_ns = connection.expires_ns.min(now_ns + 300 * SECOND_NS);
