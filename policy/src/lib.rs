@@ -18,9 +18,11 @@ pub mod model;
 pub mod oracle;
 pub mod parse;
 mod rows;
+mod segment;
 pub mod source_guard;
 mod table;
 pub mod tcp;
+mod tcp_state;
 
 pub use bucket::{Meter, MeterLimits, TokenBucket};
 pub use classifier::{Classifier, Verdict};

@@ -1,6 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::segment::{FIN, SCALE_MAX, URG};
+use crate::tcp_state::SECOND_NS;
 
 fn segment(flags: u8, sequence: u32, acknowledgment: u32, payload_bytes: u16) -> Segment {
     Segment {
