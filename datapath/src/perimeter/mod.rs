@@ -13,12 +13,13 @@ pub mod events;
 pub(crate) mod flow_key;
 pub(crate) mod hops;
 mod leases;
+mod recall;
 
 use std::net::IpAddr;
 
 use dreamwire_policy::{
-    Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Meter, MeterLimits, Packet, Parsed,
-    Reason, Touched, decide, parse,
+    Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Meter, MeterLimits, Reason, decide,
+    parse,
 };
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
@@ -27,9 +28,9 @@ use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, PortPolicy, Snapshot};
 use events::{Events, Story};
-use flow_key::FlowKey;
 use hops::Hops;
-use leases::{Lease, Leases};
+use leases::Leases;
+use recall::Asked;
 
 /// How long a flow passes before tables are asked again. Timeouts of connections are 10 s and more.
 const LEASE_NS: u64 = 1_000_000_000;
@@ -97,41 +98,6 @@ impl Perimeter {
             }
         }
     }
-
-    #[inline]
-    fn touch(&mut self, connection: Option<Connection>, packet: &Packet, touch: Touch) -> bool {
-        let Touch { direction, policy_generation, now_ns } = touch;
-        connection.is_none_or(|connection| {
-            self.conntrack.touch(connection, packet, direction, policy_generation, now_ns) == Touched::Pass
-        })
-    }
-}
-
-/// When and by whom a connection is touched.
-#[derive(Debug, Clone, Copy)]
-struct Touch {
-    direction: Direction,
-    policy_generation: u32,
-    now_ns: u64,
-}
-
-/// How far frames have come by leases.
-#[derive(Debug, Default)]
-pub(crate) struct Recalled {
-    /// Those that are past both perimeters.
-    pub(crate) passed: usize,
-    /// A bit for each whose lease is to be renewed.
-    pub(crate) due: u32,
-}
-
-const _: () = assert!(BURST <= u32::BITS as usize);
-
-/// A frame whose lease is being looked for.
-#[derive(Debug, Clone, Copy)]
-struct Asked {
-    index: usize,
-    place: usize,
-    key: FlowKey<1>,
 }
 
 /// All perimeters of a worker.
@@ -158,7 +124,7 @@ impl Default for Perimeters {
             epochs: vec![0; PORTS_MAX].into_boxed_slice(),
             has_meters: false,
             hops: Hops::default(),
-            asked: [Asked { index: 0, place: 0, key: FlowKey::NONE }; BURST],
+            asked: [Asked::NONE; BURST],
             events: Events::default(),
             now_ns: 0,
             swept_ns: 0,
@@ -246,237 +212,6 @@ impl Perimeters {
             _ => 0,
         };
         receiver + from.map_or(0, |port| self.epoch(port))
-    }
-
-    /// Sets the next hop of every frame of port `from` whose flow has a lease.
-    #[inline]
-    pub(crate) fn recall(&mut self, from: PortId, burst: &mut Burst, fdb_epoch: u64, snapshot: &Snapshot) -> Recalled {
-        let mut recalled = Recalled::default();
-        let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return recalled };
-        // First all places, so that memory is waited for once.
-        let mut asked = 0;
-        let mut others = false;
-        for index in 0..burst.length {
-            let frame = &burst.frames[index];
-            if burst.next_hops[index] != NextHop::Undecided {
-                continue;
-            }
-            match FlowKey::ipv4(frame.headers(), frame.frame_bytes) {
-                Some(key) => {
-                    self.asked[asked] = Asked { index, place: own.leases.place(&key), key };
-                    asked += 1;
-                }
-                None => others = true,
-            }
-        }
-        let mut last = (u16::MAX, 0, NextHop::Undecided);
-        for slot in 0..asked {
-            let Asked { index, place, key } = &self.asked[slot];
-            let (index, is_tcp) = (*index, key.is_tcp());
-            let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return recalled };
-            let Some(lease) = own.leases.get(*place, key) else { continue };
-            if lease.hop() != last.0 {
-                let Some(next_hop) = self.hops.next_hop(lease.hop()) else { continue };
-                last = (lease.hop(), fdb_epoch + self.epoch_between(Some(from), next_hop), next_hop);
-            }
-            if lease.epoch() != last.1 {
-                continue;
-            }
-            if !is_tcp && self.now_ns < lease.until_ns() {
-                burst.next_hops[index] = last.2;
-                (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
-                recalled.passed += 1;
-                continue;
-            }
-            if self.now_ns < lease.until_ns() {
-                recalled.passed += usize::from(self.pass(from, burst, index, last.2, lease.connections(), snapshot));
-                // What a segment ends may have been what others' leases were made from.
-                last.0 = u16::MAX;
-            } else {
-                recalled.due |= 1 << index;
-            }
-        }
-        if others {
-            self.recall_ipv6(from, burst, fdb_epoch, snapshot, &mut recalled);
-        }
-        recalled
-    }
-
-    /// The same for IPv6, frame by frame.
-    fn recall_ipv6(
-        &mut self,
-        from: PortId,
-        burst: &mut Burst,
-        fdb_epoch: u64,
-        snapshot: &Snapshot,
-        recalled: &mut Recalled,
-    ) {
-        for index in 0..burst.length {
-            let frame = &burst.frames[index];
-            if burst.next_hops[index] != NextHop::Undecided || recalled.due & 1 << index != 0 {
-                continue;
-            }
-            let Some(key) = FlowKey::ipv6(frame.headers(), frame.frame_bytes) else { continue };
-            let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return };
-            let Some(lease) = own.leases6.get(own.leases6.place(&key), &key) else { continue };
-            let Some(next_hop) = self.hops.next_hop(lease.hop()) else { continue };
-            if lease.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop) {
-                continue;
-            }
-            if self.now_ns >= lease.until_ns() {
-                recalled.due |= 1 << index;
-            } else if key.is_tcp() {
-                recalled.passed += usize::from(self.pass(from, burst, index, next_hop, lease.connections(), snapshot));
-            } else {
-                burst.next_hops[index] = next_hop;
-                (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
-                recalled.passed += 1;
-            }
-        }
-    }
-
-    /// Renews the lease of frame `index`, whose time is over, if the switch still sends it to `next_hop` as before (until
-    /// `until_ns`) and both connections take it; whether it is past both perimeters.
-    #[allow(clippy::too_many_arguments, reason = "two ends, each with its own")]
-    pub(crate) fn renew(
-        &mut self,
-        from: PortId,
-        burst: &mut Burst,
-        index: usize,
-        next_hop: NextHop,
-        until_ns: u64,
-        fdb_epoch: u64,
-        snapshot: &Snapshot,
-    ) -> bool {
-        let (header, bytes) = (burst.frames[index].headers(), burst.frames[index].frame_bytes);
-        let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return false };
-        let held = if let Some(key) = FlowKey::ipv4(header, bytes) {
-            own.leases.get(own.leases.place(&key), &key)
-        } else {
-            FlowKey::ipv6(header, bytes).and_then(|key| own.leases6.get(own.leases6.place(&key), &key))
-        };
-        let Some(held) = held else { return false };
-        if self.hops.next_hop(held.hop()) != Some(next_hop)
-            || held.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop)
-        {
-            return false;
-        }
-        let connections = held.connections();
-        let passed = self.pass(from, burst, index, next_hop, connections, snapshot);
-        if passed {
-            let lease_ns = until_ns.saturating_sub(self.now_ns);
-            self.grant(Some(from), None, &burst.frames[index], next_hop, connections, fdb_epoch, lease_ns);
-        }
-        passed
-    }
-
-    /// Has the connections of a frame with a lease, at both ends, take it; whether it is past both perimeters. If the
-    /// receiver's does not, that end has still to judge it; if the sender's does not, both have, and the switch.
-    fn pass(
-        &mut self,
-        from: PortId,
-        burst: &mut Burst,
-        index: usize,
-        next_hop: NextHop,
-        connections: [Option<Connection>; 2],
-        snapshot: &Snapshot,
-    ) -> bool {
-        let frame = &burst.frames[index];
-        let Parsed::Ip(packet) = parse(frame.headers(), frame.frame_bytes as usize) else { return false };
-        let (now_ns, policy_generation) = (self.now_ns, snapshot.policy_generation);
-        let touch = |direction| Touch { direction, policy_generation, now_ns };
-        let [egress, ingress] = connections;
-        let sent = self.get(from).is_some_and(|own| own.touch(egress, &packet, touch(Direction::Egress)));
-        if !sent {
-            return false;
-        }
-        let received = match (next_hop, ingress) {
-            (NextHop::Port(to), Some(_)) => {
-                self.get(to).is_some_and(|perimeter| perimeter.touch(ingress, &packet, touch(Direction::Ingress)))
-            }
-            _ => true,
-        };
-        if !received {
-            self.end(from, frame);
-        }
-        burst.next_hops[index] = next_hop;
-        burst.egress[index] = Stand::Leased;
-        burst.ingress[index] = if received { Stand::Leased } else { Stand::Unasked };
-        received
-    }
-
-    fn end(&mut self, from: PortId, frame: &RawFrame) {
-        let (header, bytes) = (frame.headers(), frame.frame_bytes);
-        let Some(perimeter) = self.get(from) else { return };
-        if let Some(key) = FlowKey::ipv4(header, bytes) {
-            perimeter.leases.end(&key);
-        } else if let Some(key) = FlowKey::ipv6(header, bytes) {
-            perimeter.leases6.end(&key);
-        }
-    }
-
-    /// Whether a frame that comes to port `to` passes by a lease of that port.
-    #[inline]
-    pub(crate) fn recall_inbound(
-        &mut self,
-        to: PortId,
-        frame: &RawFrame,
-        identity: Option<u16>,
-        fdb_epoch: u64,
-        snapshot: &Snapshot,
-    ) -> bool {
-        let header = frame.headers();
-        let Some(leases) = self.slots[usize::from(to.0)].as_deref() else { return false };
-        let (is_tcp, lease) = if let Some(key) = FlowKey::ipv4(header, frame.frame_bytes) {
-            let (key, leases) = (key.inbound(identity), &leases.leases);
-            let lease = leases.get(leases.place(&key), &key);
-            (key.is_tcp(), lease.filter(|lease| self.now_ns < lease.until_ns()))
-        } else if let Some(key) = FlowKey::ipv6(header, frame.frame_bytes) {
-            let (key, leases) = (key.inbound(identity), &leases.leases6);
-            let lease = leases.get(leases.place(&key), &key);
-            (key.is_tcp(), lease.filter(|lease| self.now_ns < lease.until_ns()))
-        } else {
-            return false;
-        };
-        let Some(lease) = lease.filter(|lease| lease.epoch() == fdb_epoch + self.epoch(to)) else { return false };
-        let [_, connection] = lease.connections();
-        if !is_tcp {
-            return true;
-        }
-        let Parsed::Ip(packet) = parse(header, frame.frame_bytes as usize) else { return false };
-        let touch =
-            Touch { direction: Direction::Ingress, policy_generation: snapshot.policy_generation, now_ns: self.now_ns };
-        self.get(to).is_some_and(|perimeter| perimeter.touch(connection, &packet, touch))
-    }
-
-    /// Gives the flow of a frame that has passed a lease. `from` is the sender's port if it has a policy; else the lease
-    /// is the receiver's, for senders of this identity.
-    #[allow(clippy::too_many_arguments, reason = "two ends, each with its own")]
-    pub(crate) fn grant(
-        &mut self,
-        from: Option<PortId>,
-        identity: Option<u16>,
-        frame: &RawFrame,
-        next_hop: NextHop,
-        connections: [Option<Connection>; 2],
-        fdb_epoch: u64,
-        lease_ns: u64,
-    ) {
-        let epoch = fdb_epoch + self.epoch_between(from, next_hop);
-        let until_ns = self.now_ns + lease_ns.min(LEASE_NS);
-        let Some(hop) = self.hops.number(next_hop) else { return };
-        let lease = Lease { hop, connections, epoch, until_ns };
-        let keeper = match (from, next_hop) {
-            (Some(port), _) | (None, NextHop::Port(port)) => port,
-            _ => return,
-        };
-        let Some(perimeter) = self.get(keeper) else { return };
-        let (header, bytes) = (frame.headers(), frame.frame_bytes);
-        if let Some(key) = FlowKey::ipv4(header, bytes) {
-            perimeter.leases.put(if from.is_some() { key } else { key.inbound(identity) }, lease);
-        } else if let Some(key) = FlowKey::ipv6(header, bytes) {
-            perimeter.leases6.put(if from.is_some() { key } else { key.inbound(identity) }, lease);
-        }
     }
 
     /// Judges a frame at a port that has a policy. `identity` is its sender's.
