@@ -284,7 +284,11 @@ fn configuration(case: &Case, cpu: usize) -> String {
         if case.stateful {
             let vm = VMS[usize::from(name == "b")];
             if ["a", "b"].contains(&name.as_str()) {
-                add(format!("mac = \"{}\"\naddresses = [\"{}\"]\n", mac_text(vm.mac), vm.address));
+                add(format!("mac = \"{}\"\n", mac_text(vm.mac)));
+                // New flows come from an address of their own in each round, which a source guard would not let out.
+                if !case.new_flows {
+                    add(format!("addresses = [\"{}\"]\n", vm.address));
+                }
             }
             // Room for every flow of the case at once: OVS's conntrack has three million by default.
             let flows = if case.new_flows { FLOWS_MAX } else { case.flows };
