@@ -35,9 +35,8 @@ fn rule(id: u32, group: GroupId, port: u16, action: Action, remote: Remote) -> R
 
 /// Station 0 and 2 are open, station 1 is in `WEB` of an enforced network, under these rules.
 fn perimeter_lan(rules: Vec<Rule>) -> Lan {
-    let mut lan = Lan::new(3, 1);
+    let mut lan = acquainted(3, 1);
     for id in 0..3 {
-        lan.network(0).static_macs.insert(mac(id as u8 + 1), PortId(id));
         assert!(lan.worker.guard(PortId(id), Some(Box::new(Perimeter::new(PerimeterLimits::default(), 7)))).is_none());
     }
     lan.snapshot.rules = (0..8).map(|_| Arc::default()).collect();

@@ -329,3 +329,13 @@ fn copy(snapshot: &Snapshot) -> Snapshot {
         uplinks: snapshot.uplinks.clone(),
     }
 }
+
+/// Ports that know each other: unicast from the first frame on.
+pub(crate) fn acquainted(ports: u16, queue_pairs: u16) -> Lan {
+    let mut lan = Lan::new(ports, queue_pairs);
+    for id in 0..ports {
+        lan.network(0).static_macs.insert(mac(id as u8 + 1), PortId(id));
+    }
+    lan.publish();
+    lan
+}
