@@ -16,6 +16,7 @@
 pub mod attack;
 mod card;
 mod descriptor_cases;
+mod flood_cases;
 mod memory_cases;
 mod message_cases;
 mod offload_cases;
@@ -23,6 +24,7 @@ mod packed_cases;
 mod race_cases;
 mod receive_cases;
 pub mod runner;
+mod shared_file_cases;
 mod split_cases;
 mod tally;
 pub mod target;
@@ -91,13 +93,15 @@ impl Case {
 
 /// All cases.
 pub fn corpus() -> Vec<Case> {
-    let tables: [fn() -> Vec<Case>; 9] = [
+    let tables: [fn() -> Vec<Case>; 11] = [
         transmit_cases::all,
         split_cases::all,
         packed_cases::all,
         offload_cases::all,
         receive_cases::all,
         message_cases::all,
+        shared_file_cases::all,
+        flood_cases::all,
         memory_cases::all,
         descriptor_cases::all,
         race_cases::all,
