@@ -182,6 +182,10 @@ to = "fd00::/8"                #! icmp is of IPv4
 from = "any"                   #! the far end of egress is written to
 priority = 65536               #! out of range: 0 to 65535
 [[rule]]
+group = ""                     #! a name
+direction = "ingress"
+allow = "any"
+[[rule]]
 group = "web"
 direction = "ingress"
 allow = 256                    #! "256" is not a protocol

@@ -45,7 +45,7 @@ pub(super) fn rule(fields: &mut Fields<'_>) -> Rule {
     let given = fields.text("name", name);
     // A name that is wrong gets one that no object may have; one that is missing is made up when all others are known.
     let nameless = if fields.has("name") { format!("#{}", fields.at.index) } else { String::new() };
-    let group = fields.required("group", "\"web\"", |text| Ok(text.to_owned())).unwrap_or_default();
+    let group = fields.required("group", "\"web\"", name).unwrap_or_default();
     if !fields.has("direction") {
         fields.mistake("direction", "missing: add direction = \"ingress\" or \"egress\", seen from the VM");
     }
