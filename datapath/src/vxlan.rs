@@ -24,24 +24,41 @@ const FLAG_VNI: u8 = 0x08;
 /// The G flag: the group policy ID is valid.
 const FLAG_GROUP: u8 = 0x80;
 
-/// What a VXLAN header says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Header {
+/// What a VXLAN header says: the segment, and the group that the frame is from; 0: none is said. One word, so that what was
+/// just written is read back in one go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Header(u64);
+
+impl Header {
+    /// Both.
+    #[inline]
+    pub fn new(vni: Vni, group: u16) -> Self {
+        Self(u64::from(group) << 32 | u64::from(vni.get()))
+    }
+
     /// The segment.
-    pub vni: Vni,
+    #[inline]
+    pub fn vni(self) -> Vni {
+        Vni::new(self.0 as u32).expect("it was one")
+    }
+
     /// The group that the frame is from; 0: none is said.
-    pub group: u16,
+    #[inline]
+    pub fn group(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
 }
 
 impl From<Vni> for Header {
     fn from(vni: Vni) -> Self {
-        Self { vni, group: 0 }
+        Self::new(vni, 0)
     }
 }
 
 /// The header as it is on the wire.
 #[inline]
-pub fn header(Header { vni, group }: Header) -> [u8; HEADER_BYTES] {
+pub fn header(header: Header) -> [u8; HEADER_BYTES] {
+    let (vni, group) = (header.vni(), header.group());
     let [_, a, b, c] = vni.get().to_be_bytes();
     let [high, low] = group.to_be_bytes();
     [if group == 0 { FLAG_VNI } else { FLAG_VNI | FLAG_GROUP }, 0, high, low, a, b, c, 0]
@@ -58,7 +75,7 @@ pub fn decapsulate(datagram: &[u8]) -> Option<(Header, &[u8])> {
     }
     let vni = Vni::new(u32::from_be_bytes([0, header[4], header[5], header[6]]))?;
     let group = if header[0] & FLAG_GROUP == 0 { 0 } else { u16::from_be_bytes([header[2], header[3]]) };
-    Some((Header { vni, group }, frame))
+    Some((Header::new(vni, group), frame))
 }
 
 /// Range of outer source ports: the dynamic ports, as §5 recommends.
@@ -82,7 +99,7 @@ mod tests {
         assert_eq!(header(vni.into()), bytes[..8]);
         assert_eq!(decapsulate(&bytes), Some((vni.into(), &[0xaa][..])));
         let bytes = [0x88, 0, 0xab, 0xcd, 0x12, 0x34, 0x56, 0, 0xaa];
-        let grouped = Header { vni, group: 0xabcd };
+        let grouped = Header::new(vni, 0xabcd);
         assert_eq!(header(grouped), bytes[..8]);
         assert_eq!(decapsulate(&bytes), Some((grouped, &[0xaa][..])));
         assert_eq!(

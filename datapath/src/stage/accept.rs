@@ -15,14 +15,14 @@ pub(crate) fn accept(parcel: &Parcel, snapshot: &Snapshot, perimeters: &mut Peri
     let frame = |index| Outgoing { burst, tails: Tails::Parcel(parcel), index };
     let mut index = 0;
     while index < burst.length {
-        let next_hop = burst.next_hops[index];
+        let next_hop = &burst.next_hops[index];
         let first = index;
         index += 1;
         let id = burst.networks[first];
         match next_hop {
-            NextHop::Port(port) => {
+            &NextHop::Port(port) => {
                 // As the transmit stage: a run shares what has to be looked up.
-                while index < burst.length && burst.next_hops[index] == next_hop {
+                while index < burst.length && burst.next_hops[index] == *next_hop {
                     index += 1;
                 }
                 outlets.deliver_to_port(snapshot, port, (first..index).map(frame));

@@ -45,7 +45,7 @@ pub(crate) fn decap(
                 continue;
             }
         };
-        let network_id = snapshot.by_vni.get(&(underlay, tunnel.vni)).copied();
+        let network_id = snapshot.by_vni.get(&(underlay, tunnel.vni())).copied();
         let Some((network_id, network)) = network_id.and_then(|id| Some((id, snapshot.network(id)?))) else {
             unclaimed(DropReason::UnknownVni);
             continue;
@@ -57,7 +57,7 @@ pub(crate) fn decap(
         burst.networks[index] = network_id;
         burst.origins[index] = Origin::Vtep(vtep);
         burst.offloads[index] = Offload::NONE;
-        burst.groups[index] = tunnel.group;
+        burst.groups[index] = tunnel.group();
         burst.datagrams[index] = slot as u8;
         burst.next_hops[index] = if !known {
             NextHop::Drop(DropReason::UnknownVtep)

@@ -52,13 +52,13 @@ pub(crate) fn transmit(
     let frame = |index| Outgoing { burst, tails, index };
     let mut index = 0;
     while index < burst.length {
-        let next_hop = burst.next_hops[index];
+        let next_hop = &burst.next_hops[index];
         let first = index;
         index += 1;
         match next_hop {
-            NextHop::Port(port) => {
+            &NextHop::Port(port) => {
                 // Frames in a row for one port share what has to be looked up for it.
-                while index < burst.length && burst.next_hops[index] == next_hop {
+                while index < burst.length && burst.next_hops[index] == *next_hop {
                     index += 1;
                 }
                 outlets.send_to_port(snapshot, port, (first..index).map(frame));
@@ -66,7 +66,7 @@ pub(crate) fn transmit(
             NextHop::Vtep(vtep) => outlets.send_to_vtep(snapshot, vtep, frame(first)),
             NextHop::Flood => flood(frame(first), snapshot, perimeters, outlets),
             NextHop::Gone => {}
-            NextHop::Drop(reason) => count_drop(snapshot, perimeters, burst, first, reason),
+            &NextHop::Drop(reason) => count_drop(snapshot, perimeters, burst, first, reason),
             NextHop::Undecided => unreachable!("the switch stage decides on every frame"),
         }
     }
@@ -108,7 +108,7 @@ pub(super) fn flood_here(
             outlets.send_to_port(snapshot, port, std::iter::once(frame));
         }
     }
-    for &vtep in flood_list(network, origin, snapshot) {
+    for vtep in flood_list(network, origin, snapshot) {
         outlets.send_to_vtep(snapshot, vtep, frame);
         copies += 1;
     }

@@ -35,52 +35,71 @@ pub(crate) struct Encap {
     kept: Box<[Option<Kept>]>,
     /// The place of the last header: frames come in runs.
     last: usize,
+    /// A question that is to be asked on the wire. Kept here, so that a frame that asks nothing returns nothing.
+    pub(super) ask: Option<Ask>,
     hasher: RandomState,
 }
 
 impl Encap {
     pub(crate) fn new(station: Station, neighbours: Neighbours, gateway: Option<IpAddr>, mtu: u16) -> Self {
         let kept = (0..HEADERS).map(|_| None).collect();
-        Self { station, neighbours, gateway, mtu: usize::from(mtu), kept, last: 0, hasher: RandomState::default() }
+        Self {
+            station,
+            neighbours,
+            gateway,
+            mtu: usize::from(mtu),
+            kept,
+            last: 0,
+            ask: None,
+            hasher: RandomState::default(),
+        }
     }
 
-    /// The header for a frame of `inner_bytes` to `vtep`, or why there is none; and a question, if one is to be asked.
+    /// The header for a frame of `inner_bytes` to `vtep`, or why there is none. What is to be asked for it is in `ask`.
     #[inline]
     pub(crate) fn header(
         &mut self,
-        vtep: IpAddr,
+        vtep: &IpAddr,
         tunnel: vxlan::Header,
         inner_bytes: usize,
         now_ns: u64,
-    ) -> (Result<&mut OuterHeader, DropReason>, Option<Ask>) {
-        let is_for = |kept: &Option<Kept>| kept.as_ref().is_some_and(|kept| kept.vtep == vtep && kept.tunnel == tunnel);
+    ) -> Result<&mut OuterHeader, DropReason> {
+        let is_for =
+            |kept: &Option<Kept>| kept.as_ref().is_some_and(|kept| kept.vtep == *vtep && kept.tunnel == tunnel);
         let mut place = self.last;
         if !is_for(&self.kept[place]) {
-            place = self.hasher.hash_one((vtep, tunnel.vni, tunnel.group)) as usize % HEADERS;
+            place = self.hasher.hash_one((vtep, tunnel)) as usize % HEADERS;
             if !is_for(&self.kept[place]) {
-                match self.make(vtep, tunnel, now_ns) {
+                match self.make(*vtep, tunnel, now_ns) {
                     Ok(made) => self.kept[place] = Some(made),
-                    Err(reason) => return (Err(reason), None),
+                    Err(reason) => return Err(reason),
                 }
             }
             self.last = place;
         }
         let kept = self.kept[place].as_mut().expect("it was just made");
-        let (mac, ask) = self.neighbours.resolve(kept.neighbour, kept.next_hop, now_ns);
-        let Some(mac) = mac else {
-            // Its row may have become another's.
-            if let Some(row) = self.neighbours.row(kept.next_hop, now_ns) {
-                kept.neighbour = row;
+        let mac = match self.neighbours.fresh(kept.neighbour, &kept.next_hop, now_ns) {
+            Some(mac) => mac,
+            None => {
+                let (mac, ask) = self.neighbours.resolve(kept.neighbour, kept.next_hop, now_ns);
+                self.ask = ask;
+                let Some(mac) = mac else {
+                    // Its row may have become another's.
+                    if let Some(row) = self.neighbours.row(kept.next_hop, now_ns) {
+                        kept.neighbour = row;
+                    }
+                    return Err(DropReason::Unresolved);
+                };
+                mac
             }
-            return (Err(DropReason::Unresolved), ask);
         };
         if kept.header.destination() != mac {
             kept.header.redirect(mac);
         }
         if kept.header.packet_bytes(inner_bytes) > self.mtu {
-            return (Err(DropReason::UnderlayRefused), ask);
+            return Err(DropReason::UnderlayRefused);
         }
-        (Ok(&mut kept.header), ask)
+        Ok(&mut kept.header)
     }
 
     #[cold]

@@ -200,7 +200,8 @@ impl Rx {
 pub(crate) struct Inner<'a> {
     pub(crate) network: NetworkId,
     pub(crate) tunnel: vxlan::Header,
-    pub(crate) vtep: IpAddr,
+    /// Where it lies in the burst: not copied just before it is read.
+    pub(crate) vtep: &'a IpAddr,
     pub(crate) flow_hash: u32,
     /// The private copy of its first bytes, or all of it.
     pub(crate) header: &'a [u8],

@@ -83,6 +83,14 @@ impl Neighbours {
         Some(index as u16)
     }
 
+    /// The card in row `index`, if the row is `address`' and nothing has to be asked: nearly always.
+    #[inline]
+    pub(crate) fn fresh(&mut self, index: u16, address: &IpAddr, now_ns: u64) -> Option<Mac> {
+        let row = self.rows.get_mut(usize::from(index)).filter(|row| row.address == *address)?;
+        row.used_ns = now_ns;
+        row.mac.filter(|_| row.is_fixed || now_ns.saturating_sub(row.confirmed_ns) < REFRESH_NS)
+    }
+
     /// The card of `address`, which was in row `index`, for sending to it now; and a question, if it is time for one.
     /// `None` as the card: not known, or the row is another address's by now.
     #[inline]

@@ -78,7 +78,7 @@ impl OuterHeader {
         bytes[vxlan_at..vxlan_at + vxlan::HEADER_BYTES].copy_from_slice(&vxlan::header(tunnel));
         let length = (vxlan_at + vxlan::HEADER_BYTES) as u8;
         // An odd multiplier spreads neighbouring VNIs over the 16 bits.
-        let distinct = tunnel.vni.get() ^ u32::from(tunnel.group).rotate_left(16);
+        let distinct = tunnel.vni().get() ^ u32::from(tunnel.group()).rotate_left(16);
         let identification = (distinct.wrapping_mul(0x9e37_79b1) >> 16) as u16;
         Some(Self { bytes, length, constant, identification })
     }

@@ -20,7 +20,7 @@ use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_
 
 use super::encap::Encap;
 use super::host::{self, Heard};
-use super::neighbours::{Ask, Neighbours};
+use super::neighbours::Neighbours;
 use super::open::{Opened, Station, TunnelPacket, open};
 use super::outer::OUTER_BYTES_MAX;
 use super::{Arrival, Inner};
@@ -75,6 +75,7 @@ impl RingUnderlay {
             ring: None,
             encap: Encap::new(station, neighbours, gateway, mtu),
             scratch: vec![0; FRAME_BYTES_MAX as usize].into(),
+            start: Box::new([0; START_BYTES]),
             is_touched: false,
             counters: self.counters,
             lines: Lines::default(),
@@ -144,12 +145,14 @@ impl RingRx {
         {
             return Arrival::Drop(DropReason::BadOffload);
         }
-        let packet = match open(&self.station, frame.headers(), frame.frame_bytes as usize) {
+        let opened = open(&self.station, frame.headers(), frame.frame_bytes as usize);
+        // Not moved out: it would be copied.
+        let packet = match &opened {
             Opened::Tunnel(packet) => packet,
             Opened::Host => return Arrival::Host,
-            Opened::Drop(reason) => return Arrival::Drop(reason),
+            Opened::Drop(reason) => return Arrival::Drop(*reason),
         };
-        if packet.is_summed && !verify(&packet, frame, ring.payload(frame), &mut self.scratch) {
+        if packet.is_summed && !verify(packet, frame, ring.payload(frame), &mut self.scratch) {
             return Arrival::Drop(DropReason::OuterChecksum);
         }
         ring.narrow(frame, packet.inner_at() as u16, packet.inner_bytes() as u32);
@@ -191,6 +194,8 @@ pub(crate) struct RingTx {
     pub(super) ring: Option<Ring>,
     encap: Encap,
     scratch: Box<[u8]>,
+    /// An outer header and the header copy behind it.
+    start: Box<[u8; START_BYTES]>,
     is_touched: bool,
     counters: Arc<UnderlayCounters>,
     lines: Lines,
@@ -200,13 +205,12 @@ impl RingTx {
     /// One frame, at once.
     #[inline]
     pub(super) fn send(&mut self, inner: Inner<'_>, now_ns: u64) -> Result<(), DropReason> {
-        let Self { ring, encap, scratch, is_touched, .. } = self;
+        let Self { ring, encap, scratch, start, is_touched, .. } = self;
         let Some(ring) = ring.as_mut() else { return Err(DropReason::PortDown) };
         let was_broken = ring.is_broken();
         let inner_bytes = inner.bytes();
-        let (outer, ask) = encap.header(inner.vtep, inner.tunnel, inner_bytes, now_ns);
+        let outer = encap.header(inner.vtep, inner.tunnel, inner_bytes, now_ns);
         let sent = outer.and_then(|outer| {
-            let mut start = [0; START_BYTES];
             let result = if outer.is_summed() {
                 // What is summed is what is sent: a private copy.
                 let whole = &mut scratch[..inner_bytes];
@@ -236,15 +240,16 @@ impl RingTx {
         {
             self.lines.report(0, fault);
         }
-        if let Some(ask) = ask {
-            self.ask(ask);
+        if self.encap.ask.is_some() {
+            self.ask();
         }
         sent
     }
 
     #[cold]
-    fn ask(&mut self, ask: Ask) {
-        if let Some(question) = host::question(&self.encap.station, ask) {
+    fn ask(&mut self) {
+        let ask = self.encap.ask.take();
+        if let Some(question) = ask.and_then(|ask| host::question(&self.encap.station, ask)) {
             self.say(question.bytes(), Payload::EMPTY);
         }
     }

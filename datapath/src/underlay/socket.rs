@@ -124,7 +124,7 @@ mod tests {
             tx.stage(Inner {
                 network: NetworkId(7),
                 tunnel: vni.into(),
-                vtep: there,
+                vtep: &there,
                 flow_hash: hash,
                 header,
                 payload,

@@ -78,12 +78,12 @@ impl SocketTx {
         private.copy_from_slice(header);
         payload.copy_out(tail);
         if vtep.is_ipv6() {
-            let sum = udp_checksum(self.source, vtep, packet);
+            let sum = udp_checksum(self.source, *vtep, packet);
             packet[6..8].copy_from_slice(&sum.to_be_bytes());
         }
         self.lengths[slot] = bytes;
         // Port 0: for a raw socket the field means the protocol, raw(7).
-        self.destinations[slot] = Some(SockaddrStorage::from(SocketAddr::new(vtep, 0)));
+        self.destinations[slot] = Some(SockaddrStorage::from(SocketAddr::new(*vtep, 0)));
         self.origins[slot] = (network, inner_bytes as u32);
         self.staged += 1;
         Ok(())
@@ -161,7 +161,7 @@ mod tests {
         let mut tx =
             SocketTx::new(Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap(), "127.0.0.1".parse().unwrap(), 4789);
         let tail = vec![0; 65500];
-        let vtep = "127.0.0.2".parse().unwrap();
+        let vtep = &"127.0.0.2".parse().unwrap();
         let vni = Vni::new(1).unwrap();
         let payload = Payload::private(&tail);
         let staged = tx.stage(Inner {

@@ -346,18 +346,18 @@ impl Outlets {
 
     /// Sends one frame to another host, or hands it to the worker that has the underlay.
     #[inline]
-    pub(crate) fn send_to_vtep(&mut self, snapshot: &Snapshot, vtep: IpAddr, frame: Outgoing<'_>) {
+    pub(crate) fn send_to_vtep(&mut self, snapshot: &Snapshot, vtep: &IpAddr, frame: Outgoing<'_>) {
         if !self.deliver_to_vtep(snapshot, vtep, frame) {
             self.hand_off_to_vtep(snapshot, vtep, frame);
         }
     }
 
     #[cold]
-    fn hand_off_to_vtep(&mut self, snapshot: &Snapshot, vtep: IpAddr, frame: Outgoing<'_>) {
+    fn hand_off_to_vtep(&mut self, snapshot: &Snapshot, vtep: &IpAddr, frame: Outgoing<'_>) {
         let tunnel = snapshot.network(frame.network()).and_then(|network| network.tunnel.as_ref());
         let worker = tunnel.map(|tunnel| snapshot.uplink_worker(tunnel.underlay));
         match worker.filter(|worker| *worker != snapshot.worker) {
-            Some(worker) => self.hand_off(snapshot, worker, NextHop::Vtep(vtep), std::iter::once(frame)),
+            Some(worker) => self.hand_off(snapshot, worker, NextHop::Vtep(*vtep), std::iter::once(frame)),
             None => self.count_removed(snapshot, frame.network()),
         }
     }
@@ -366,14 +366,14 @@ impl Outlets {
     /// not here. A tunnel carries finished frames only.
     #[inline]
     #[must_use]
-    pub(crate) fn deliver_to_vtep(&mut self, snapshot: &Snapshot, vtep: IpAddr, frame: Outgoing<'_>) -> bool {
+    pub(crate) fn deliver_to_vtep(&mut self, snapshot: &Snapshot, vtep: &IpAddr, frame: Outgoing<'_>) -> bool {
         let Some(network) = snapshot.network(frame.network()) else { return false };
         let tunnel = network.tunnel.as_ref();
         let uplink = tunnel.and_then(|tunnel| Some((tunnel, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
         let now_ns = self.now_ns;
         let Some((tunnel, uplink)) = uplink else { return false };
         let group = if tunnel.carries_group { frame.group(snapshot) } else { 0 };
-        let tunnel = vxlan::Header { vni: tunnel.vni, group };
+        let tunnel = vxlan::Header::new(tunnel.vni, group);
         let flow_hash = flow_hash(&self.hasher, frame.header());
         let mut send = |header: &[u8], payload: Payload<'_>| {
             if uplink.tx.is_full() {

@@ -264,8 +264,7 @@ impl XdpTx {
     #[inline]
     pub(super) fn send(&mut self, inner: Inner<'_>, now_ns: u64) -> Result<(), DropReason> {
         let inner_bytes = inner.bytes();
-        let (outer, _) = self.encap.header(inner.vtep, inner.tunnel, inner_bytes, now_ns);
-        let outer = outer?;
+        let outer = self.encap.header(inner.vtep, inner.tunnel, inner_bytes, now_ns)?;
         // One flow, one queue: its packets stay in order.
         let queue = inner.flow_hash as usize % self.queues.len();
         let tx = &mut self.queues[queue];
