@@ -184,6 +184,8 @@ fn identity_stands_for_the_address() {
 #[test]
 fn meters_hold_each_direction() {
     let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    let queue = dreamwire_datapath::perimeter::events::queue();
+    lan.worker.tell(Arc::clone(&queue));
     let limits = MeterLimits { packets: Some((10, 10)), bits: None };
     lan.snapshot.ports[0].as_mut().unwrap().policy.as_mut().unwrap().meters[Direction::Egress as usize] = limits;
     lan.publish();
@@ -197,6 +199,9 @@ fn meters_hold_each_direction() {
     assert_eq!(lan.received(1).len(), 10);
     let drops = |id: usize| lan.snapshot.ports[id].as_ref().unwrap().counters.drops.get(DropReason::RateLimit);
     assert_eq!((drops(0), drops(1)), (10, 10));
+    let told: Vec<_> = std::iter::from_fn(|| queue.pop()).map(|event| (event.port, event.dropped)).collect();
+    let of = |id| told.iter().filter(|told| **told == (Some(PortId(id)), Some(DropReason::RateLimit))).count();
+    assert_eq!((of(0), of(1), told.len()), (10, 10, 20), "whoever watches hears of both ends");
 }
 
 /// A TCP segment from station 0 to station 1 (or back), of these flags and sequence numbers.

@@ -11,9 +11,9 @@
 
 pub mod events;
 pub(crate) mod flow_key;
+mod granting;
 pub(crate) mod hops;
 mod leases;
-mod recall;
 
 use std::net::IpAddr;
 
@@ -28,9 +28,9 @@ use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, PortPolicy, Snapshot};
 use events::{Events, Story};
+use granting::Asked;
 use hops::Hops;
 use leases::Leases;
-use recall::Asked;
 
 /// How long a flow passes before tables are asked again. Timeouts of connections are 10 s and more.
 const LEASE_NS: u64 = 1_000_000_000;
@@ -289,6 +289,15 @@ impl Perimeters {
         let network = burst.networks[index];
         let story = Story { port, network, direction, dropped: Some(reason), rule: None, log: false };
         self.events.tell(story, &burst.frames[index], self.now_ns);
+    }
+
+    /// Tells of a frame that was dropped at its receiver, unless its judge has told.
+    pub(crate) fn sample_received(&mut self, burst: &Burst, index: usize, to: PortId, reason: DropReason) {
+        if !reason.is_judgement() {
+            let (network, direction) = (burst.networks[index], Direction::Ingress);
+            let story = Story { port: Some(to), network, direction, dropped: Some(reason), rule: None, log: false };
+            self.events.tell(story, &burst.frames[index], self.now_ns);
+        }
     }
 
     /// Adds the connections of a port in the next `rows.capacity()` places from `first` on; whether there are more places.

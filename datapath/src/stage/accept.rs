@@ -1,6 +1,7 @@
 //! The accept stage: frames that another worker has decided on go to their ends here.
 
-use super::transmit::{Tails, flood_here};
+use super::flood::flood_here;
+use super::transmit::Tails;
 use crate::burst::NextHop;
 use crate::drop_reason::DropReason;
 use crate::perimeter::Perimeters;

@@ -1,4 +1,4 @@
-//! The admit stage: what a port may not receive ends here; so does what is beyond a port's packets or bits per second.
+//! The admit stage: what a port may not receive ends here.
 //!
 //! Frames for one port. Copies of flooded ones are admitted one by one, as they are made.
 
@@ -30,40 +30,13 @@ pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
             match ingress(burst, index, to, snapshot, perimeters, fdb) {
                 Ok(stand) => burst.ingress[index] = stand,
                 Err(reason) => {
-                    count(snapshot, to, reason);
+                    end(burst, index, to, reason, snapshot, perimeters);
                     burst.next_hops[index] = NextHop::Gone;
                     continue;
                 }
             }
         }
         lease(burst, index, snapshot, perimeters, fdb);
-    }
-}
-
-/// Ends frames beyond what their port may send, or their receiver may receive. Those that another worker has taken were
-/// metered there as they left their port.
-pub(crate) fn meter(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters, is_ours: bool) {
-    if !perimeters.has_meters {
-        return;
-    }
-    for index in 0..burst.length {
-        let bytes = burst.frames[index].frame_bytes;
-        if !matches!(burst.next_hops[index], NextHop::Port(_) | NextHop::Vtep(_) | NextHop::Flood) {
-            continue;
-        }
-        if let Origin::Port(from) = burst.origins[index]
-            && is_ours
-            && !perimeters.meter(from, Direction::Egress, bytes)
-        {
-            burst.next_hops[index] = NextHop::Drop(DropReason::RateLimit);
-            continue;
-        }
-        if let NextHop::Port(to) = burst.next_hops[index]
-            && !perimeters.meter(to, Direction::Ingress, bytes)
-        {
-            count(snapshot, to, DropReason::RateLimit);
-            burst.next_hops[index] = NextHop::Gone;
-        }
     }
 }
 
@@ -81,7 +54,7 @@ pub(crate) fn admits_copy(
         let keeps = perimeters.meter(to, Direction::Ingress, frame.frame_bytes);
         if keeps { Ok(()) } else { Err(DropReason::RateLimit) }
     });
-    admitted.inspect_err(|&reason| count(snapshot, to, reason)).is_ok()
+    admitted.inspect_err(|&reason| end(burst, index, to, reason, snapshot, perimeters)).is_ok()
 }
 
 #[inline]
@@ -146,8 +119,17 @@ fn identity(burst: &Burst, index: usize, snapshot: &Snapshot) -> Option<u16> {
     }
 }
 
-/// Counts the end of a frame at its receiver.
-fn count(snapshot: &Snapshot, to: PortId, reason: DropReason) {
+/// Counts the end of frame `index` at its receiver, and tells of it.
+#[cold]
+pub(super) fn end(
+    burst: &Burst,
+    index: usize,
+    to: PortId,
+    reason: DropReason,
+    snapshot: &Snapshot,
+    perimeters: &mut Perimeters,
+) {
+    perimeters.sample_received(burst, index, to, reason);
     if let Some(port) = snapshot.port(to) {
         port.counters.drops.add(reason, 1);
     }
