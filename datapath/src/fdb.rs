@@ -43,6 +43,9 @@ pub fn refresh_ns(age_ns: u64) -> u64 {
 /// with something to say; what is too much is said at the next refresh.
 const NEWS_MAX: usize = 1024;
 
+/// Of these, one network's at most: two stations that take each other's address with every frame leave others room.
+const NEWS_PER_NETWORK_MAX: u16 = 64;
+
 /// A worker's epochs are below that power of two more than where they begin: a million a second for half a year.
 const EPOCH_BITS: u32 = 44;
 
@@ -116,6 +119,8 @@ pub struct Fdb {
     epochs: Box<[u64]>,
     /// For the other workers. Of no capacity if there are none.
     news: Vec<Seen>,
+    /// By network: how much of it is its.
+    news_by_network: Box<[u16]>,
     news_lost: u64,
 }
 
@@ -142,6 +147,7 @@ impl Default for Fdb {
             sweep_at: 0,
             epochs: vec![1; NETWORKS_MAX].into_boxed_slice(),
             news: Vec::new(),
+            news_by_network: vec![0; NETWORKS_MAX].into_boxed_slice(),
             news_lost: 0,
         }
     }
@@ -238,15 +244,21 @@ impl Fdb {
 
     /// What was learned since the last call, and how much more there was no room for.
     pub(crate) fn take_news(&mut self) -> (impl Iterator<Item = Seen>, u64) {
+        self.news.iter().for_each(|seen| self.news_by_network[usize::from(seen.network.0)] = 0);
         (self.news.drain(..), std::mem::take(&mut self.news_lost))
     }
 
     fn note(&mut self, seen: Seen) {
-        match self.news.capacity() {
-            0 => {}
-            capacity if self.news.len() == capacity => self.news_lost += 1,
-            _ => self.news.push(seen),
+        if self.news.capacity() == 0 {
+            return;
         }
+        let of_network = &mut self.news_by_network[usize::from(seen.network.0)];
+        if self.news.len() == NEWS_MAX || *of_network == NEWS_PER_NETWORK_MAX {
+            self.news_lost += 1;
+            return;
+        }
+        *of_network += 1;
+        self.news.push(seen);
     }
 
     fn insert(&mut self, bucket: usize, key: u64, entry: Entry, now_ns: u64) -> Learned {
@@ -438,5 +450,23 @@ mod tests {
         fdb.retain(|_, _, location| location != port(1));
         assert_eq!(fdb.rows(0).len(), 1);
         assert_eq!(fdb.learn(NET, mac(1), port(1), 0, AGE), Learned::New);
+    }
+
+    #[test]
+    fn one_networks_news_leave_others_room() {
+        let mut fdb = Fdb::default();
+        fdb.keep_news();
+        let station = Mac([2, 0, 0, 0, 0, 1]);
+        for frame in 0..5000 {
+            fdb.learn(NetworkId(0), station, Location::Port(PortId(frame % 2)), u64::from(frame), AGE);
+        }
+        fdb.learn(NetworkId(1), station, Location::Port(PortId(2)), 5000, AGE);
+        let (news, lost) = fdb.take_news();
+        let networks: Vec<_> = news.map(|seen| seen.network.0).collect();
+        let of = |network| networks.iter().filter(|&&other| other == network).count();
+        assert_eq!((of(0), of(1), lost), (64, 1, 5000 - 64));
+        // And the next turn begins with all of it.
+        fdb.learn(NetworkId(0), station, Location::Port(PortId(3)), 6000, AGE);
+        assert_eq!(fdb.take_news().0.count(), 1);
     }
 }

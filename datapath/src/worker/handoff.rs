@@ -4,7 +4,7 @@
 //! frames whole into a [`Parcel`] and ships it when it is full, at the latest at the end of its turn; the receiver sends
 //! what is in it and gives it back. So a parcel costs four queue operations, whatever is in it; a frame costs one copy
 //! more than between ports of one worker; and frames of one sender keep their order. A link is full when all of its parcels
-//! are on the way: then frames are dropped and counted, nobody waits.
+//! are on the way: then frames are dropped and counted, nobody waits. A source may fill half of the free ones with one burst.
 //!
 //! Between two turns nothing is half done: every parcel with something in it was shipped.
 
@@ -34,7 +34,7 @@ const PARCEL_BYTES: usize = 72 * 1024;
 const _: () = assert!(PARCEL_BYTES >= FRAME_BYTES_MAX as usize);
 
 /// Learned addresses under way on one link at most.
-const SEEN_MAX: usize = 1024;
+pub(super) const SEEN_MAX: usize = 1024;
 
 /// Frames on their way to another worker: a burst that was decided on, and the bytes behind its header copies.
 #[derive(Debug)]
@@ -116,11 +116,22 @@ struct Lane {
     open: Option<Parcel>,
     /// Empty ones; the last is the one that was used last, whose memory is the warmest.
     spare: Vec<Parcel>,
+    /// Parcels that the source whose burst is under way may still open.
+    share: usize,
     /// Something was left since the bell was last rung.
     left: bool,
 }
 
 impl Lane {
+    /// Another source's burst begins: it gets half of what is free, so that one that sends large frames, of which each fills
+    /// a parcel, leaves the others room.
+    fn begin(&mut self) {
+        while let Some(parcel) = self.link.returned.pop() {
+            self.spare.push(parcel);
+        }
+        self.share = self.spare.len().div_ceil(2);
+    }
+
     #[inline]
     fn put(&mut self, next_hop: NextHop, frame: Outgoing<'_>, counters: &WorkerCounters) -> bool {
         if let Some(open) = &mut self.open {
@@ -129,10 +140,9 @@ impl Lane {
             }
             self.ship(counters);
         }
-        while let Some(parcel) = self.link.returned.pop() {
-            self.spare.push(parcel);
-        }
+        let Some(share) = self.share.checked_sub(1) else { return false };
         let Some(mut parcel) = self.spare.pop() else { return false };
+        self.share = share;
         let fits = parcel.put(next_hop, frame);
         debug_assert!(fits, "an empty parcel has room for any frame");
         self.open = Some(parcel);
@@ -175,6 +185,12 @@ impl Outbox {
 
     pub(super) fn count_at(&mut self, counters: &Arc<WorkerCounters>) {
         self.counters = Arc::clone(counters);
+    }
+
+    /// What is put from now on is another source's.
+    #[inline]
+    pub(super) fn begin(&mut self) {
+        self.lanes.iter_mut().flatten().for_each(Lane::begin);
     }
 
     /// Copies a frame for worker `to`; false if the link is full.
@@ -294,7 +310,7 @@ impl Links {
                 });
                 all[to].inbox.links.push(Arc::clone(&link));
                 let spare = (0..PARCELS).map(|_| Parcel::new()).collect();
-                let lane = Lane { link, bell: Arc::clone(bell), open: None, spare, left: false };
+                let lane = Lane { link, bell: Arc::clone(bell), open: None, spare, share: 0, left: false };
                 all[from].outbox.lanes.push(Some(lane));
             }
         }
@@ -328,6 +344,7 @@ mod tests {
             Outgoing { burst: &parcel.burst, tails: Tails::Parcel(parcel), index }
         }
         for _ in 0..2 * PARCELS {
+            here.outbox.begin();
             // Two large ones do not fit together: what does not fit ships what is before it.
             for index in 0..4 {
                 assert!(here.outbox.put(WorkerId(1), next_hop, frame(index, &from)));
@@ -347,6 +364,30 @@ mod tests {
                 there.inbox.give_back(0, parcel);
             }
             assert_eq!(lengths, [128, largest.len(), largest.len(), 128]);
+        }
+    }
+
+    #[test]
+    fn one_sources_large_frames_leave_others_room() {
+        let [mut here, there] = <[Links; 2]>::try_from(Links::mesh(2).unwrap()).unwrap();
+        let mut from = Parcel::new();
+        for (index, bytes) in [FRAME_BYTES_MAX as usize, 128].into_iter().enumerate() {
+            let frame = &mut from.burst.frames[index];
+            (frame.header_bytes, frame.frame_bytes) = (128, bytes as u32);
+        }
+        let frame = |index| Outgoing { burst: &from.burst, tails: Tails::Parcel(&from), index };
+        let put = |here: &mut Links, index| here.outbox.put(WorkerId(1), NextHop::Port(PortId(9)), frame(index));
+        for turn in 0..100 {
+            // A burst of large frames, and after it a neighbour's of small ones, while the receiver takes four parcels.
+            here.outbox.begin();
+            let large = (0..BURST).filter(|_| put(&mut here, 0)).count();
+            here.outbox.begin();
+            let small = (0..BURST).filter(|_| put(&mut here, 1)).count();
+            assert_eq!((small, large > 0), (BURST, true), "turn {turn}");
+            here.outbox.ship();
+            for _ in 0..4 {
+                there.inbox.take(0).into_iter().for_each(|parcel| there.inbox.give_back(0, parcel));
+            }
         }
     }
 }

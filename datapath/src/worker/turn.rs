@@ -10,7 +10,7 @@ use dreamwire_vhost::frame::{HEADER_COPY_BYTES, RawFrame};
 use dreamwire_vhost::ring::Ring;
 
 use super::RingRow;
-use super::handoff::{Inbox, Links, PARCELS};
+use super::handoff::{Inbox, Links, PARCELS, SEEN_MAX};
 use super::outlets::Outlets;
 use crate::burst::{Burst, NextHop, Origin};
 use crate::counters::{UnderlayCounters, WorkerCounters};
@@ -206,7 +206,9 @@ impl Worker {
     pub fn empty_inbox(&mut self) {
         self.turn_inbox(PARCELS);
         for sender in 0..self.inbox.senders() {
-            while let Some(seen) = self.inbox.hear(sender) {
+            // No more than there can be now: others may go on learning meanwhile.
+            for _ in 0..SEEN_MAX {
+                let Some(seen) = self.inbox.hear(sender) else { break };
                 self.hear(seen);
             }
         }
@@ -311,6 +313,7 @@ impl Worker {
         if burst.length == 0 {
             return 0;
         }
+        outlets.outbox.begin();
         let is_known = snapshot.has_policies && recall(burst, source.port, port, snapshot, perimeters, fdb);
         if !is_known {
             police(burst, source.port, port, snapshot, perimeters);
@@ -332,6 +335,7 @@ impl Worker {
         let inlet = &mut inlets[index];
         let packets = decap(burst, inlet.id, &mut inlet.rx, &inlet.counters, snapshot, outlets);
         if packets > 0 {
+            outlets.outbox.begin();
             let tag = |burst: &Burst, index: usize| Some(burst.origins[index]);
             switch(burst, snapshot, fdb, &mut inlet.flows, tag, *now_ns);
             if snapshot.has_policies {
@@ -366,6 +370,7 @@ impl Worker {
         burst.next_hops[0] = NextHop::Undecided;
         port.counters.originated.add(1);
         burst.unask();
+        outlets.outbox.begin();
         police(burst, id, port, snapshot, perimeters);
         switch(burst, snapshot, fdb, &mut self.own_flows, |_, _| Some(id), *now_ns);
         admit(burst, snapshot, perimeters, fdb);
