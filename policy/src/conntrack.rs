@@ -295,7 +295,8 @@ impl Conntrack {
 
     /// The rules no longer let a connection pass: it ends. One of TCP stays, to be judged at each packet, as long as either
     /// end repeats itself, and must make room for any other: else the segment that an end sends next would begin one in its
-    /// middle, which other rules may let through, and open the way again.
+    /// middle, which other rules may let through, and open the way again. Others have no middle: what an end sends next begins
+    /// one like any packet, and is judged so.
     pub(crate) fn revoke(&mut self, connection: Connection, refusal: Grant, now_ns: u64) {
         let Some(slot) = self.table.resolve(connection.slot, connection.generation) else { return };
         let entry = self.table.entry_mut(slot);
@@ -307,13 +308,6 @@ impl Conntrack {
         apply(entry, Grant { policy_generation: refusal.policy_generation.wrapping_sub(1), ..refusal });
         entry.flags |= Entry::REVOKED;
         entry.expires_ns = entry.expires_ns.min(now_ns.saturating_add(REVOKED_NS));
-    }
-
-    /// Forgets a connection.
-    pub fn remove(&mut self, connection: Connection) {
-        if let Some(slot) = self.table.resolve(connection.slot, connection.generation) {
-            self.table.free(slot);
-        }
     }
 
     /// What [`Self::track`] would say of a packet's connection, changing nothing: for `why`.

@@ -3,7 +3,7 @@
 //! A connection is in one of two buckets that its hash names, or nowhere, so every operation is bounded. Buckets say where
 //! entries are; entries are taken in order, and again once freed. All is allocated at start and nothing grows, but a page is
 //! resident only once a connection has used it: a table costs what its busiest moment needed. When there is no room, the
-//! least useful connection of both buckets goes: expired, then closed, then never answered, then closing. An assured
+//! least useful connection of both buckets goes: expired, then cut by its rules, then closed, then never answered, then closing. An assured
 //! connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
 
 use std::hash::{BuildHasher, Hash, Hasher};
@@ -161,16 +161,17 @@ impl Entry {
     }
 
     /// How useful it is; `None`: too useful to be dropped. Of two that are equally useful, the one that expires first goes.
-    fn worth(&self, now_ns: u64) -> Option<(u8, u64)> {
+    pub(crate) fn worth(&self, now_ns: u64) -> Option<(u8, u64)> {
         let state = match &self.tracked {
             Tracked::Tcp(tracker) => tracker.state(),
             _ => TcpState::None,
         };
         let class = match state {
             _ if self.expires_ns <= now_ns => 0,
-            TcpState::Close | TcpState::TimeWait => 1,
-            _ if !self.has(Self::ASSURED) || self.has(Self::REVOKED) => 2,
-            TcpState::FinWait | TcpState::CloseWait | TcpState::LastAck => 3,
+            _ if self.has(Self::REVOKED) => 1,
+            TcpState::Close | TcpState::TimeWait => 2,
+            _ if !self.has(Self::ASSURED) => 3,
+            TcpState::FinWait | TcpState::CloseWait | TcpState::LastAck => 4,
             _ => return None,
         };
         Some((class, self.expires_ns))
