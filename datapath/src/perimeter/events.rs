@@ -7,9 +7,10 @@
 use std::sync::Arc;
 
 use crossbeam::queue::ArrayQueue;
-use dreamwire_policy::{Direction, Key, Parsed, RuleId, TokenBucket, parse};
+use dreamwire_policy::{Direction, Key, Parsed, RuleId, TokenBucket};
 use dreamwire_vhost::frame::RawFrame;
 
+use super::parse_frame;
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
 use crate::snapshot::{NetworkId, PORTS_MAX, PortId};
@@ -107,7 +108,7 @@ impl Events {
         if header.len() < ETHERNET_BYTES {
             return;
         }
-        let key = match parse(header, frame.frame_bytes as usize) {
+        let key = match parse_frame(frame) {
             Parsed::Ip(packet) => Some(packet.key),
             _ => None,
         };

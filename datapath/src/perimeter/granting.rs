@@ -1,12 +1,12 @@
 //! Frames that pass by leases: looked up, renewed, granted.
 
-use dreamwire_policy::{Connection, Direction, Packet, Parsed, Touched, parse};
+use dreamwire_policy::{Connection, Direction, Packet, Parsed, Touched};
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
 
 use super::flow_key::FlowKey;
 use super::leases::Lease;
-use super::{LEASE_NS, Perimeter, Perimeters, Stand};
+use super::{LEASE_NS, Perimeter, Perimeters, Stand, parse_frame};
 use crate::burst::{Burst, NextHop};
 use crate::snapshot::{PortId, Snapshot};
 
@@ -186,7 +186,7 @@ impl Perimeters {
         snapshot: &Snapshot,
     ) -> bool {
         let frame = &burst.frames[index];
-        let Parsed::Ip(packet) = parse(frame.headers(), frame.frame_bytes as usize) else { return false };
+        let Parsed::Ip(packet) = parse_frame(frame) else { return false };
         let (now_ns, policy_generation) = (self.now_ns, snapshot.policy_generation);
         let touch = |direction| Touch { direction, policy_generation, now_ns };
         let [egress, ingress] = connections;
@@ -247,7 +247,7 @@ impl Perimeters {
         if !is_tcp {
             return true;
         }
-        let Parsed::Ip(packet) = parse(header, frame.frame_bytes as usize) else { return false };
+        let Parsed::Ip(packet) = parse_frame(frame) else { return false };
         let touch =
             Touch { direction: Direction::Ingress, policy_generation: snapshot.policy_generation, now_ns: self.now_ns };
         self.get(to).is_some_and(|perimeter| perimeter.touch(connection, &packet, touch))

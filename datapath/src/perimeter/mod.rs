@@ -18,8 +18,8 @@ mod leases;
 use std::net::IpAddr;
 
 use dreamwire_policy::{
-    Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Meter, MeterLimits, Reason, decide,
-    parse,
+    Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Meter, MeterLimits, Parsed, Reason,
+    decide, parse,
 };
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
@@ -214,7 +214,8 @@ impl Perimeters {
         receiver + from.map_or(0, |port| self.epoch(port))
     }
 
-    /// Judges a frame at a port that has a policy. `identity` is its sender's.
+    /// Judges a frame at a port that has a policy. `identity` is its sender's, `parsed` what [`parse`] says of it.
+    #[allow(clippy::too_many_arguments, reason = "a frame, where it is judged, and what is known of it")]
     pub(crate) fn judge(
         &mut self,
         snapshot: &Snapshot,
@@ -222,6 +223,7 @@ impl Perimeters {
         direction: Direction,
         identity: Option<u16>,
         frame: &RawFrame,
+        parsed: &Parsed,
     ) -> Result<Stand, DropReason> {
         let Some(port) = snapshot.port(id) else { return Ok(Stand::Unasked) };
         let Some(policy) = &port.policy else { return Ok(Stand::Unasked) };
@@ -229,10 +231,9 @@ impl Perimeters {
         let Some(perimeter) = self.slots[usize::from(id.0)].as_deref_mut() else {
             return Err(DropReason::NoPerimeter);
         };
-        let parsed = parse(frame.headers(), frame.frame_bytes as usize);
         let (classifier, generation) = (&policy.classifier, snapshot.policy_generation);
         let conntrack = &mut perimeter.conntrack;
-        let decision = decide(classifier, conntrack, &parsed, direction, identity, generation, now_ns);
+        let decision = decide(classifier, conntrack, parsed, direction, identity, generation, now_ns);
         self.note(snapshot, port.network, id, direction, &decision, frame);
         match decision {
             Decision { allow: false, reason, .. } => Err(drop_reason(reason, direction)),
@@ -308,6 +309,12 @@ impl Perimeters {
         rows.extend(conntrack.rows_among(first, count, self.now_ns));
         first + count < conntrack.places()
     }
+}
+
+/// What policy sees of a frame.
+#[inline]
+pub(crate) fn parse_frame(frame: &RawFrame) -> Parsed {
+    parse(frame.headers(), frame.frame_bytes as usize)
 }
 
 /// Who a frame from a tunnel says to be from, if that remote is trusted for it.

@@ -2,12 +2,12 @@
 //!
 //! Frames for one port. Copies of flooded ones are admitted one by one, as they are made.
 
-use dreamwire_policy::Direction;
+use dreamwire_policy::{Direction, Parsed};
 
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
 use crate::fdb::{Fdb, refresh_ns};
-use crate::perimeter::{Perimeters, Stand, identity_of};
+use crate::perimeter::{Perimeters, Stand, identity_of, parse_frame};
 use crate::snapshot::{PortId, Snapshot};
 
 /// Judges every frame that goes to a port of this worker, unless a lease has let it pass, and gives leases to those that
@@ -40,21 +40,31 @@ pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
     }
 }
 
-/// Whether a copy of flooded frame `index` may go to port `to`.
-pub(crate) fn admits_copy(
-    burst: &Burst,
+/// A flooded frame of which copies are admitted one by one: looked at once for all of them.
+pub(crate) struct Flooded<'a> {
+    burst: &'a Burst,
     index: usize,
-    to: PortId,
-    snapshot: &Snapshot,
-    perimeters: &mut Perimeters,
-) -> bool {
-    let frame = &burst.frames[index];
-    let identity = identity(burst, index, snapshot);
-    let admitted = perimeters.judge(snapshot, to, Direction::Ingress, identity, frame).and_then(|_| {
-        let keeps = perimeters.meter(to, Direction::Ingress, frame.frame_bytes);
-        if keeps { Ok(()) } else { Err(DropReason::RateLimit) }
-    });
-    admitted.inspect_err(|&reason| end(burst, index, to, reason, snapshot, perimeters)).is_ok()
+    identity: Option<u16>,
+    parsed: Parsed,
+}
+
+impl<'a> Flooded<'a> {
+    /// Frame `index` of a burst.
+    pub(crate) fn new(burst: &'a Burst, index: usize, snapshot: &Snapshot) -> Self {
+        let parsed = parse_frame(&burst.frames[index]);
+        Self { burst, index, identity: identity(burst, index, snapshot), parsed }
+    }
+
+    /// Whether a copy may go to port `to`.
+    pub(crate) fn may_enter(&self, to: PortId, snapshot: &Snapshot, perimeters: &mut Perimeters) -> bool {
+        let &Self { burst, index, identity, ref parsed } = self;
+        let frame = &burst.frames[index];
+        let admitted = perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, parsed).and_then(|_| {
+            let keeps = perimeters.meter(to, Direction::Ingress, frame.frame_bytes);
+            if keeps { Ok(()) } else { Err(DropReason::RateLimit) }
+        });
+        admitted.inspect_err(|&reason| end(burst, index, to, reason, snapshot, perimeters)).is_ok()
+    }
 }
 
 #[inline]
@@ -78,7 +88,7 @@ fn ingress(
     {
         return Ok(Stand::Leased);
     }
-    perimeters.judge(snapshot, to, Direction::Ingress, identity, frame)
+    perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, &parse_frame(frame))
 }
 
 /// Gives frame `index` a lease if both ends have let it pass, and one of them only now.

@@ -3,7 +3,7 @@
 use crate::burst::Origin;
 use crate::perimeter::Perimeters;
 use crate::snapshot::{Network, Snapshot};
-use crate::stage::admit::admits_copy;
+use crate::stage::admit::Flooded;
 use crate::stage::parse;
 use crate::worker::outlets::{Outgoing, Outlets};
 
@@ -20,10 +20,11 @@ pub(super) fn flood_here(
     let origin = burst.origins[index];
     let is_group = parse::destination(frame.header()).is_group();
     let ports = if is_group { &network.ports } else { &network.hear_unknown };
+    let flooded = snapshot.has_policies.then(|| Flooded::new(burst, index, snapshot));
     for &port in ports.iter().filter(|&&port| origin != Origin::Port(port)) {
         // One that its receiver's perimeter ends was counted there.
         copies += 1;
-        if !snapshot.has_policies || admits_copy(burst, index, port, snapshot, perimeters) {
+        if flooded.as_ref().is_none_or(|flooded| flooded.may_enter(port, snapshot, perimeters)) {
             outlets.send_to_port(snapshot, port, std::iter::once(frame));
         }
     }

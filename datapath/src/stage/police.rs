@@ -5,7 +5,7 @@ use dreamwire_policy::Direction;
 use crate::burst::{Burst, NextHop};
 use crate::claim::claim;
 use crate::drop_reason::DropReason;
-use crate::perimeter::Perimeters;
+use crate::perimeter::{Perimeters, parse_frame};
 use crate::snapshot::{Port, PortId, Snapshot};
 use crate::stage::parse;
 
@@ -26,7 +26,7 @@ pub(crate) fn police(burst: &mut Burst, id: PortId, port: &Port, snapshot: &Snap
         for index in 0..burst.length {
             if burst.next_hops[index] == NextHop::Undecided {
                 let frame = &burst.frames[index];
-                match perimeters.judge(snapshot, id, Direction::Egress, None, frame) {
+                match perimeters.judge(snapshot, id, Direction::Egress, None, frame, &parse_frame(frame)) {
                     Ok(stand) => burst.egress[index] = stand,
                     Err(reason) => burst.next_hops[index] = NextHop::Drop(reason),
                 }
