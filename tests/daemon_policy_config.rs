@@ -1,6 +1,8 @@
 //! Groups, rules and limits in the configuration: what is accepted, what it becomes, and what is a mistake.
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
+use std::time::{Duration, Instant};
+
 use dreamwire::config::diff::between;
 use dreamwire::config::{Accepted, Context, Document, Mistake, from_json, from_toml};
 use dreamwire_policy::{MeterLimits, Posture};
@@ -226,6 +228,42 @@ fn rules_have_limits() {
     let rule = format!("[[rule]]\ngroup='{long}'\ndirection='ingress'\nallow='any'\n");
     let document = accept(&format!("[[group]]\nname='{long}'\n{rule}")).document;
     assert_eq!(again(&document), document);
+}
+
+/// Megabytes of mistakes cost no more than reading them, and what is said of them is short.
+#[test]
+fn a_document_of_nothing_but_mistakes_is_refused_soon_and_in_few_words() {
+    let rule = "[[rule]]\ngroup='a'\ndirection='egress'\nallow='tcp'\n";
+    let group = "[[group]]\nname='a'\n";
+    let commas = ",".repeat(8 << 20);
+    let lists: String = (0..200_000).map(|number| format!("'{number}',")).collect();
+    let groups: String = (0..16_384).map(|number| format!("[[group]]\nname='g{number}'\n")).collect();
+    let network = "[[network]]\nname='default'\n";
+    let cases = [
+        ("ports", format!("{group}{rule}ports='{commas}'\n"), 2, "8388609 values; one rule has 64 at most"),
+        ("prefixes", format!("{group}prefixes=[{lists}]\n"), 1001, "and 199000 more"),
+        ("rules", format!("{groups}{}", rule.repeat(20_000)), 1001, "and 19000 more"),
+        (
+            "groups",
+            format!("{network}{group}[[port]]\nname='p'\ngroups=[{}]\n", "'a',".repeat(16_384)),
+            1,
+            "listed twice",
+        ),
+        ("keys", format!("[[port]]\nname='{}'\n{}", "x".repeat(1 << 20), unknown_keys(5000)), 1001, "and 4002 more"),
+    ];
+    for (what, text, count, said) in cases {
+        let begun = Instant::now();
+        let found = mistakes(&text);
+        assert!(begun.elapsed() < Duration::from_secs(20), "{what}: {:?}", begun.elapsed());
+        assert_eq!(found.len(), count, "{what}: {:?}", found.last());
+        assert!(found.iter().any(|mistake| mistake.message.contains(said)), "{what}: {:?}", found.last());
+        let bytes: usize = found.iter().map(|mistake| mistake.path.len() + mistake.message.len()).sum();
+        assert!(bytes < 1 << 20, "{what}: {bytes} bytes");
+    }
+}
+
+fn unknown_keys(count: usize) -> String {
+    (0..count).map(|number| format!("k{number}=1\n")).collect()
 }
 
 #[test]

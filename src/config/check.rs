@@ -1,11 +1,9 @@
 //! What only shows when objects are seen together: names twice, references to nothing, addresses that clash.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::path::Path;
 
-use dreamwire_datapath::snapshot::REMOTES_MAX;
-use dreamwire_datapath::underlay::NEIGHBOURS_MAX;
 use dreamwire_datapath::underlay::af_xdp::MTU_MAX;
 
 use super::decode::{PLACEHOLDER_ADDRESS, SOCKET_PATH_BYTES_MAX};
@@ -79,9 +77,6 @@ fn wire(document: &Document, underlay: &Underlay, wire: &Wire, index: usize, fin
     if let Some(port) = document.port.iter().find(|port| port.socket == wire.socket) {
         report("socket", format!("{} is port {:?}'s socket; give each its own", wire.socket.display(), port.name));
     }
-    if wire.neighbours.len() > NEIGHBOURS_MAX {
-        report("neighbours", format!("{} neighbours; an underlay has {NEIGHBOURS_MAX} at most", wire.neighbours.len()));
-    }
     if underlay.address == PLACEHOLDER_ADDRESS {
         return;
     }
@@ -96,8 +91,9 @@ fn wire(document: &Document, underlay: &Underlay, wire: &Wire, index: usize, fin
             report(key, format!("{address} is this host's own address"));
         }
     }
-    for (place, neighbour) in wire.neighbours.iter().enumerate() {
-        if wire.neighbours.iter().take(place).any(|earlier| earlier.address == neighbour.address) {
+    let mut listed = HashSet::new();
+    for neighbour in &wire.neighbours {
+        if !listed.insert(neighbour.address) {
             report("neighbours", format!("{} is listed twice", neighbour.address));
         }
     }
@@ -116,13 +112,14 @@ fn bad_socket(document: &Document, socket: &Path) -> Option<String> {
 fn networks(document: &Document, findings: &mut Findings) {
     let mut names = Seen::new(Kind::Network, "name");
     let mut vnis = Seen::new(Kind::Network, "vni");
+    let known = Known::new("underlay", document.underlay.iter().map(|known| known.name.as_str()));
     for (index, network) in document.network.iter().enumerate() {
         names.once(network.name.clone(), index, &network.name, findings, |first| {
             format!("the name {:?} is taken{first}; choose another", network.name)
         });
         let Some(underlay_name) = &network.underlay else { continue };
         let Some(underlay) = document.find_underlay(underlay_name) else {
-            let message = unknown("underlay", underlay_name, document.underlay.iter().map(|known| &known.name));
+            let message = known.without(underlay_name);
             mistake(findings, Kind::Network, index, &network.name, "underlay", message);
             continue;
         };
@@ -153,11 +150,9 @@ fn networks(document: &Document, findings: &mut Findings) {
 
 fn remotes(network: &Network, underlay: &Underlay, index: usize, findings: &mut Findings) {
     let mut report = |message| mistake(findings, Kind::Network, index, &network.name, "remotes", message);
-    if network.remotes.len() > REMOTES_MAX {
-        report(format!("{} remotes; one network has {REMOTES_MAX} at most", network.remotes.len()));
-    }
-    for (place, remote) in network.remotes.iter().enumerate() {
-        if network.remotes.iter().take(place).any(|earlier| earlier == remote) {
+    let mut listed = HashSet::new();
+    for remote in &network.remotes {
+        if !listed.insert(remote) {
             report(format!("{remote} is listed twice; every frame would arrive twice"));
         }
         if underlay.address == PLACEHOLDER_ADDRESS {
@@ -178,6 +173,7 @@ fn ports(document: &Document, findings: &mut Findings) {
     let mut names = Seen::new(Kind::Port, "name");
     let mut sockets = Seen::new(Kind::Port, "socket");
     let mut macs = Seen::new(Kind::Port, "mac");
+    let known = Known::new("network", document.network.iter().map(|known| known.name.as_str()));
     for (index, port) in document.port.iter().enumerate() {
         names.once(port.name.clone(), index, &port.name, findings, |first| {
             format!("the name {:?} is taken{first}; choose another", port.name)
@@ -190,7 +186,7 @@ fn ports(document: &Document, findings: &mut Findings) {
             mistake(findings, Kind::Port, index, &port.name, "socket", message);
         }
         if document.find_network(&port.network).is_none() {
-            let message = unknown("network", &port.network, document.network.iter().map(|known| &known.name));
+            let message = known.without(&port.network);
             mistake(findings, Kind::Port, index, &port.name, "network", message);
         }
         worker(document, port.worker.unwrap_or(0), Kind::Port, index, &port.name, findings);
@@ -212,14 +208,33 @@ fn worker(document: &Document, worker: u16, kind: Kind, index: usize, name: &str
     }
 }
 
-pub(super) fn unknown<'a>(kind: &str, name: &str, known: impl Iterator<Item = &'a String>) -> String {
-    let known: Vec<_> = known.filter(|name| !name.starts_with('#')).map(String::as_str).collect();
-    let have = match known.len() {
-        0 => "there is none".to_owned(),
-        count @ ..=NAMES_SHOWN_MAX => format!("there are: {}", known[..count].join(", ")),
-        count => format!("there are {count}: {}, ...", known[..NAMES_SHOWN_MAX].join(", ")),
-    };
-    format!("no {kind} is called {name:?} ({have}); add it or correct the name")
+/// The names of a kind that there are.
+pub(super) struct Known<'a> {
+    kind: &'static str,
+    names: HashSet<&'a str>,
+    /// Some of them, in words. Made once: there may be thousands of names, and of mistakes.
+    have: String,
+}
+
+impl<'a> Known<'a> {
+    pub(super) fn new(kind: &'static str, names: impl Iterator<Item = &'a str>) -> Self {
+        let names: Vec<_> = names.filter(|name| !name.starts_with('#')).collect();
+        let have = match names.len() {
+            0 => "there is none".to_owned(),
+            count @ ..=NAMES_SHOWN_MAX => format!("there are: {}", names[..count].join(", ")),
+            count => format!("there are {count}: {}, ...", names[..NAMES_SHOWN_MAX].join(", ")),
+        };
+        Self { kind, names: names.into_iter().collect(), have }
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.names.contains(name)
+    }
+
+    /// What to say of a name that is not among them.
+    pub(super) fn without(&self, name: &str) -> String {
+        format!("no {} is called {name:?} ({}); add it or correct the name", self.kind, self.have)
+    }
 }
 
 pub(super) fn at(
@@ -245,7 +260,7 @@ pub(super) fn mistake(
     message: String,
 ) {
     let mistake = at(findings, kind, index, name, key, message);
-    findings.mistakes.push(mistake);
+    findings.mistakes.push(|| mistake);
 }
 
 /// Values that may occur once among the objects of a kind.

@@ -5,13 +5,13 @@ use std::collections::HashSet;
 use dreamwire_policy::Posture;
 use dreamwire_policy::model::MEMBERS_MAX;
 
-use super::check::{Seen, at, mistake, unknown};
+use super::check::{Known, Seen, at, mistake};
 use super::document::{Document, Kind, Network, Port};
 use super::fields::Findings;
 use super::perimeter::Remote;
 
 pub(super) fn document(document: &Document, findings: &mut Findings) {
-    let groups: HashSet<&str> = document.group.iter().map(|group| group.name.as_str()).collect();
+    let groups = Known::new("group", document.group.iter().map(|group| group.name.as_str()));
     self::groups(document, findings);
     rules(document, &groups, findings);
     for (index, network) in document.network.iter().enumerate() {
@@ -45,12 +45,11 @@ fn groups(document: &Document, findings: &mut Findings) {
     }
 }
 
-fn rules(document: &Document, groups: &HashSet<&str>, findings: &mut Findings) {
+fn rules(document: &Document, groups: &Known<'_>, findings: &mut Findings) {
     let mut names = Seen::new(Kind::Rule, "name");
     let missing = |index, rule: &str, key, group: &str, findings: &mut Findings| {
-        if !groups.contains(group) {
-            let message = unknown("group", group, document.group.iter().map(|known| &known.name));
-            mistake(findings, Kind::Rule, index, rule, key, message);
+        if !groups.has(group) {
+            mistake(findings, Kind::Rule, index, rule, key, groups.without(group));
         }
     };
     for (index, rule) in document.rule.iter().enumerate() {
@@ -69,7 +68,8 @@ fn rules(document: &Document, groups: &HashSet<&str>, findings: &mut Findings) {
 
 fn network(network: &Network, index: usize, findings: &mut Findings) {
     let mut report = |key, message| mistake(findings, Kind::Network, index, &network.name, key, message);
-    for remote in network.trusted_remotes.iter().filter(|remote| !network.remotes.contains(remote)) {
+    let remotes: HashSet<_> = network.remotes.iter().collect();
+    for remote in network.trusted_remotes.iter().filter(|remote| !remotes.contains(remote)) {
         report("trusted_remotes", format!("{remote} is not among remotes: add it there, or remove it here"));
     }
     if network.group_policy && network.underlay.is_none() {
@@ -84,15 +84,16 @@ fn port(
     document: &Document,
     port: &Port,
     index: usize,
-    groups: &HashSet<&str>,
+    groups: &Known<'_>,
     ruled: &HashSet<&str>,
     findings: &mut Findings,
 ) {
-    for (place, group) in port.groups.iter().enumerate() {
-        let message = match (groups.contains(group.as_str()), port.groups[..place].contains(group)) {
-            (false, _) => unknown("group", group, document.group.iter().map(|known| &known.name)),
-            (true, true) => format!("{group:?} is listed twice"),
-            (true, false) => continue,
+    let mut listed = HashSet::new();
+    for group in &port.groups {
+        let message = match (groups.has(group), listed.insert(group)) {
+            (false, _) => groups.without(group),
+            (true, false) => format!("{group:?} is listed twice"),
+            (true, true) => continue,
         };
         mistake(findings, Kind::Port, index, &port.name, "groups", message);
     }

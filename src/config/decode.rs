@@ -6,19 +6,20 @@ use std::path::{Path, PathBuf};
 
 use crate::card::SWITCHES;
 use dreamwire_datapath::mac::Mac;
-use dreamwire_datapath::snapshot::{NETWORKS_MAX, PORTS_MAX, UNDERLAYS_MAX, WORKERS_MAX};
+use dreamwire_datapath::snapshot::{NETWORKS_MAX, PORTS_MAX, REMOTES_MAX, UNDERLAYS_MAX, WORKERS_MAX};
+use dreamwire_datapath::underlay::NEIGHBOURS_MAX;
 use dreamwire_datapath::underlay::af_xdp::QUEUES_MAX as XDP_QUEUES_MAX;
 use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::vxlan::UDP_PORT;
 use dreamwire_datapath::worker::Polling;
 use dreamwire_policy::Posture;
-use dreamwire_policy::model::{GROUPS_MAX, RULES_MAX};
+use dreamwire_policy::model::{GROUPS_MAX, MEMBERS_MAX, RULES_MAX};
 
 use super::decode_perimeter;
 use super::document::{
     Daemon, Document, Driver, Encapsulation, Kind, Mode, Neighbour, Network, Port, Underlay, Wire, polling_word,
 };
-use super::fields::{At, Fields, Findings};
+use super::fields::{At, Fields, Findings, NAME_BYTES_MAX};
 use super::mistake::Mistake;
 use super::notation::POSTURES;
 use super::tree::{Node, Value};
@@ -43,7 +44,7 @@ pub(super) fn document(root: &Node, context: Context<'_>) -> (Document, Findings
     let mut findings = Findings::default();
     let mut document = Document::default();
     let Value::Table(entries) = &root.value else {
-        findings.mistakes.push(Mistake::new("", format!("expected an object, found {}", root.value.kind())));
+        findings.mistakes.push(|| Mistake::new("", format!("expected an object, found {}", root.value.kind())));
         return (document, findings);
     };
     top_level(entries, &mut findings);
@@ -67,7 +68,7 @@ fn top_level(entries: &[(String, Node)], findings: &mut Findings) {
             "daemon" | "underlay" | "network" | "group" | "rule" | "port" => continue,
             _ => format!("unknown key {key:?}; allowed here: daemon, underlay, network, group, rule, port"),
         };
-        findings.mistakes.push(Mistake { path: key.clone(), line: node.line, message });
+        findings.mistakes.push(|| Mistake { path: key.clone(), line: node.line, message });
     }
 }
 
@@ -83,7 +84,7 @@ fn objects<T>(
         return Vec::new();
     };
     let mut complain = |line, message| {
-        findings.mistakes.push(Mistake { path: kind.key().to_owned(), line, message });
+        findings.mistakes.push(|| Mistake { path: kind.key().to_owned(), line, message });
     };
     let Value::List(items) = &node.value else {
         let message = format!("expected a list of tables, each headed [[{}]], found {}", kind.key(), node.value.kind());
@@ -99,7 +100,11 @@ fn objects<T>(
             Value::Table(table) => table,
             other => {
                 let message = format!("expected a table, found {}", other.kind());
-                findings.mistakes.push(Mistake { path: format!("{}[{index}]", kind.key()), line: item.line, message });
+                findings.mistakes.push(|| Mistake {
+                    path: format!("{}[{index}]", kind.key()),
+                    line: item.line,
+                    message,
+                });
                 &[]
             }
         };
@@ -115,7 +120,7 @@ fn decode_daemon(node: Option<&Node>, context: Context<'_>, findings: &mut Findi
         Some((line, Value::Table(entries))) => (line, entries),
         Some((line, other)) => {
             let message = format!("expected a table, found {}", other.kind());
-            findings.mistakes.push(Mistake { path: "daemon".to_owned(), line, message });
+            findings.mistakes.push(|| Mistake { path: "daemon".to_owned(), line, message });
             (line, &[])
         }
         None => (None, &[]),
@@ -232,7 +237,7 @@ fn decode_wire(fields: &mut Fields<'_>, name: &str, run_dir: &Path) -> Wire {
         mode: mode(fields),
         mac: fields.required("mac", "\"02:00:00:00:00:01\"", station).unwrap_or(Mac([0; 6])),
         gateway: fields.text("gateway", vtep),
-        neighbours: fields.pairs("neighbours", ["address", "mac"], neighbour),
+        neighbours: fields.pairs("neighbours", ["address", "mac"], NEIGHBOURS_MAX, neighbour),
     }
 }
 
@@ -252,8 +257,8 @@ fn decode_network(fields: &mut Fields<'_>) -> Network {
             .word("encapsulation", &[("vxlan", Encapsulation::Vxlan)], &["geneve"])
             .unwrap_or(Encapsulation::Vxlan),
         mtu: mtu(fields),
-        remotes: fields.texts("remotes", vtep).unwrap_or_default(),
-        trusted_remotes: fields.texts("trusted_remotes", vtep).unwrap_or_default(),
+        remotes: fields.texts("remotes", REMOTES_MAX, vtep).unwrap_or_default(),
+        trusted_remotes: fields.texts("trusted_remotes", REMOTES_MAX, vtep).unwrap_or_default(),
         group_policy: fields.boolean("group_policy").unwrap_or(false),
         policy: fields.word("policy", &POSTURES, &[]).unwrap_or(Posture::Open),
         learning: fields.boolean("learning").unwrap_or(true),
@@ -285,7 +290,7 @@ fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
         socket: fields.text("socket", absolute_path).unwrap_or_else(|| run_dir.join(format!("{name}.sock"))),
         mode: mode(fields),
         mac: fields.text("mac", station),
-        addresses: fields.texts("addresses", guest_address).unwrap_or_default(),
+        addresses: fields.texts("addresses", MEMBERS_MAX, guest_address).unwrap_or_default(),
         unknown_unicast: fields.boolean("unknown_unicast"),
         queues: fields
             .integer("queues", 1..=QUEUES_MAX, "queue pairs")
@@ -294,7 +299,7 @@ fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
         worker: worker(fields),
         config_space: fields.boolean("config_space").unwrap_or(false),
         switched_off: fields.switches_off("features", &SWITCHES.map(|(switch, _)| switch)),
-        groups: fields.texts("groups", |text| Ok(text.to_owned())).unwrap_or_default(),
+        groups: fields.texts("groups", GROUPS_MAX, |text| Ok(text.to_owned())).unwrap_or_default(),
         limits: decode_perimeter::limits(fields),
         name,
     };
@@ -336,7 +341,7 @@ fn worker(fields: &mut Fields<'_>) -> Option<u16> {
 pub(super) fn name(text: &str) -> Result<String, String> {
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     // "." and ".." would be legal names and no legal parts of a path.
-    if (1..=64).contains(&text.len()) && text.bytes().all(legal) && text.bytes().any(|byte| byte != b'.') {
+    if (1..=NAME_BYTES_MAX).contains(&text.len()) && text.bytes().all(legal) && text.bytes().any(|byte| byte != b'.') {
         return Ok(text.to_owned());
     }
     Err(format!("{text:?} is not a name: 1 to 64 letters, digits, '_', '-', '.', not dots alone"))

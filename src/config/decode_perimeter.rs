@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use dreamwire_policy::bucket::RATE_MAX;
-use dreamwire_policy::model::RANGES_MAX;
+use dreamwire_policy::model::{MEMBERS_MAX, RANGES_MAX};
 use dreamwire_policy::{Action, Direction, Family, Protocol};
 
 use super::decode::{name, name_of};
@@ -34,7 +34,7 @@ pub(super) fn group(fields: &mut Fields<'_>) -> Group {
     }
     Group {
         name,
-        prefixes: fields.texts("prefixes", prefix).unwrap_or_default(),
+        prefixes: fields.texts("prefixes", MEMBERS_MAX, prefix).unwrap_or_default(),
         id: fields
             .integer("id", 1..=65535, "VXLAN group policy: 16 bits, 0 is none")
             .and_then(|id| u16::try_from(id).ok()),
@@ -51,22 +51,19 @@ pub(super) fn rule(fields: &mut Fields<'_>) -> Rule {
     }
     let direction = fields.word("direction", &DIRECTIONS, &[]).unwrap_or(Direction::Ingress);
     let (action, protocol) = action(fields);
-    let ports = fields.items("ports", port_range);
+    let ports = fields.items("ports", RANGES_MAX, port_range);
     if !ports.is_empty() && !protocol.is_some_and(has_ports) {
         fields.mistake("ports", "only tcp, udp, sctp and 136 (UDP-Lite) have ports: name one of them, or remove ports");
     }
     let icmp = match protocol {
-        Some(protocol @ (Protocol::Icmp | Protocol::Icmpv6)) => fields.items("icmp", |text| icmp_kind(protocol, text)),
+        Some(protocol @ (Protocol::Icmp | Protocol::Icmpv6)) => {
+            fields.items("icmp", RANGES_MAX, |text| icmp_kind(protocol, text))
+        }
         _ => {
             fields.not_here("icmp", "only icmp and icmpv6 have ICMP types: name one of them, or remove it");
             Vec::new()
         }
     };
-    for (key, count) in [("ports", ports.len()), ("icmp", icmp.len())] {
-        if count > RANGES_MAX {
-            fields.mistake(key, format!("{count} values; one rule has {RANGES_MAX} at most: make it two"));
-        }
-    }
     Rule {
         name: given.unwrap_or(nameless),
         group,

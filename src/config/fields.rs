@@ -4,8 +4,11 @@ use std::collections::HashMap;
 use std::ops::RangeInclusive;
 
 use super::document::Kind;
-use super::mistake::Mistake;
+use super::mistake::{Mistake, Mistakes};
 use super::tree::{Node, Value};
+
+/// Bytes of a name at most, for those that are one.
+pub(super) const NAME_BYTES_MAX: usize = 64;
 
 /// Where an object stands in its document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -17,7 +20,7 @@ pub(super) struct At {
 /// What the decoder has found out so far: mistakes, and where each key stood.
 #[derive(Debug, Default)]
 pub(super) struct Findings {
-    pub(super) mistakes: Vec<Mistake>,
+    pub(super) mistakes: Mistakes,
     pub(super) warnings: Vec<Mistake>,
     lines: HashMap<(At, Option<&'static str>), u32>,
 }
@@ -48,7 +51,10 @@ impl<'a> Fields<'a> {
         let name = entries.iter().find(|(key, _)| key == "name").map(|(_, node)| &node.value);
         let path = match (at.kind, name) {
             (Kind::Daemon, _) => at.kind.key().to_owned(),
-            (kind, Some(Value::Text(name))) => format!("{}.{name}", kind.key()),
+            // One that is too long is wrong, and would stand in every message about the object.
+            (kind, Some(Value::Text(name))) => {
+                format!("{}.{}", kind.key(), &name[..name.floor_char_boundary(NAME_BYTES_MAX)])
+            }
             (kind, _) => format!("{}[{}]", kind.key(), at.index),
         };
         Self { at, path, entries, asked: Vec::new(), refused: Vec::new(), findings }
@@ -62,8 +68,13 @@ impl<'a> Fields<'a> {
     /// Reports a mistake at a key.
     pub(super) fn mistake(&mut self, key: &'static str, message: impl Into<String>) {
         let line = self.findings.line(self.at, Some(key));
-        let path = format!("{}.{key}", self.path);
-        self.findings.mistakes.push(Mistake { path, line, message: message.into() });
+        self.report(key, line, message.into());
+    }
+
+    /// Reports a mistake inside of a key's value, which has lines of its own.
+    fn report(&mut self, key: &str, line: Option<u32>, message: String) {
+        let path = &self.path;
+        self.findings.mistakes.push(|| Mistake { path: format!("{path}.{key}"), line, message });
     }
 
     fn take(&mut self, key: &'static str) -> Option<&'a Node> {
@@ -117,32 +128,47 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// One value or several: an integer, a string with commas, or a list of those.
-    pub(super) fn items<T>(&mut self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+    /// One value or several, `max` at most: an integer, a string with commas, or a list of those.
+    pub(super) fn items<T>(
+        &mut self,
+        key: &'static str,
+        max: usize,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Vec<T> {
         let Some(node) = self.take(key) else { return Vec::new() };
         let nodes = match &node.value {
             Value::List(items) => items.as_slice(),
             _ => std::slice::from_ref(node),
         };
-        let mut values = Vec::with_capacity(nodes.len());
-        for node in nodes {
+        let count: usize = nodes.iter().map(|node| item_count(&node.value)).sum();
+        if count > max {
+            let kind = self.at.kind.key();
+            self.mistake(key, format!("{count} values; one {kind} has {max} at most: make it two"));
+        }
+        let mut values = Vec::new();
+        let mut left = max;
+        for node in nodes.iter().take(max) {
+            let number;
             let text = match &node.value {
-                Value::Text(text) => text.clone(),
-                Value::Integer(value) => value.to_string(),
+                Value::Text(text) => text.as_str(),
+                Value::Integer(value) => {
+                    number = value.to_string();
+                    number.as_str()
+                }
                 other => {
-                    self.expected(key, "an integer, a string or a list of them", other);
+                    let found = other.kind();
+                    self.mistake(key, format!("expected an integer, a string or a list of them, found {found}"));
+                    left = left.saturating_sub(1);
                     continue;
                 }
             };
-            for item in text.split(',').map(str::trim) {
+            for item in text.split(',').take(left).map(str::trim) {
                 match parse(item) {
                     Ok(value) => values.push(value),
-                    Err(message) => {
-                        let path = format!("{}.{key}", self.path);
-                        self.findings.mistakes.push(Mistake { path, line: node.line, message });
-                    }
+                    Err(message) => self.report(key, node.line, message),
                 }
             }
+            left = left.saturating_sub(item_count(&node.value));
         }
         values
     }
@@ -172,8 +198,7 @@ impl<'a> Fields<'a> {
                 (Some(_), other) => format!("expected an integer, found {}", other.kind()),
                 (None, _) => format!("unknown key {name:?}; allowed here: {}", names.join(", ")),
             };
-            let path = format!("{}.{key}.{name}", self.path);
-            self.findings.mistakes.push(Mistake { path, line: node.line, message });
+            self.report(&format!("{key}.{name}"), node.line, message);
         }
         Some(values)
     }
@@ -229,41 +254,52 @@ impl<'a> Fields<'a> {
                 (Some(_), other) => format!("expected true or false, found {}", other.kind()),
                 (None, _) => format!("unknown switch {switch:?}; allowed here: {allowed}"),
             };
-            let path = format!("{}.{key}.{switch}", self.path);
-            self.findings.mistakes.push(Mistake { path, line: node.line, message });
+            self.report(&format!("{key}.{switch}"), node.line, message);
         }
         off.sort_by_key(|switch| names.iter().position(|name| name == switch));
         off
     }
 
-    /// A list of strings, each read by `parse`.
-    pub(super) fn texts<T>(&mut self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Option<Vec<T>> {
+    /// A list of strings, `max` at most, each read by `parse`.
+    pub(super) fn texts<T>(
+        &mut self,
+        key: &'static str,
+        max: usize,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<Vec<T>> {
         let Value::List(items) = &self.take(key)?.value else {
             self.mistake(key, "expected a list of strings");
             return None;
         };
-        let mut values = Vec::with_capacity(items.len());
-        for item in items {
+        self.at_most(key, max, items);
+        let mut values = Vec::with_capacity(items.len().min(max));
+        for item in items.iter().take(max) {
             let parsed = match &item.value {
                 Value::Text(text) => parse(text),
                 other => Err(format!("expected a string, found {}", other.kind())),
             };
             match parsed {
                 Ok(value) => values.push(value),
-                Err(message) => {
-                    let path = format!("{}.{key}", self.path);
-                    self.findings.mistakes.push(Mistake { path, line: item.line, message });
-                }
+                Err(message) => self.report(key, item.line, message),
             }
         }
         Some(values)
     }
 
-    /// A list of tables, each with these two strings and nothing else, which `parse` makes something of.
+    /// Reports a list that is too long.
+    fn at_most(&mut self, key: &'static str, max: usize, items: &[Node]) {
+        if items.len() > max {
+            let kind = self.at.kind.key();
+            self.mistake(key, format!("{} {key}; one {kind} has {max} at most", items.len()));
+        }
+    }
+
+    /// A list of tables, `max` at most, each with these two strings and nothing else, which `parse` makes something of.
     pub(super) fn pairs<T>(
         &mut self,
         key: &'static str,
         names: [&'static str; 2],
+        max: usize,
         parse: impl Fn(&str, &str) -> Result<T, String>,
     ) -> Vec<T> {
         let Some(node) = self.take(key) else { return Vec::new() };
@@ -272,8 +308,9 @@ impl<'a> Fields<'a> {
             self.expected(key, &format!("a list of tables {shape}"), &node.value);
             return Vec::new();
         };
-        let mut values = Vec::with_capacity(items.len());
-        for item in items {
+        self.at_most(key, max, items);
+        let mut values = Vec::with_capacity(items.len().min(max));
+        for item in items.iter().take(max) {
             let text = |table: &'a [(String, Node)], name| match &table.iter().find(|(key, _)| key == name)?.1.value {
                 Value::Text(text) => Some(text.as_str()),
                 _ => None,
@@ -287,10 +324,7 @@ impl<'a> Fields<'a> {
             };
             match parsed {
                 Ok(value) => values.push(value),
-                Err(message) => {
-                    let path = format!("{}.{key}", self.path);
-                    self.findings.mistakes.push(Mistake { path, line: item.line, message });
-                }
+                Err(message) => self.report(key, item.line, message),
             }
         }
         values
@@ -304,11 +338,16 @@ impl<'a> Fields<'a> {
             return None;
         };
         let mut values = Vec::with_capacity(items.len());
+        let mut wrong = false;
         for item in items {
             match item.value {
                 Value::Integer(value) if range.contains(&value) => values.push(value),
-                _ => self.mistake(key, format!("expected integers, {low} to {high}")),
+                // One for all: they would all read the same.
+                _ => wrong = true,
             }
+        }
+        if wrong {
+            self.mistake(key, format!("expected integers, {low} to {high}"));
         }
         Some(values)
     }
@@ -339,12 +378,22 @@ impl<'a> Fields<'a> {
 
     /// Reports every key that nobody asked for.
     pub(super) fn finish(self) {
+        let allowed = self.asked.join(", ");
         for (key, node) in self.entries {
             if self.asked.contains(&key.as_str()) || self.refused.contains(&key.as_str()) {
                 continue;
             }
-            let message = format!("unknown key {key:?}; allowed here: {}", self.asked.join(", "));
-            self.findings.mistakes.push(Mistake { path: format!("{}.{key}", self.path), line: node.line, message });
+            let message = format!("unknown key {key:?}; allowed here: {allowed}");
+            let path = format!("{}.{key}", self.path);
+            self.findings.mistakes.push(|| Mistake { path, line: node.line, message });
         }
+    }
+}
+
+/// How many items a value stands for.
+fn item_count(value: &Value) -> usize {
+    match value {
+        Value::Text(text) => 1 + text.bytes().filter(|byte| *byte == b',').count(),
+        _ => 1,
     }
 }

@@ -18,7 +18,7 @@ mod tree;
 use std::path::Path;
 
 pub use document::{Daemon, Document, Driver, Encapsulation, Kind, Mode, Neighbour, Network, Port, Underlay, Wire};
-pub use mistake::Mistake;
+pub use mistake::{MISTAKES_MAX, Mistake};
 pub use perimeter::{Group, Remote, Rule};
 
 use tree::Node;
@@ -47,7 +47,7 @@ pub struct Accepted {
     pub warnings: Vec<Mistake>,
 }
 
-/// Reads TOML. Returns all mistakes, in the order of lines.
+/// Reads TOML. Returns all mistakes, in the order of lines; where there are more than [`MISTAKES_MAX`], how many more.
 pub fn from_toml(text: &str, context: Context<'_>) -> Result<Accepted, Vec<Mistake>> {
     accept(&tree::from_toml(text)?, context)
 }
@@ -78,8 +78,5 @@ fn accept(root: &Node, context: Context<'_>) -> Result<Accepted, Vec<Mistake>> {
     if findings.mistakes.is_empty() {
         return Ok(Accepted { document, warnings: findings.warnings });
     }
-    // Stable: mistakes without a line keep the order in which objects are read.
-    findings.mistakes.sort_by_key(|mistake| mistake.line);
-    findings.mistakes.dedup();
-    Err(findings.mistakes)
+    Err(findings.mistakes.into_list())
 }

@@ -3,7 +3,7 @@
 //! Neither `serde` nor the parsers report more than the first mistake of a kind; a tree lets the decoder look at
 //! every key of every object and say everything at once.
 
-use super::mistake::Mistake;
+use super::mistake::{Mistake, Mistakes};
 
 /// A value and the line it stands on.
 #[derive(Debug, Clone)]
@@ -44,14 +44,15 @@ pub(super) fn from_toml(text: &str) -> Result<Node, Vec<Mistake>> {
         let entries = toml_entries(table.get_ref(), &lines);
         return Ok(Node { line: Some(1), value: Value::Table(entries) });
     }
-    Err(errors
-        .into_iter()
-        .map(|error| Mistake {
+    let mut mistakes = Mistakes::default();
+    for error in errors {
+        mistakes.push(|| Mistake {
             path: String::new(),
             line: error.span().map(|span| lines.at(span.start)),
             message: format!("not valid TOML: {}", error.message().replace('\n', ": ")),
-        })
-        .collect())
+        });
+    }
+    Err(mistakes.into_list())
 }
 
 /// Takes JSON over. `null` is the same as an absent key.
