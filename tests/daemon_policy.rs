@@ -3,9 +3,12 @@
 
 mod common;
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Instant;
 
-use common::counters::{assert_conserved, drops, wait_drops};
+use common::counters::{assert_conserved, drops, number, wait_drops};
 use common::*;
 use dreamwire_bench::front_end::FrontEnd;
 use dreamwire_bench::hostile::attack;
@@ -198,6 +201,49 @@ fn limits_hold_and_can_be_changed_under_traffic() {
     // A port that is gone, and another in its place, knows nothing of its connections.
     daemon.cli(&["port", "del", "vm1"]).unwrap();
     assert_conserved(&daemon);
+}
+
+/// As many connections as are shown at once.
+const SHOWN_MAX: usize = 65_536;
+
+#[test]
+fn a_list_of_connections_that_is_cut_says_so_and_why_knows_all() {
+    let ports = [guarded_port(1, "connections = 131072"), guarded_port(2, "")].concat();
+    let daemon = start(&format!("{DAEMON}{LOCAL_NETWORK}policy = \"enforced\"\n{ports}"));
+    let mut vm1 = front_end(&daemon, "vm1");
+    let (mut sent, all) = (0, SHOWN_MAX + 1000);
+    let connection = |number: usize| (1 + (number % 60_000) as u16, 1 + (number / 60_000) as u16);
+    let begun = Instant::now();
+    // Without a pause: a connection of UDP is forgotten after 30 s.
+    while sent < all {
+        assert!(begun.elapsed() < LIMIT, "{sent} of {all} frames sent");
+        let next = (sent..all).take(32).map(connection);
+        let frames: Vec<_> = next.map(|(source, destination)| datagram(1, 2, source, destination)).collect();
+        sent += vm1.send_burst(&frames.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
+    }
+    wait_until(LIMIT, "all frames' ends", || number(&daemon, "ports", "vm1", "/rx/frames") == all as u64).unwrap();
+    let whole = |text: &str| text.contains(&format!("dreamwire-cut-after: {SHOWN_MAX}"));
+    assert!(whole(&head_of(&daemon, "/v1/connections/vm1")));
+    assert!(!whole(&head_of(&daemon, "/v1/connections/vm2")));
+    for number in [0, SHOWN_MAX / 2, all - 1] {
+        let (source, destination) = connection(number);
+        let ends = [format!("10.0.0.1:{source}"), format!("10.0.0.2:{destination}")];
+        let why = json_of(&daemon, &["why", "vm1", "udp", &ends[0], &ends[1], "--json"]);
+        assert_eq!(why["path"]["steps"][1]["connection"], true, "{why}");
+    }
+    let other = json_of(&daemon, &["why", "vm1", "udp", "10.0.0.1:60001", "10.0.0.2:1", "--json"]);
+    assert_eq!(other["path"]["steps"][1]["connection"], false, "{other}");
+}
+
+/// The head of the API's answer.
+fn head_of(daemon: &Daemon, path: &str) -> String {
+    let mut stream = UnixStream::connect(daemon.path("api.sock")).unwrap();
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").as_bytes()).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    assert!(answer.contains(" 200 OK\r\n"), "{path}");
+    answer.split_once("\r\n\r\n").unwrap().0.to_owned()
 }
 
 #[test]

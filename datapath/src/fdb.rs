@@ -325,6 +325,16 @@ impl Fdb {
         }
     }
 
+    /// What is known of one station, if that is not too old.
+    pub fn row(&self, network: NetworkId, mac: Mac, now_ns: u64) -> Option<FdbRow> {
+        let key = key(network, mac);
+        let bucket = self.bucket(key);
+        let way = self.keys[bucket].iter().position(|&other| other == key)?;
+        let entry = &self.entries[bucket][way];
+        let idle_ns = now_ns.saturating_sub(entry.seen_ns);
+        (entry.expires_ns > now_ns).then_some(FdbRow { network, mac, location: entry.location, idle_ns })
+    }
+
     /// Everything that is known and not too old.
     pub fn rows(&self, now_ns: u64) -> Vec<FdbRow> {
         let places = self.keys.as_flattened().iter().zip(self.entries.as_flattened());

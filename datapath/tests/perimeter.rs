@@ -10,8 +10,8 @@ use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::perimeter::{Perimeter, PerimeterLimits};
 use dreamwire_datapath::snapshot::{NetworkId, PortId, PortPolicy};
 use dreamwire_policy::{
-    Action, Classifier, ConnectionRow, ConntrackLimits, Direction, Group, GroupId, IcmpKind, Identity, MeterLimits,
-    Policy, PortRange, Posture, Protocol, Remote, Rule, RuleId,
+    Action, Classifier, ConnectionRow, ConntrackLimits, Direction, Group, GroupId, IcmpKind, Identity, Key,
+    MeterLimits, Policy, PortRange, Posture, Protocol, Remote, Rule, RuleId,
 };
 
 const WEB: GroupId = GroupId(1);
@@ -102,7 +102,21 @@ fn what_is_allowed_passes_with_its_replies_and_the_rest_is_counted() {
     lan.send(1, &datagram(0, 1, 55, 4000));
     assert_eq!(lan.received(0), [datagram(0, 1, 53, 4000)], "station 0 is enforced too: replies alone");
     let connections = connections(&lan, 1);
-    assert_eq!(connections.iter().filter(|row| row.replied).count(), 1, "{connections:?}");
+    let [answered] = *connections.iter().filter(|row| row.replied).collect::<Vec<_>>() else {
+        panic!("{connections:?}")
+    };
+    // Found by the packets of either direction, without reading the table.
+    for (direction, key) in [(Direction::Ingress, answered.key), (Direction::Egress, answer_to(answered.key))] {
+        let found = lan.worker.connection(PortId(1), direction, &key).unwrap();
+        assert_eq!((found.key, found.replied), (answered.key, true));
+        assert!(found.carries(&key, direction) && !found.carries(&key, direction.opposite()));
+    }
+    assert_eq!(lan.worker.connection(PortId(1), Direction::Egress, &answered.key), None);
+}
+
+fn answer_to(key: Key) -> Key {
+    let (source, destination) = (key.destination, key.source);
+    Key { source, destination, source_port: key.destination_port, destination_port: key.source_port, ..key }
 }
 
 #[test]

@@ -161,6 +161,17 @@ pub struct ConnectionRow {
     pub expires_in_ns: u64,
 }
 
+impl ConnectionRow {
+    /// Whether a packet that goes this way is of the connection. Of ICMP, any query's that fits: whoever asks for people does not know
+    /// its identifier.
+    #[must_use]
+    pub fn carries(&self, key: &Key, direction: Direction) -> bool {
+        let source_port = if key.is_icmp() { self.key.source_port } else { key.source_port };
+        let packet = conn_key(&Key { source_port, ..*key }, direction).map(|(key, _)| key);
+        packet.is_some() && packet == conn_key(&self.key, self.initiator).map(|(key, _)| key)
+    }
+}
+
 /// Connections of one port. See the module's text.
 #[derive(Debug)]
 pub struct Conntrack {

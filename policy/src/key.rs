@@ -136,6 +136,12 @@ impl Key {
         (self.destination_port >> 8) as u8
     }
 
+    /// What it is as an ICMP message, if it is one.
+    #[must_use]
+    pub const fn icmp_role(&self) -> Option<IcmpRole> {
+        if self.is_icmp() { Some(icmp_role(self.family, self.icmp_kind())) } else { None }
+    }
+
     /// Whether it is a message without which IPv6 does not work on a link: router and neighbour solicitation and
     /// advertisement (RFC 4861), multicast listener messages (RFC 2710, RFC 3810).
     #[inline]
@@ -154,11 +160,17 @@ pub const fn protocol_has_ports(protocol: u8) -> bool {
 
 /// What an ICMP message is to a connection tracker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum IcmpRole {
+pub enum IcmpRole {
     /// Asks, and the answer has the type given.
-    Query { answer: u8 },
+    Query {
+        /// That type.
+        answer: u8,
+    },
     /// Answers a query of the type given.
-    Answer { query: u8 },
+    Answer {
+        /// That type.
+        query: u8,
+    },
     /// Speaks about another packet.
     Error,
     /// Anything else.

@@ -9,7 +9,7 @@
 //! | `GET /v1/{ports,networks,underlays}[/NAME]` | objects as they are: settings, session, rings, counters |
 //! | `GET /v1/{groups,rules}[/NAME]` | settings, members, hits |
 //! | `GET /v1/{fdb,workers}` | learned addresses; the workers' loops |
-//! | `GET /v1/connections[/PORT]` | what rules have let begin, of all ports or of one |
+//! | `GET /v1/connections[/PORT]` | what rules have let begin, of all ports or of one; 65,536 at most, else header `dreamwire-cut-after` |
 //! | `GET /v1/drops?since=N` | samples of dropped frames, from number N on, and the number of the next |
 //! | `GET /v1/why?port=&protocol=&source=&destination=` | what would become of a flow; also `icmp`, `mac`, `identity` |
 //! | `POST /v1/{ports,networks,underlays,groups,rules}` | adds the object in the body; 409 if there is one of that name |
@@ -45,6 +45,9 @@ use crate::control::ControlHandle;
 pub use listener::serve;
 use reply::Refusal;
 use rings::Rings;
+
+/// Header of an answer that is cut: how much there is in it. There is more.
+pub(crate) const CUT_HEADER: &str = "dreamwire-cut-after";
 
 /// A request that takes longer is answered with 504; a change that it began goes on.
 const REQUEST_SECONDS_MAX: u64 = 60;

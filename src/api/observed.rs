@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use dreamwire_datapath::counters::{Drops, PortCounters, Traffic};
 use dreamwire_datapath::drop_reason::DropReason;
 use dreamwire_datapath::fdb::{FdbRow, Location};
@@ -30,9 +30,12 @@ pub(super) async fn list(State(shared): State<Shared>, Path(kind): Path<String>)
         }
         "networks" => inventory.networks.iter().map(network).collect(),
         "underlays" => inventory.underlays.iter().map(underlay).collect(),
-        "groups" => inventory.document.group.iter().map(|shown| perimeter::group(shown, &inventory)).collect(),
+        "groups" => {
+            let members = perimeter::members(&inventory.document);
+            inventory.document.group.iter().map(|shown| perimeter::group(shown, &members)).collect()
+        }
         "rules" => inventory.document.rule.iter().map(|shown| perimeter::rule(shown, &inventory)).collect(),
-        "connections" => perimeter::connections(&inventory, inventory.ports.iter()).await?,
+        "connections" => perimeter::connections(&inventory).await?,
         "workers" => workers(&inventory).collect(),
         "fdb" => rings::fdb(&inventory.workers).await?.iter().map(|row| fdb_row(row, &inventory)).collect(),
         _ => {
@@ -47,8 +50,9 @@ pub(super) async fn list(State(shared): State<Shared>, Path(kind): Path<String>)
 pub(super) async fn one(
     State(shared): State<Shared>,
     Path((kind, name)): Path<(String, String)>,
-) -> Result<Json<Value>, Refusal> {
+) -> Result<(HeaderMap, Json<Value>), Refusal> {
     let inventory = shared.control.inventory();
+    let mut headers = HeaderMap::new();
     let found = match kind.as_str() {
         "ports" => match inventory.ports.iter().find(|entry| entry.port.name == name) {
             Some(entry) => Some(port(entry, &shared.rings.get(&inventory.workers).await?)),
@@ -58,20 +62,28 @@ pub(super) async fn one(
         "underlays" => inventory.underlays.iter().find(|entry| entry.underlay.name == name).map(underlay),
         "groups" => {
             let found = inventory.document.group.iter().find(|group| group.name == name);
-            found.map(|group| perimeter::group(group, &inventory))
+            found.map(|group| perimeter::group(group, &perimeter::members(&inventory.document)))
         }
         "rules" => {
             let found = inventory.document.rule.iter().find(|rule| rule.name == name);
             found.map(|rule| perimeter::rule(rule, &inventory))
         }
         "connections" => match inventory.ports.iter().find(|entry| entry.port.name == name) {
-            Some(entry) => Some(Value::Array(perimeter::connections(&inventory, std::iter::once(entry)).await?)),
+            Some(entry) => {
+                let (shown, cut) = perimeter::connections_of(&inventory, entry).await?;
+                if cut {
+                    headers = perimeter::cut_header();
+                }
+                Some(Value::Array(shown))
+            }
             None => return Err(Refusal::not_found("port", &name)),
         },
         "workers" => workers(&inventory).find(|worker| worker["name"] == name),
         _ => None,
     };
-    found.map(Json).ok_or_else(|| Refusal::not_found(kind.strip_suffix('s').unwrap_or(&kind), &name))
+    found
+        .map(|found| (headers, Json(found)))
+        .ok_or_else(|| Refusal::not_found(kind.strip_suffix('s').unwrap_or(&kind), &name))
 }
 
 /// Everything that is counted, and whether it adds up.

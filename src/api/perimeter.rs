@@ -1,11 +1,11 @@
 //! Groups, rules and what they do: connections, drops, and why.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Query, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use dreamwire_datapath::fdb::Location;
 use dreamwire_datapath::mac::Mac;
 use dreamwire_policy::ConnectionRow;
@@ -13,24 +13,34 @@ use dreamwire_policy::tcp::TcpState;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::Shared;
 use super::observed::{merge, settings};
 use super::reply::Refusal;
 use super::rings;
+use super::{CUT_HEADER, Shared};
 use crate::config::notation::direction_word;
-use crate::config::{Group, Rule};
+use crate::config::{Document, Group, Rule};
 use crate::control::inventory::{Inventory, PortEntry};
 use crate::control::news::Flow;
 use crate::why::{self, Answer, Facts, Place, Question};
 
-/// Connections in one answer; those of one port are never more than its table.
+/// Connections in one answer. A port may have more: then a header says that these are not all.
 const CONNECTIONS_MAX: usize = 65_536;
 
+/// The ports of each group, by name.
+pub(super) fn members(document: &Document) -> HashMap<&str, Vec<&str>> {
+    let mut members = HashMap::<_, Vec<_>>::new();
+    for port in &document.port {
+        for group in &port.groups {
+            members.entry(group.as_str()).or_default().push(port.name.as_str());
+        }
+    }
+    members
+}
+
 /// A group, with the ports that are in it.
-pub(super) fn group(group: &Group, inventory: &Inventory) -> Value {
-    let ports = inventory.document.port.iter().filter(|port| port.groups.contains(&group.name));
+pub(super) fn group(group: &Group, members: &HashMap<&str, Vec<&str>>) -> Value {
     let mut shown = settings(group);
-    merge(&mut shown, json!({"ports": ports.map(|port| &port.name).collect::<Vec<_>>()}));
+    merge(&mut shown, json!({"ports": members.get(group.name.as_str()).map_or(&[][..], Vec::as_slice)}));
     shown
 }
 
@@ -42,26 +52,30 @@ pub(super) fn rule(rule: &Rule, inventory: &Inventory) -> Value {
     shown
 }
 
-/// Connections of some ports.
-pub(super) async fn connections<'a>(
-    inventory: &Inventory,
-    ports: impl Iterator<Item = &'a PortEntry>,
-) -> Result<Vec<Value>, Refusal> {
+/// Connections of all ports.
+pub(super) async fn connections(inventory: &Inventory) -> Result<Vec<Value>, Refusal> {
     let mut shown: Vec<Value> = Vec::new();
-    for (count, entry) in ports.enumerate() {
-        let rows = rows(inventory, entry).await?;
-        if count > 0 && shown.len() + rows.len() > CONNECTIONS_MAX {
+    for entry in &inventory.ports {
+        let (rows, cut) = connections_of(inventory, entry).await?;
+        if cut || shown.len() + rows.len() > CONNECTIONS_MAX {
             let message = format!("all ports together have more than {CONNECTIONS_MAX}: name a port");
             return Err(Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, "connections", message));
         }
-        shown.extend(rows.iter().map(|row| connection(row, entry, inventory)));
+        shown.extend(rows);
     }
     Ok(shown)
 }
 
-async fn rows(inventory: &Inventory, entry: &PortEntry) -> Result<Vec<ConnectionRow>, Refusal> {
+/// Connections of a port, and whether there are more than these.
+pub(super) async fn connections_of(inventory: &Inventory, entry: &PortEntry) -> Result<(Vec<Value>, bool), Refusal> {
     let (workers, worker, id) = (Arc::clone(&inventory.workers), usize::from(entry.worker.0), entry.id);
-    rings::off_thread(move || workers[worker].connections(id, CONNECTIONS_MAX)).await
+    let (rows, cut) = rings::off_thread(move || workers[worker].connections(id, CONNECTIONS_MAX)).await?;
+    Ok((rows.iter().map(|row| connection(row, entry, inventory)).collect(), cut))
+}
+
+/// The header of an answer that does not have everything: how many there are in it.
+pub(super) fn cut_header() -> HeaderMap {
+    HeaderMap::from_iter([(HeaderName::from_static(CUT_HEADER), HeaderValue::from(CONNECTIONS_MAX))])
 }
 
 fn connection(row: &ConnectionRow, entry: &PortEntry, inventory: &Inventory) -> Value {
@@ -127,29 +141,35 @@ pub(super) async fn why(State(shared): State<Shared>, Query(query): Query<WhyQue
     let question = Question { port: query.port, key, station, identity: query.identity };
 
     let inventory = shared.control.inventory();
-    let mut facts = Facts {
-        document: &inventory.document,
-        rules: &inventory.rules,
-        learned: learned(&inventory).await?,
-        connections: BTreeMap::new(),
-    };
-    for port in why::concerned(&question, &inventory.document) {
-        if let Some(entry) = inventory.ports.iter().find(|entry| entry.port.name == port.name) {
-            facts.connections.insert(port.name.clone(), rows(&inventory, entry).await?);
-        }
-    }
-    why::why(&question, &facts).map(Json).ok_or_else(|| Refusal::not_found("port", &question.port))
+    let port = question.port.clone();
+    let answer = rings::off_thread(move || answer(&question, &inventory)).await?;
+    answer.map(Json).ok_or_else(|| Refusal::not_found("port", &port))
 }
 
-async fn learned(inventory: &Inventory) -> Result<Vec<(String, Mac, Place)>, Refusal> {
-    let rows = rings::fdb(&inventory.workers).await?;
-    let station = rows.iter().filter_map(|row| {
-        let network = inventory.networks.iter().find(|entry| entry.id == row.network)?;
-        let place = match row.location {
-            Location::Vtep(vtep) => Place::Vtep(vtep),
-            Location::Port(id) => Place::Port(inventory.ports.iter().find(|entry| entry.id == id)?.port.name.clone()),
-        };
-        Some((network.network.name.clone(), row.mac, place))
-    });
-    Ok(station.collect())
+/// Asks the workers for what it takes to answer, and answers. Blocks.
+fn answer(question: &Question, inventory: &Inventory) -> Option<Answer> {
+    let document = &inventory.document;
+    let mut connections = BTreeMap::new();
+    for port in why::concerned(question, document) {
+        if let Some(entry) = inventory.ports.iter().find(|entry| entry.port.name == port.name) {
+            let worker = &inventory.workers[usize::from(entry.worker.0)];
+            connections.insert(port.name.clone(), worker.connections_of(entry.id, &why::packets(question)));
+        }
+    }
+    let learned = learned(question, inventory).into_iter().collect();
+    why::why(question, &Facts { document, rules: &inventory.rules, learned, connections })
+}
+
+/// Where the station that is asked about was learned.
+fn learned(question: &Question, inventory: &Inventory) -> Option<(String, Mac, Place)> {
+    let mac = question.station?;
+    let port = inventory.ports.iter().find(|entry| entry.port.name == question.port)?;
+    let network = inventory.networks.iter().find(|entry| entry.network.name == port.port.network)?;
+    // Workers tell each other: the one that saw it last counts.
+    let rows = inventory.workers.iter().filter_map(|worker| worker.station(network.id, mac));
+    let place = match rows.min_by_key(|row| row.idle_ns)?.location {
+        Location::Vtep(vtep) => Place::Vtep(vtep),
+        Location::Port(id) => Place::Port(inventory.ports.iter().find(|entry| entry.id == id)?.port.name.clone()),
+    };
+    Some((network.network.name.clone(), mac, place))
 }

@@ -9,6 +9,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
+use crate::api::CUT_HEADER;
 use crate::config::{Mistake, RUN_DIR_DEFAULT};
 use crate::run::listing;
 use crate::run_dir::{API_SOCKET, STATS_SOCKET};
@@ -92,6 +93,9 @@ async fn exchange(socket: &Path, method: Method, path: &str, body: Body) -> Resu
         .map_err(|error| format!("{path}: {error}"))?;
     let response = sender.send_request(request).await.map_err(talk)?;
     let status = response.status();
+    if let Some(count) = response.headers().get(CUT_HEADER).and_then(|value| value.to_str().ok()) {
+        eprintln!("warning: there are more than these {count}");
+    }
     let answer = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
     let answer = answer.map_err(|error| format!("the daemon's answer broke off: {error}"))?;
     Ok((status, answer.to_bytes().to_vec()))

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use dreamwire_datapath::mac::Mac;
 use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::worker::Polling;
-use dreamwire_policy::Posture;
+use dreamwire_policy::{Posture, SourceGuard};
 use serde::{Serialize, Serializer};
 
 use super::perimeter::{Group, Limits, Rule, posture};
@@ -237,6 +237,17 @@ impl Port {
     /// What names it in tunnel headers: its first group that has an `id`. `identities` are its document's.
     pub fn identity(&self, identities: &HashMap<&str, u16>) -> Option<u16> {
         self.groups.iter().find_map(|group| identities.get(group.as_str()).copied())
+    }
+
+    /// What other ports of this host know it by, if not by its addresses: one that has some is held to them.
+    pub fn identity_without_addresses(&self, identities: &HashMap<&str, u16>) -> Option<u16> {
+        self.identity(identities).filter(|_| self.addresses.is_empty())
+    }
+
+    /// A port with addresses is held to them; one without may claim anything.
+    pub fn source_guard(&self) -> Option<SourceGuard> {
+        let mac = self.mac.filter(|_| !self.addresses.is_empty())?;
+        Some(SourceGuard::new(mac.0, self.addresses.iter().copied()))
     }
 }
 

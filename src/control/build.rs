@@ -4,7 +4,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use dreamwire_datapath::snapshot::{Beyond, Network, Port, Snapshot, Tunnel, WorkerId};
-use dreamwire_policy::SourceGuard;
 
 use super::core::Control;
 use super::inventory::{Inventory, NetworkEntry, PortEntry, UnderlayEntry};
@@ -39,16 +38,14 @@ impl Control {
         for port in &self.document.port {
             let live = &self.ports[&port.name];
             let network = self.networks[&port.network].id;
-            let identity = port.identity(&identities);
             let built = Port {
                 name: port.name.as_str().into(),
                 network,
                 mac: port.mac,
-                guard: source_guard(port),
+                guard: port.source_guard(),
                 policy: self.port_policy(port),
-                group: identity.unwrap_or(0),
-                // One with addresses is known by them, as the source guard sees to.
-                identity: identity.filter(|_| port.addresses.is_empty()),
+                group: port.identity(&identities).unwrap_or(0),
+                identity: port.identity_without_addresses(&identities),
                 queue_pairs: port.queues,
                 worker: live.worker,
                 counters: live.counters.of(worker),
@@ -121,12 +118,6 @@ impl Control {
             news: Arc::clone(&self.news),
         }
     }
-}
-
-/// A port with addresses is held to them; one without may claim anything.
-pub(crate) fn source_guard(port: &config::Port) -> Option<SourceGuard> {
-    let mac = port.mac.filter(|_| !port.addresses.is_empty())?;
-    Some(SourceGuard::new(mac.0, port.addresses.iter().copied()))
 }
 
 fn put<T>(table: &mut Vec<Option<T>>, index: u16, value: T) {

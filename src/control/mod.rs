@@ -22,7 +22,7 @@
 //! new number when it moves to another network or has another count of queues, a network when its place on the wire
 //! changes. Nothing learned under the old number can then lead a frame to the new place.
 
-pub(crate) mod build;
+mod build;
 mod core;
 pub mod inventory;
 mod kernel_tables;

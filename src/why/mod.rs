@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use dreamwire_datapath::mac::Mac;
-use dreamwire_policy::{Action, Claim, ConnectionRow, Direction, Explanation, Family, GroupId, Key, RuleId, explain};
+use dreamwire_policy::key::IcmpRole;
+use dreamwire_policy::{Action, Claim, ConnectionRow, Direction, Explanation, GroupId, Key, RuleId, explain};
 use serde::Serialize;
 
 use crate::config::notation::{direction_word, posture_word};
 use crate::config::{Document, Network, Port};
-use crate::control::build::source_guard;
 use crate::control::news::Flow;
 use crate::control::rulebook::Index;
 pub use question::{Question, key};
@@ -38,7 +38,7 @@ pub struct Facts<'a> {
     pub rules: &'a Index,
     /// Stations that were learned, by network.
     pub learned: Vec<(String, Mac, Place)>,
-    /// Connections of the ports that matter, by port.
+    /// Connections that carry the packets that [`concerned`] names, by port.
     pub connections: BTreeMap<String, Vec<ConnectionRow>>,
 }
 
@@ -146,6 +146,13 @@ pub fn why(question: &Question, facts: &Facts<'_>) -> Option<Answer> {
     Some(Answer { port: port.name.clone(), network: network.name.clone(), path, replies: replies.to_owned(), reverse })
 }
 
+/// The packets whose connections [`why`] wants to know, at each of the ports that [`concerned`] names.
+pub fn packets(question: &Question) -> [(Direction, Key); 4] {
+    let (key, back) = (question.key, reversed(&question.key));
+    let (ingress, egress) = (Direction::Ingress, Direction::Egress);
+    [(egress, key), (ingress, key), (egress, back), (ingress, back)]
+}
+
 /// The ports whose connections [`why`] wants to know: those that either end may be.
 pub fn concerned<'a>(question: &Question, document: &'a Document) -> Vec<&'a Port> {
     let ends = [question.key.source_address(), question.key.destination_address()];
@@ -186,12 +193,17 @@ impl Facts<'_> {
             _ => None,
         };
         if let (Some(receiver), true) = (receiver, passes(&steps)) {
-            // A port without addresses is known by its identity, whatever it claims.
+            let trusted = &ends.network.trusted_remotes;
             let identity = match ends.sender {
-                Some(sender) => sender.identity(&self.document.identities()).filter(|_| sender.addresses.is_empty()),
-                None => ends.identity,
+                Some(sender) => sender.identity_without_addresses(&self.document.identities()),
+                // As the datapath does: 0 is none, and who is not trusted is not believed.
+                None => ends.identity.filter(|identity| *identity != 0 && !trusted.is_empty()),
             };
-            steps.push(self.judge(receiver, Direction::Ingress, key, identity));
+            let mut step = self.judge(receiver, Direction::Ingress, key, identity);
+            if let (None, Some(told)) = (ends.sender, ends.identity) {
+                step.why += &said_of_identity(ends.network, told);
+            }
+            steps.push(step);
         }
         let dropped = steps.iter().find(|step| step.verdict == Verdict::Drop);
         let unknown = steps.iter().find(|step| step.verdict == Verdict::Unknown);
@@ -224,7 +236,7 @@ impl Facts<'_> {
             "neighbour discovery and multicast listener messages always pass".clone_into(&mut step.why);
             return step;
         }
-        let row = self.connections.get(&port.name).into_iter().flatten().find(|row| carries(row, direction, key));
+        let row = self.connections.get(&port.name).into_iter().flatten().find(|row| row.carries(key, direction));
         // A connection is judged as its first packet was.
         let (direction, key, identity) =
             row.map_or((direction, *key, identity), |row| (row.initiator, row.key, row.identity));
@@ -359,7 +371,7 @@ impl Facts<'_> {
 /// The source guard's word.
 fn guard(port: &Port, key: &Key) -> Step {
     let source = key.source_address();
-    let (verdict, why) = match (source_guard(port), port.mac) {
+    let (verdict, why) = match (port.source_guard(), port.mac) {
         (Some(guard), Some(mac)) => match (guard.allows(mac.0, claim(key)), claim(key)) {
             (true, _) => (Verdict::Pass, format!("{source} is the port's own")),
             (false, Claim::Authority) => (Verdict::Drop, "a message that only servers and routers send".to_owned()),
@@ -396,27 +408,21 @@ fn claim(key: &Key) -> Claim {
 
 /// ICMP that passes, or not, because of another packet.
 fn needs_another(key: &Key) -> Option<(Verdict, &'static str)> {
-    let kind = key.destination_port >> 8;
-    let (answer, error) = match key.family {
-        Family::V4 => (matches!(kind, 0 | 14 | 16 | 18), matches!(kind, 3 | 4 | 5 | 11 | 12)),
-        Family::V6 => (matches!(kind, 129 | 140), kind < 128),
-    };
-    match (key.is_icmp(), answer, error) {
-        (true, true, _) => Some((Verdict::Drop, "an answer to a query that there is no connection of")),
-        (true, _, true) => Some((Verdict::Unknown, "an error passes if what it quotes is of a connection of the port")),
-        _ => None,
+    match key.icmp_role()? {
+        IcmpRole::Answer { .. } => Some((Verdict::Drop, "an answer to a query that there is no connection of")),
+        IcmpRole::Error => Some((Verdict::Unknown, "an error passes if what it quotes is of a connection of the port")),
+        IcmpRole::Query { .. } | IcmpRole::Other => None,
     }
 }
 
-/// Whether a packet that goes this way is of the connection.
-fn carries(row: &ConnectionRow, direction: Direction, key: &Key) -> bool {
-    let mut first = if row.initiator == direction { *key } else { reversed(key) };
-    if key.is_icmp() {
-        // Which query it is, is not asked; an answer has another type, and is not looked for.
-        first.source_port = row.key.source_port;
-        return row.initiator == direction && row.key == first;
+/// What an identity in a tunnel header is worth.
+fn said_of_identity(network: &Network, identity: u16) -> String {
+    let trusted: Vec<_> = network.trusted_remotes.iter().map(ToString::to_string).collect();
+    match (identity, trusted.is_empty()) {
+        (0, _) => " (identity 0 is none)".to_owned(),
+        (_, true) => format!(" (identity {identity} is ignored: network {} has no trusted_remotes)", network.name),
+        (_, false) => format!(" (identity {identity} is believed if the remote is one of {})", trusted.join(", ")),
     }
-    row.key == first
 }
 
 /// The same, begun by the other end; a ping stays a ping.

@@ -72,7 +72,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let accepted = from_toml(TEXT, Context::default()).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));
+        Self::of(TEXT)
+    }
+
+    fn of(text: &str) -> Self {
+        let accepted = from_toml(text, Context::default()).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));
         let mut book = Rulebook::new(1);
         book.update(&accepted.document);
         Self { document: accepted.document, book, connections: BTreeMap::new() }
@@ -97,6 +101,19 @@ impl Bench {
 fn question(port: &str, protocol: &str, source: &str, destination: &str) -> Question {
     let key = key(protocol, source, destination, None).unwrap();
     Question { port: port.to_owned(), key, station: None, identity: None }
+}
+
+fn row(initiator: Direction, key: Key) -> ConnectionRow {
+    ConnectionRow {
+        initiator,
+        key,
+        tcp: None,
+        replied: true,
+        assured: true,
+        rule: None,
+        identity: None,
+        expires_in_ns: 1,
+    }
 }
 
 fn steps(path: &Path) -> Vec<(&str, Option<&str>, Verdict)> {
@@ -159,23 +176,29 @@ fn other_hosts_are_reached_by_station_and_known_by_identity() {
     );
     let arrives = question("vm2", "tcp", "10.0.0.99:1", "10.0.0.2:443");
     assert_eq!(bench.ask(&arrives).path.why, "ingress at vm2: rule no-web of group web denies it");
-    let told = bench.ask(&Question { identity: Some(8), ..arrives }).path;
-    assert_eq!((told.verdict, told.steps.len()), (Verdict::Pass, 2));
+    // As in the datapath, an identity is worth what its remote is.
+    let told = Question { identity: Some(8), ..arrives };
+    let ignored = bench.ask(&told).path;
+    assert_eq!(ignored.verdict, Verdict::Drop);
+    assert_eq!(
+        ignored.why,
+        "ingress at vm2: rule no-web of group web denies it (identity 8 is ignored: network blue has no trusted_remotes)"
+    );
+    let bench =
+        Bench::of(&TEXT.replace("group_policy = true", "group_policy = true\ntrusted_remotes = [\"192.0.2.2\"]"));
+    let believed = bench.ask(&told).path;
+    assert_eq!((believed.verdict, believed.steps.len()), (Verdict::Pass, 2));
+    assert_eq!(
+        believed.steps[1].why,
+        "rule https of group web allows it (identity 8 is believed if the remote is one of 192.0.2.2)"
+    );
+    let none = bench.ask(&Question { identity: Some(0), ..told }).path;
+    assert!(none.why.ends_with("denies it (identity 0 is none)"), "{}", none.why);
 }
 
 #[test]
 fn a_connection_carries_its_packets_while_the_rules_let_its_first_through() {
     let mut bench = Bench::new();
-    let row = |initiator, key| ConnectionRow {
-        initiator,
-        key,
-        tcp: None,
-        replied: true,
-        assured: true,
-        rule: None,
-        identity: None,
-        expires_in_ns: 1,
-    };
     let first = key("tcp", "10.0.0.1:40000", "10.0.0.2:443", None).unwrap();
     bench.connections.insert("vm1".to_owned(), vec![row(Direction::Egress, first)]);
     bench.connections.insert("vm2".to_owned(), vec![row(Direction::Ingress, first)]);
@@ -198,6 +221,16 @@ fn icmp_and_ports_without_addresses() {
     let answer = key("icmp", "10.0.0.1", "10.0.0.2", Some("echo-reply")).unwrap();
     let question = Question { port: "vm1".to_owned(), key: answer, station: None, identity: None };
     assert!(bench.ask(&question).path.why.contains("an answer to a query"));
+    // With the query's connection, whatever its identifier, the answer passes.
+    let mut asked = key("icmp", "10.0.0.2", "10.0.0.1", None).unwrap();
+    asked.source_port = 77;
+    let mut carried = Bench::new();
+    carried.connections.insert("vm1".to_owned(), vec![row(Direction::Ingress, asked)]);
+    let step = &carried.ask(&question).path.steps[1];
+    assert!(step.connection, "{}", step.why);
+    let error = key("icmp", "10.0.0.1", "10.0.0.2", Some("destination-unreachable")).unwrap();
+    let error = Question { key: error, ..question.clone() };
+    assert_eq!(bench.ask(&error).path.steps[1].verdict, Verdict::Unknown);
     let six = bench.why("vm1", "tcp", "[fd00::1]:1", "[fd00::2]:443").path;
     assert_eq!(six.verdict, Verdict::Pass, "members are IPv6 addresses too");
     let bare = bench.why("bare", "tcp", "10.0.0.1:1", "10.0.0.2:443").path;

@@ -18,8 +18,8 @@ mod leases;
 use std::net::IpAddr;
 
 use dreamwire_policy::{
-    Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Meter, MeterLimits, Parsed, Reason,
-    decide, parse,
+    Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Key, Meter, MeterLimits, Parsed,
+    Reason, decide, parse,
 };
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
@@ -299,6 +299,12 @@ impl Perimeters {
             let story = Story { port: Some(to), network, direction, dropped: Some(reason), rule: None, log: false };
             self.events.tell(story, &burst.frames[index], self.now_ns);
         }
+    }
+
+    /// The connection of a port that carries such a packet.
+    pub(crate) fn connection(&self, id: PortId, direction: Direction, key: &Key) -> Option<ConnectionRow> {
+        let perimeter = self.slots.get(usize::from(id.0))?.as_ref()?;
+        perimeter.conntrack.peek(key, direction, self.now_ns)
     }
 
     /// Adds the connections of a port in the next `rows.capacity()` places from `first` on; whether there are more places.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam::channel::Sender;
 use crossbeam::queue::SegQueue;
-use dreamwire_policy::ConnectionRow;
+use dreamwire_policy::{ConnectionRow, Direction, Key};
 use dreamwire_vhost::eventfd::EventFd;
 use dreamwire_vhost::ring::Ring;
 
@@ -15,7 +15,7 @@ use super::RingRow;
 use crate::fdb::FdbRow;
 use crate::mac::Mac;
 use crate::perimeter::Perimeter;
-use crate::snapshot::{PortId, Snapshot, UnderlayId};
+use crate::snapshot::{NetworkId, PortId, Snapshot, UnderlayId};
 use crate::underlay::Underlay;
 
 /// One message. Whoever waits for a reply gets one, or an error when the worker has ended.
@@ -73,6 +73,18 @@ pub(super) enum Command {
         first: usize,
         rows: Vec<ConnectionRow>,
         reply: Sender<(Vec<ConnectionRow>, bool)>,
+    },
+    /// The connection of a port that carries such a packet.
+    FindConnection {
+        port: PortId,
+        direction: Direction,
+        key: Key,
+        reply: Sender<Option<ConnectionRow>>,
+    },
+    FindStation {
+        network: NetworkId,
+        mac: Mac,
+        reply: Sender<Option<FdbRow>>,
     },
     ReadFdb {
         reply: Sender<Vec<FdbRow>>,

@@ -33,7 +33,7 @@ use std::time::Instant;
 
 use crossbeam::channel::bounded;
 use crossbeam::queue::ArrayQueue;
-use dreamwire_policy::ConnectionRow;
+use dreamwire_policy::{ConnectionRow, Direction, Key};
 use dreamwire_vhost::ring::Ring;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -43,7 +43,7 @@ use crate::fdb::FdbRow;
 use crate::mac::Mac;
 use crate::perimeter::Perimeter;
 use crate::perimeter::events::{self, Event};
-use crate::snapshot::{PortId, Snapshot, UnderlayId};
+use crate::snapshot::{NetworkId, PortId, Snapshot, UnderlayId};
 use crate::underlay::Underlay;
 pub use handoff::Links;
 use mailbox::{Command, Mailbox};
@@ -217,17 +217,47 @@ impl WorkerHandle {
         self.ask(|reply| Command::Guard { port, perimeter, reply }).flatten()
     }
 
-    /// The connections of a port with a policy, up to `limit` and a few more. The worker goes on between parts of the table.
-    pub fn connections(&self, port: PortId, limit: usize) -> Vec<ConnectionRow> {
-        let (mut all, mut first) = (Vec::new(), 0);
-        loop {
+    /// The connections of a port with a policy, `limit` at most, and whether there are more.
+    pub fn connections(&self, port: PortId, limit: usize) -> (Vec<ConnectionRow>, bool) {
+        let mut all = Vec::new();
+        self.read_connections(port, |rows| {
+            all.extend(rows);
+            all.len() <= limit
+        });
+        let has_more = all.len() > limit;
+        all.truncate(limit);
+        (all, has_more)
+    }
+
+    /// The connections of a port that carry packets like these. Each is looked up, but for ICMP, whose identifiers are not asked: the
+    /// table is read for those.
+    pub fn connections_of(&self, port: PortId, packets: &[(Direction, Key)]) -> Vec<ConnectionRow> {
+        let (mut sought, known): (Vec<_>, Vec<_>) = packets.iter().partition(|(_, key)| key.is_icmp());
+        let find = |&(direction, key): &(Direction, Key)| {
+            self.ask(|reply| Command::FindConnection { port, direction, key, reply }).flatten()
+        };
+        let mut found: Vec<_> = known.iter().filter_map(find).collect();
+        if !sought.is_empty() {
+            self.read_connections(port, |rows| {
+                for row in rows {
+                    let before = sought.len();
+                    sought.retain(|(direction, key)| !row.carries(key, *direction));
+                    found.extend((sought.len() < before).then_some(row));
+                }
+                !sought.is_empty()
+            });
+        }
+        found
+    }
+
+    /// Reads a port's connections part by part until `take` has enough. The worker goes on between parts of the table.
+    fn read_connections(&self, port: PortId, mut take: impl FnMut(Vec<ConnectionRow>) -> bool) {
+        for first in (0..).step_by(PLACES_AT_ONCE) {
             let rows = Vec::with_capacity(PLACES_AT_ONCE);
             let answer = self.ask(|reply| Command::ReadConnections { port, first, rows, reply });
-            let Some((rows, more)) = answer else { return all };
-            all.extend(rows);
-            first += PLACES_AT_ONCE;
-            if !more || all.len() >= limit {
-                return all;
+            let Some((rows, more)) = answer else { return };
+            if !take(rows) || !more {
+                return;
             }
         }
     }
@@ -261,6 +291,11 @@ impl WorkerHandle {
     /// Closes an underlay; returns when the worker has let go of it and its address and port are free again.
     pub fn remove_underlay(&self, id: UnderlayId) {
         self.ask(|reply| Command::RemoveUnderlay { id, reply });
+    }
+
+    /// What was learned of a station.
+    pub fn station(&self, network: NetworkId, mac: Mac) -> Option<FdbRow> {
+        self.ask(|reply| Command::FindStation { network, mac, reply }).flatten()
     }
 
     /// The learned addresses.
@@ -400,6 +435,10 @@ fn obey(worker: &mut Worker, sleeper: &mut Sleeper, mailbox: &Mailbox, command: 
             let more = worker.connection_rows(port, first, &mut rows);
             drop(reply.send((rows, more)));
         }
+        Command::FindConnection { port, direction, key, reply } => {
+            let _ = reply.send(worker.connection(port, direction, &key));
+        }
+        Command::FindStation { network, mac, reply } => drop(reply.send(worker.fdb_row(network, mac))),
         Command::ReadFdb { reply } => drop(reply.send(worker.fdb_rows())),
         Command::ReadRings { reply } => drop(reply.send(worker.ring_rows())),
         Command::Stop => return false,

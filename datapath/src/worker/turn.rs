@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crossbeam::queue::ArrayQueue;
-use dreamwire_policy::ConnectionRow;
+use dreamwire_policy::{ConnectionRow, Direction, Key};
 use dreamwire_vhost::frame::{HEADER_COPY_BYTES, RawFrame};
 use dreamwire_vhost::ring::Ring;
 
@@ -404,6 +404,11 @@ impl Worker {
         self.perimeters.rows(port, first, rows)
     }
 
+    /// The connection of a port with a policy that carries such a packet.
+    pub fn connection(&self, port: PortId, direction: Direction, key: &Key) -> Option<ConnectionRow> {
+        self.perimeters.connection(port, direction, key)
+    }
+
     /// Tells of single frames into `queue` from now on.
     pub fn tell(&mut self, queue: Arc<ArrayQueue<Event>>) {
         self.perimeters.events.tell_to(queue);
@@ -551,6 +556,11 @@ impl Worker {
                 "the guest kicks but its rings stay empty here: is the VM's memory shared (share=on)?"
             );
         }
+    }
+
+    /// What was learned of a station.
+    pub fn fdb_row(&self, network: NetworkId, mac: Mac) -> Option<FdbRow> {
+        self.fdb.row(network, mac, self.now_ns)
     }
 
     /// The learned addresses.
