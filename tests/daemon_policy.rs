@@ -142,6 +142,13 @@ fn rules_hold_at_once_and_everything_about_them_is_shown() {
     // A member that leaves its group is none.
     daemon.cli(&["port", "set", "vm1", "groups="]).unwrap();
     ends(&daemon, &mut vm1, &mut vm2, &datagram(1, 2, 4000, 9), "ports/vm2/ingress_denied");
+    // The last that a rule has denied is told with its name, however soon the rule goes.
+    let refuse = ["refuse", "--group", "web", "--direction", "ingress", "--deny", "udp", "--ports", "13"];
+    daemon.cli(&[&["rule", "add"][..], &refuse].concat()).unwrap();
+    ends(&daemon, &mut vm1, &mut vm2, &datagram(1, 2, 4000, 13), "ports/vm2/ingress_denied");
+    daemon.cli(&["rule", "del", "refuse"]).unwrap();
+    let sample = wait_sample(&daemon, "10.0.0.2:13");
+    assert!(sample.contains("refuse"), "{sample}");
     // An open network, no rules: nothing is looked at any more.
     daemon.cli(&["rule", "del", "discard"]).unwrap();
     daemon.cli(&["network", "set", "blue", "policy="]).unwrap();

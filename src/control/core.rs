@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
 use dreamwire_datapath::perimeter::PerimeterLimits;
@@ -17,7 +17,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::inventory::{Inventory, Workers};
-use super::news::News;
+use super::news::{LogLimit, News};
 use super::next_hops::NextHops;
 use super::rulebook::Rulebook;
 use super::session::Session;
@@ -47,6 +47,9 @@ pub struct Control {
     /// What workers keep to hold ports to their policies, and which worker.
     pub(super) guarded: BTreeMap<PortId, (WorkerId, PerimeterLimits)>,
     pub(super) news: Arc<News>,
+    /// Of lines about rules; times are since `log_began`.
+    pub(super) log_limit: LogLimit,
+    pub(super) log_began: Instant,
     /// Oldest first; the last ones, one for each worker, are current.
     snapshots: VecDeque<Arc<Snapshot>>,
     inventory: watch::Sender<Arc<Inventory>>,
@@ -180,6 +183,8 @@ impl Control {
             rulebook,
             guarded: BTreeMap::new(),
             news,
+            log_limit: LogLimit::default(),
+            log_began: Instant::now(),
             snapshots,
             inventory: watch::Sender::new(Arc::new(empty)),
             shut_down: false,

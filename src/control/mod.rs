@@ -102,13 +102,15 @@ pub fn spawn(mut control: Control) -> std::io::Result<(ControlHandle, JoinHandle
     let inventory = control.watch();
     let thread = thread::Builder::new().name("control".to_owned()).spawn(move || {
         while !control.is_shut_down() {
-            match queue.recv_timeout(TICK) {
+            let job = queue.recv_timeout(TICK);
+            // Before the job: it may take away the names of what there is to tell.
+            control.hear();
+            match job {
                 Ok(job) => job(&mut control),
                 Err(mpsc::RecvTimeoutError::Timeout) if control.has_retiring() => control.sweep(),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => control.shut_down(),
             }
-            control.hear();
         }
     })?;
     Ok((ControlHandle { jobs, inventory }, thread))

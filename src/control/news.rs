@@ -4,12 +4,12 @@
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use dreamwire_datapath::perimeter::events::Event;
-use dreamwire_policy::Key;
 use dreamwire_policy::key::protocol_has_ports;
+use dreamwire_policy::{Key, TokenBucket};
 use serde::Serialize;
 
 use super::core::Control;
@@ -17,8 +17,9 @@ use crate::config::notation::{direction_word, protocol_name};
 
 /// Samples kept.
 const KEPT_MAX: usize = 4096;
-/// Log lines of rules in one look at the workers' queues, five times a second.
-const LOG_LINES_MAX: u64 = 200;
+/// Log lines of rules a second, however often the workers' queues are looked at, and at once: what comes between two looks.
+const LOG_LINES_PER_SECOND: u64 = 1000;
+const LOG_LINES_BURST: u64 = 200;
 
 /// A frame, in words.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -83,6 +84,35 @@ impl Flow {
     }
 }
 
+/// How many lines rules may log.
+#[derive(Debug)]
+pub(super) struct LogLimit {
+    bucket: TokenBucket,
+    /// Lines left out that nobody has been told of yet.
+    left_out: u64,
+}
+
+impl Default for LogLimit {
+    fn default() -> Self {
+        Self { bucket: TokenBucket::new(LOG_LINES_PER_SECOND, LOG_LINES_BURST), left_out: 0 }
+    }
+}
+
+impl LogLimit {
+    /// Whether another line may be logged; if not, `lines` are left out.
+    fn take(&mut self, lines: u64, now_ns: u64) -> bool {
+        let there = self.bucket.take(1, now_ns);
+        self.left_out += if there { 0 } else { lines };
+        there
+    }
+
+    /// What has been left out, when there is a line to say so in.
+    fn take_left_out(&mut self, now_ns: u64) -> Option<u64> {
+        let may = self.left_out > 0 && self.bucket.take(1, now_ns);
+        may.then(|| std::mem::take(&mut self.left_out))
+    }
+}
+
 /// See the module's text.
 #[derive(Debug, Default)]
 pub struct News(Mutex<Recent>);
@@ -116,21 +146,21 @@ impl News {
 impl Control {
     /// Takes what the workers have to tell.
     pub(super) fn hear(&mut self) {
-        let (mut lines, mut unlogged) = (0, 0);
+        // 2^64 ns are 584 years.
+        let now_ns = self.log_began.elapsed().as_nanos() as u64;
+        // First: there may be no line left for it afterwards.
+        if let Some(unlogged) = self.log_limit.take_left_out(now_ns) {
+            tracing::warn!(target: "rule", unlogged, "rules want more lines logged than are");
+        }
         // At most what was there when it was looked at: a worker that goes on telling must not hold the control thread.
-        for event in self.workers.iter().flat_map(|worker| worker.events().take(KEPT_MAX)) {
+        let workers = Arc::clone(&self.workers);
+        for event in workers.iter().flat_map(|worker| worker.events().take(KEPT_MAX)) {
             let sample = self.in_words(&event);
             if !event.log {
                 self.news.keep(sample);
-            } else if lines < LOG_LINES_MAX {
-                lines += 1;
+            } else if self.log_limit.take(1 + u64::from(event.left_out), now_ns) {
                 log(&sample);
-            } else {
-                unlogged += 1 + u64::from(event.left_out);
             }
-        }
-        if unlogged > 0 {
-            tracing::warn!(target: "rule", unlogged, "rules want more lines logged than are");
         }
     }
 
@@ -214,6 +244,26 @@ mod tests {
         assert_eq!(news.since(next).0, []);
         news.keep(sample());
         assert_eq!(news.since(next).0.len(), 1);
+    }
+
+    #[test]
+    fn rules_log_so_many_lines_a_second_however_often_the_workers_are_heard() {
+        let mut limit = LogLimit::default();
+        let (mut logged, mut told) = (0, 0);
+        let wanted = 10 * 10_000;
+        for look in 0..10_000_u64 {
+            let now_ns = look * 1_000_000;
+            let said = limit.take_left_out(now_ns);
+            told += said.unwrap_or(0);
+            logged += u64::from(said.is_some());
+            for _ in 0..10 {
+                let line = limit.take(1, now_ns);
+                logged += u64::from(line);
+                told += u64::from(line);
+            }
+        }
+        assert!((10_000..=10_200).contains(&logged), "{logged} lines in ten seconds");
+        assert_eq!(told + limit.left_out, wanted, "every line is logged or told of");
     }
 
     #[test]

@@ -34,7 +34,6 @@ impl<T> Numbers<T> {
                 None => unknown.push(name),
             }
         }
-        self.resting.extend(before.into_values().map(|(number, _)| number));
         for name in unknown {
             let number = match self.resting.len() > RESTING_MAX {
                 true => self.resting.pop_front().expect("more than some are more than none"),
@@ -45,6 +44,8 @@ impl<T> Numbers<T> {
             };
             self.by_name.insert(name.to_owned(), (number, value()));
         }
+        // Last: what has just become free is not given to any of the names that came with it.
+        self.resting.extend(before.into_values().map(|(number, _)| number));
     }
 
     /// The number of a name that is known.
@@ -73,7 +74,21 @@ mod tests {
             numbers.keep(["b", &format!("x{round}")].into_iter(), || ());
         }
         assert_eq!(numbers.of("b"), 1);
-        let most = RESTING_MAX as u32 + 4;
+        let most = RESTING_MAX as u32 + 5;
         assert!(numbers.iter().all(|(_, number, ())| number < most), "they do not grow for ever");
+    }
+
+    #[test]
+    fn however_many_names_are_replaced_at_once_none_gets_a_number_that_was_in_use() {
+        let mut numbers = Numbers::<()>::default();
+        let names = |round: usize| (0..3 * RESTING_MAX).map(move |name| format!("{round}-{name}")).collect::<Vec<_>>();
+        let mut last = Vec::new();
+        for round in 0..4 {
+            let names = names(round);
+            numbers.keep(names.iter().map(String::as_str), || ());
+            let given: Vec<_> = names.iter().map(|name| numbers.of(name)).collect();
+            assert!(given.iter().all(|number| !last.contains(number)), "round {round}");
+            last = given;
+        }
     }
 }
