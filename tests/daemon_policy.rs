@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
 
-use common::counters::{assert_conserved, drops, number, wait_drops};
+use common::counters::{assert_conserved, drops, number, wait_connected, wait_drops};
 use common::*;
 use dreamwire_bench::front_end::FrontEnd;
 use dreamwire_bench::hostile::attack;
@@ -176,7 +176,7 @@ fn limits_hold_and_can_be_changed_under_traffic() {
     let daemon = start(&open);
     let (mut vm1, mut vm2) = (front_end(&daemon, "vm1"), front_end(&daemon, "vm2"));
     passes(&mut vm1, &mut vm2, &datagram(1, 2, 4000, 9));
-    // Two frames in half an hour, in an open network without rules.
+    // Two frames at once and then one a second, in an open network without rules.
     daemon.cli(&["port", "set", "vm1", "egress={ pps = 1, pps_burst = 2 }"]).unwrap();
     let frame = datagram(1, 2, 4000, 9);
     let before = drops(&daemon);
@@ -193,7 +193,7 @@ fn limits_hold_and_can_be_changed_under_traffic() {
     daemon.cli(&["port", "set", "vm1", "egress="]).unwrap();
     passes(&mut vm1, &mut vm2, &frame);
 
-    // A table of so few connections; a limit that changes takes them along.
+    // So many new flows; a limit that changes takes the connections along.
     daemon.cli(&["network", "set", "blue", "policy=enforced"]).unwrap();
     daemon.cli(&["group", "add", "any"]).unwrap();
     daemon.cli(&["rule", "add", "all", "--group", "any", "--direction", "ingress", "--allow", "any"]).unwrap();
@@ -205,8 +205,26 @@ fn limits_hold_and_can_be_changed_under_traffic() {
     daemon.cli(&["port", "set", "vm2", "new_flows="]).unwrap();
     assert_eq!(json_of(&daemon, &["show", "connections", "vm2", "--json"]), json!([]));
     passes(&mut vm1, &mut vm2, &datagram(1, 2, 3, 9));
+    // A table of so few connections: one that nobody has answered goes for the next.
+    daemon.cli(&["port", "set", "vm2", "connections=8"]).unwrap();
+    for port in 10..22 {
+        passes(&mut vm1, &mut vm2, &datagram(1, 2, port, 9));
+    }
+    let shown = json_of(&daemon, &["show", "connections", "vm2", "--json"]);
+    assert_eq!(shown.as_array().unwrap().len(), 8, "{shown}");
+    assert!(shown.as_array().unwrap().iter().any(|row| row["source"] == "10.0.0.1:21"), "{shown}");
+
     // A port that is gone, and another in its place, knows nothing of its connections.
+    let answer = datagram(2, 1, 9, 21);
+    passes(&mut vm2, &mut vm1, &answer);
     daemon.cli(&["port", "del", "vm1"]).unwrap();
+    drop(vm1);
+    let again = ["vm1", "--network", "blue", "--mac", &mac_text(1), "--address", "10.0.0.1"];
+    daemon.cli(&[&["port", "add"][..], &again].concat()).unwrap();
+    let mut vm1 = front_end(&daemon, "vm1");
+    wait_connected(&daemon, "vm1", true);
+    assert_eq!(json_of(&daemon, &["show", "connections", "vm1", "--json"]), json!([]));
+    ends(&daemon, &mut vm2, &mut vm1, &answer, "ports/vm1/ingress_denied");
     assert_conserved(&daemon);
 }
 
@@ -305,7 +323,8 @@ fn outer(group: u16, inner_bytes: usize) -> Vec<u8> {
 
 #[test]
 fn a_port_takes_its_connections_along_to_another_worker() {
-    let daemon = start(&with_workers(&local(), [0, 1]));
+    let Some(cpus) = two_cpus() else { return };
+    let daemon = start(&with_workers(&local(), cpus));
     let (mut vm1, mut vm2) = (front_end(&daemon, "vm1"), front_end(&daemon, "vm2"));
     let (asks, answers) = (datagram(1, 2, 4000, 9), datagram(2, 1, 9, 4000));
     passes(&mut vm1, &mut vm2, &asks);

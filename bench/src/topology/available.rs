@@ -20,13 +20,21 @@ pub enum Needs {
 /// When `DREAMWIRE_E2E=1` says that nothing may be skipped, as `scripts/test` does.
 #[must_use]
 pub fn available(needs: Needs) -> bool {
-    let Some(reason) = missing(needs) else {
-        return true;
-    };
+    let reason = missing(needs);
+    if let Some(reason) = &reason {
+        skip(reason);
+    }
+    reason.is_none()
+}
+
+/// Says in a line why a test returns without having run.
+///
+/// # Panics
+/// When `DREAMWIRE_E2E=1` says that nothing may be skipped.
+pub fn skip(reason: &str) {
     let must = env::var("DREAMWIRE_E2E").is_ok_and(|value| value == "1");
     assert!(!must, "this test cannot run here: {reason}");
     eprintln!("SKIPPED: {reason}");
-    false
 }
 
 /// What this machine lacks for it, in words that say what to run.

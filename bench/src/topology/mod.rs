@@ -72,7 +72,7 @@ mod wait;
 
 pub use accelerator::Accelerator;
 pub use agent_protocol::{AGENT_PORT_NAME, ECHO_PORT, Output, ProbeReport};
-pub use available::{Needs, available, missing};
+pub use available::{Needs, available, missing, skip};
 pub use background::{Capture, RunningProbe};
 pub use cleanup::{clean_up, clean_up_on_signals};
 pub use daemon::{Daemon, DaemonSpec};
