@@ -1,10 +1,13 @@
 //! The configuration: every mistake is reported at once, with its line and what to do.
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
+mod common;
+
 use std::path::Path;
 
+use common::documents::{accept, expect_marked, mistakes};
 use dreamwire::config::diff::between;
-use dreamwire::config::{Accepted, Context, Mistake, from_json, from_json_text, from_toml};
+use dreamwire::config::{Context, from_json, from_json_text, from_toml};
 
 const GOOD: &str = r#"
 [daemon]
@@ -28,31 +31,6 @@ name = "vm1"
 network = "blue"
 mac = "52:54:00:00:00:01"
 "#;
-
-fn accept(text: &str) -> Accepted {
-    from_toml(text, Context::default()).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"))
-}
-
-fn mistakes(text: &str) -> Vec<Mistake> {
-    from_toml(text, Context::default()).expect_err("a mistake should have been found")
-}
-
-/// Each line of the text that ends in a comment `#! words` must get a mistake there with those words, and no line else.
-fn expect_marked(text: &str) {
-    let found = mistakes(text);
-    let mut unexplained = found.clone();
-    for (index, line) in text.lines().enumerate() {
-        for words in line.split("#!").skip(1).map(str::trim) {
-            let number = u32::try_from(index + 1).unwrap();
-            let place = unexplained
-                .iter()
-                .position(|mistake| mistake.line == Some(number) && mistake.to_string().contains(words))
-                .unwrap_or_else(|| panic!("line {number} has no mistake with {words:?} in {found:#?}"));
-            unexplained.remove(place);
-        }
-    }
-    assert!(unexplained.is_empty(), "not expected: {unexplained:#?}\nin {text}");
-}
 
 #[test]
 fn a_good_document_is_accepted_and_survives_json() {

@@ -9,18 +9,12 @@ use std::path::Path;
 use std::time::Instant;
 
 use common::counters::{assert_conserved, drops, number, wait_connected, wait_drops};
+use common::front_ends::{next, outer};
 use common::*;
 use dreamwire_bench::front_end::FrontEnd;
 use dreamwire_bench::hostile::attack;
 use dreamwire_bench::topology::{Daemon, DaemonSpec, wait_until};
-use dreamwire_datapath::mac::Mac;
-use dreamwire_datapath::underlay::{Ends, OuterHeader};
-use dreamwire_datapath::vni::Vni;
-use dreamwire_datapath::vxlan;
 use serde_json::{Value, json};
-
-const OURS: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const THEIRS: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 const RULES: &str = r#"
 [[group]]
@@ -62,18 +56,6 @@ fn datagram(from: u8, to: u8, source_port: u16, destination_port: u16) -> Vec<u8
     let mut frame = udp_frame([(mac(from), from), (mac(to), to)], source_port, b"eighteen bytes....");
     frame[36..38].copy_from_slice(&destination_port.to_be_bytes());
     frame
-}
-
-/// Waits for one frame, and returns it.
-fn next(front_end: &mut FrontEnd) -> Vec<u8> {
-    let mut frames: Vec<Vec<u8>> = Vec::new();
-    wait_until(LIMIT, "a frame", || {
-        front_end.receive_burst(|bytes, _| frames.push(bytes.to_vec())).unwrap();
-        !frames.is_empty()
-    })
-    .unwrap();
-    assert_eq!(frames.len(), 1);
-    frames.remove(0)
 }
 
 #[track_caller]
@@ -283,7 +265,7 @@ fn groups_travel_in_the_tunnel_header_and_are_believed_from_those_trusted() {
     let daemon = start(&config);
     let (mut vm2, mut wire) = (front_end(&daemon, "vm2"), front_end(&daemon, "fabric"));
     let frame = datagram(1, 2, 4000, 9);
-    let arrives = |group| [&outer(group, frame.len())[..], &frame].concat();
+    let arrives = |group| outer(group, &frame);
     ends(&daemon, &mut wire, &mut vm2, &arrives(0), "ports/vm2/ingress_denied");
     ends(&daemon, &mut wire, &mut vm2, &arrives(9), "ports/vm2/ingress_denied");
     assert_eq!(wire.send_burst(&[&arrives(8)]).unwrap(), 1);
@@ -300,25 +282,8 @@ fn groups_travel_in_the_tunnel_header_and_are_believed_from_those_trusted() {
     );
     // Nobody is trusted any more: the group is not believed.
     daemon.cli(&["network", "set", "blue", "trusted_remotes="]).unwrap();
-    ends(
-        &daemon,
-        &mut wire,
-        &mut vm2,
-        &[&outer(8, frame.len())[..], &datagram(1, 2, 4001, 9)].concat(),
-        "ports/vm2/ingress_denied",
-    );
+    ends(&daemon, &mut wire, &mut vm2, &outer(8, &datagram(1, 2, 4001, 9)), "ports/vm2/ingress_denied");
     assert_conserved(&daemon);
-}
-
-/// What the other host sends around a frame of a group.
-fn outer(group: u16, inner_bytes: usize) -> Vec<u8> {
-    let ends = Ends {
-        source: (Mac(THEIRS), "192.0.2.2".parse().unwrap()),
-        destination: (Mac(OURS), "192.0.2.1".parse().unwrap()),
-        udp_port: 4789,
-    };
-    let header = vxlan::Header { vni: Vni::new(100).unwrap(), group };
-    OuterHeader::new(&ends, header).unwrap().finish(inner_bytes, 1).to_vec()
 }
 
 #[test]

@@ -107,6 +107,15 @@ fn limits_and_postures_are_set_by_command() {
     let port = json_of(&daemon, &["show", "port", "vm1", "--json"]);
     assert_eq!(port["egress"], json!({"pps": 1000, "pps_burst": 100}));
     assert_eq!((&port["new_flows"], &port["connections"]), (&json!({"rate": 5, "burst": 9}), &json!(64)));
+    for value in [true, false] {
+        let keys = ["config_space", "unknown_unicast"].map(|key| format!("{key}={value}"));
+        daemon.cli(&["port", "set", "vm1", &keys[0], &keys[1]]).unwrap();
+        let port = json_of(&daemon, &["show", "port", "vm1", "--json"]);
+        assert_eq!((port["config_space"] == true, &port["unknown_unicast"]), (value, &json!(value)), "{port}");
+    }
+    let keys = ["learning=false", "group_policy=false"];
+    daemon.cli(&[&["network", "set", "default"][..], &keys].concat()).unwrap();
+    assert_eq!(json_of(&daemon, &["show", "network", "default", "--json"])["learning"], false);
     assert!(refused(&daemon, &["port", "set", "vm1", "egress={ pps = }"]).contains("expected a table"));
     daemon.cli(&["port", "set", "vm1", "egress=", "new_flows=", "connections="]).unwrap();
     assert_eq!(json_of(&daemon, &["show", "port", "vm1", "--json"]).get("egress"), None);

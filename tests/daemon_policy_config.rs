@@ -1,10 +1,13 @@
 //! Groups, rules and limits in the configuration: what is accepted, what it becomes, and what is a mistake.
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
+mod common;
+
 use std::time::{Duration, Instant};
 
+use common::documents::{accept, expect_marked, mistakes};
 use dreamwire::config::diff::between;
-use dreamwire::config::{Accepted, Context, Document, Mistake, from_json, from_toml};
+use dreamwire::config::{Context, Document, from_json};
 use dreamwire_policy::{MeterLimits, Posture};
 use serde_json::json;
 
@@ -62,28 +65,6 @@ new_flows = { rate = 100 }
 egress = { pps = 5000, bps = 100000000, bps_burst = 600000 }
 ingress = { bps = 1000 }
 "#;
-
-fn accept(text: &str) -> Accepted {
-    from_toml(text, Context::default()).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"))
-}
-
-fn mistakes(text: &str) -> Vec<Mistake> {
-    from_toml(text, Context::default()).expect_err("a mistake should have been found")
-}
-
-/// Each line of the text that ends in a comment `#! words` must get a mistake there with those words, and no line else.
-fn expect_marked(text: &str) {
-    let mut unexplained = mistakes(text);
-    for (index, line) in text.lines().enumerate() {
-        for words in line.split("#!").skip(1).map(str::trim) {
-            let number = u32::try_from(index + 1).unwrap();
-            let fits = |mistake: &Mistake| mistake.line == Some(number) && mistake.to_string().contains(words);
-            let place = unexplained.iter().position(fits);
-            unexplained.remove(place.unwrap_or_else(|| panic!("line {number}: no {words:?} in {unexplained:#?}")));
-        }
-    }
-    assert!(unexplained.is_empty(), "not expected: {unexplained:#?}");
-}
 
 fn again(document: &Document) -> Document {
     from_json(&document.to_json(), Context::default()).unwrap_or_else(|mistakes| panic!("{mistakes:#?}")).document

@@ -6,16 +6,11 @@ mod common;
 use std::path::Path;
 
 use common::counters::{assert_conserved, assert_quiet_log, number, wait_connected};
+use common::front_ends::{OURS, THEIRS, next, outer};
 use common::*;
 use dreamwire_bench::front_end::{FrontEnd, Options};
 use dreamwire_bench::hostile::attack;
 use dreamwire_bench::topology::{Daemon, DaemonSpec, wait_until};
-use dreamwire_datapath::mac::Mac;
-use dreamwire_datapath::underlay::{Ends, OuterHeader};
-use dreamwire_datapath::vni::Vni;
-
-const OURS: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const THEIRS: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 /// The configuration with a wire; `keys` are further ones of the underlay.
 fn config(keys: &str) -> String {
@@ -34,29 +29,6 @@ fn start(config: &str) -> Daemon {
     Daemon::start(&DaemonSpec { name: "dreamwire", binary, netns: None, config }).unwrap()
 }
 
-/// What the other host sends around a frame.
-fn outer(inner: &[u8]) -> Vec<u8> {
-    let ends = Ends {
-        source: (Mac(THEIRS), "192.0.2.2".parse().unwrap()),
-        destination: (Mac(OURS), "192.0.2.1".parse().unwrap()),
-        udp_port: 4789,
-    };
-    let mut header = OuterHeader::new(&ends, Vni::new(100).unwrap().into()).unwrap();
-    [header.finish(inner.len(), 1), inner].concat()
-}
-
-/// Waits for one frame, and returns it.
-fn next(front_end: &mut FrontEnd) -> Vec<u8> {
-    let mut frames: Vec<Vec<u8>> = Vec::new();
-    wait_until(LIMIT, "a frame", || {
-        front_end.receive_burst(|bytes, _| frames.push(bytes.to_vec())).unwrap();
-        !frames.is_empty()
-    })
-    .unwrap();
-    assert_eq!(frames.len(), 1);
-    frames.remove(0)
-}
-
 /// A frame each way between a guest and the host on the wire.
 fn frames_pass(guest: &mut FrontEnd, wire: &mut FrontEnd, text: &str) {
     let sent = text_frame([0xff; 6], [2, 0, 0, 0, 0, 0x11], text);
@@ -65,7 +37,7 @@ fn frames_pass(guest: &mut FrontEnd, wire: &mut FrontEnd, text: &str) {
     assert_eq!(&packet[..12], [THEIRS, OURS].concat());
     assert_eq!(packet[50..], sent);
     let back = text_frame([2, 0, 0, 0, 0, 0x11], [2, 0, 0, 0, 0, 0x22], text);
-    assert_eq!(wire.send_burst(&[&outer(&back)]).unwrap(), 1);
+    assert_eq!(wire.send_burst(&[&outer(0, &back)]).unwrap(), 1);
     assert_eq!(next(guest), back);
 }
 

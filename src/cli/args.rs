@@ -122,6 +122,23 @@ pub(super) enum ShowKind {
     State,
 }
 
+/// An object of any kind.
+#[derive(Debug, Args)]
+pub(super) struct Named {
+    /// Its name
+    pub(super) name: String,
+}
+
+/// What shall be otherwise with an object of any kind.
+#[derive(Debug, Args)]
+pub(super) struct Changes {
+    /// Its name
+    pub(super) name: String,
+    /// What to change; lists are separated by commas, tables written as in the file
+    #[arg(required = true, value_name = "KEY=VALUE")]
+    pub(super) changes: Vec<String>,
+}
+
 #[derive(Debug, Subcommand)]
 pub(super) enum PortCommand {
     /// Add a port
@@ -132,18 +149,9 @@ pub(super) enum PortCommand {
         keys: PortKeys,
     },
     /// Remove a port
-    Del {
-        /// Its name
-        name: String,
-    },
+    Del(Named),
     /// Change keys of a port: network, mac, addresses, groups, queues, worker, socket, mode, limits...; `key=` removes one
-    Set {
-        /// Its name
-        name: String,
-        /// What to change; lists are separated by commas, tables written as in the file
-        #[arg(required = true, value_name = "KEY=VALUE")]
-        changes: Vec<String>,
-    },
+    Set(Changes),
 }
 
 #[derive(Debug, Args)]
@@ -184,18 +192,9 @@ pub(super) enum NetworkCommand {
         keys: NetworkKeys,
     },
     /// Remove a network
-    Del {
-        /// Its name
-        name: String,
-    },
+    Del(Named),
     /// Change keys of a network: vni, underlay, mtu, policy, learning, age_seconds, remotes...; `key=` removes one
-    Set {
-        /// Its name
-        name: String,
-        /// What to change; lists are separated by commas
-        #[arg(required = true, value_name = "KEY=VALUE")]
-        changes: Vec<String>,
-    },
+    Set(Changes),
 }
 
 #[derive(Debug, Args)]

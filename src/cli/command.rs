@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use hyper::Method;
 use serde_json::{Map, Value, json};
 
-use super::args::{Command, NetworkCommand, NetworkKeys, PortCommand, PortKeys, RemoteCommand, ShowKind};
+use super::args::{
+    Changes, Command, Named, NetworkCommand, NetworkKeys, PortCommand, PortKeys, RemoteCommand, ShowKind,
+};
 use super::client::{Body, Client, segment};
 use super::{perimeter, perimeter_show, table};
 use crate::run::{is_json, listing, load};
@@ -116,12 +118,8 @@ fn port(client: &Client, command: PortCommand) -> Result<(), String> {
             });
             change(client, Method::POST, "/v1/ports", Body::Json(object))
         }
-        PortCommand::Del { name } => {
-            change(client, Method::DELETE, &format!("/v1/ports/{}", segment(&name)), Body::Nothing)
-        }
-        PortCommand::Set { name, changes } => {
-            change(client, Method::PATCH, &format!("/v1/ports/{}", segment(&name)), Body::Json(keys(&changes)?))
-        }
+        PortCommand::Del(object) => remove(client, "ports", &object),
+        PortCommand::Set(changes) => set(client, "ports", &changes),
     }
 }
 
@@ -134,21 +132,30 @@ fn network(client: &Client, command: NetworkCommand) -> Result<(), String> {
             });
             change(client, Method::POST, "/v1/networks", Body::Json(object))
         }
-        NetworkCommand::Del { name } => {
-            change(client, Method::DELETE, &format!("/v1/networks/{}", segment(&name)), Body::Nothing)
-        }
-        NetworkCommand::Set { name, changes } => {
-            change(client, Method::PATCH, &format!("/v1/networks/{}", segment(&name)), Body::Json(keys(&changes)?))
-        }
+        NetworkCommand::Del(object) => remove(client, "networks", &object),
+        NetworkCommand::Set(changes) => set(client, "networks", &changes),
     }
+}
+
+/// Removes an object of that kind.
+pub(super) fn remove(client: &Client, kind: &str, object: &Named) -> Result<(), String> {
+    change(client, Method::DELETE, &format!("/v1/{kind}/{}", segment(&object.name)), Body::Nothing)
+}
+
+/// Changes keys of an object of that kind.
+pub(super) fn set(client: &Client, kind: &str, changes: &Changes) -> Result<(), String> {
+    let body = Body::Json(keys(&changes.changes)?);
+    change(client, Method::PATCH, &format!("/v1/{kind}/{}", segment(&changes.name)), body)
 }
 
 /// Keys that are lists, separated by commas.
 const LISTS: [&str; 5] = ["remotes", "trusted_remotes", "addresses", "groups", "prefixes"];
 const NUMBERS: [&str; 8] = ["vni", "mtu", "queues", "worker", "age_seconds", "connections", "id", "priority"];
+/// A group may be called "true".
+const BOOLEANS: [&str; 5] = ["learning", "group_policy", "log", "config_space", "unknown_unicast"];
 
 /// `key=value` as JSON: numbers, booleans and tables as such, lists split, nothing as `null`, which removes the key.
-pub(super) fn keys(changes: &[String]) -> Result<Value, String> {
+fn keys(changes: &[String]) -> Result<Value, String> {
     let mut object = Map::new();
     for change in changes {
         let (key, value) = change.split_once('=').ok_or_else(|| format!("{change:?}: expected KEY=VALUE"))?;
@@ -156,8 +163,7 @@ pub(super) fn keys(changes: &[String]) -> Result<Value, String> {
             (_, "") => Value::Null,
             (key, list) if LISTS.contains(&key) => list.split(',').map(str::trim).collect(),
             (key, text) if NUMBERS.contains(&key) => text.parse().map_or(json!(text), |n: i64| json!(n)),
-            ("learning" | "group_policy" | "log", "true") => json!(true),
-            ("learning" | "group_policy" | "log", "false") => json!(false),
+            (key, text @ ("true" | "false")) if BOOLEANS.contains(&key) => json!(text == "true"),
             (key, table) if table.starts_with('{') => {
                 let wrong = |error| format!("{key}: {error}: expected a table as in {{ pps = 1000 }}");
                 let mut document: Map<_, _> = toml::from_str(&format!("value = {table}")).map_err(wrong)?;

@@ -4,8 +4,9 @@ use clap::{Args, Subcommand};
 use hyper::Method;
 use serde_json::{Value, json};
 
-use super::client::{Body, Client, segment};
-use super::command::{change, keys};
+use super::args::{Changes, Named};
+use super::client::{Body, Client};
+use super::command::{change, remove, set};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum GroupCommand {
@@ -21,18 +22,9 @@ pub(super) enum GroupCommand {
         id: Option<u16>,
     },
     /// Remove a group
-    Del {
-        /// Its name
-        name: String,
-    },
+    Del(Named),
     /// Change keys of a group: prefixes, id; `key=` removes one
-    Set {
-        /// Its name
-        name: String,
-        /// What to change; prefixes are separated by commas
-        #[arg(required = true, value_name = "KEY=VALUE")]
-        changes: Vec<String>,
-    },
+    Set(Changes),
 }
 
 #[derive(Debug, Subcommand)]
@@ -45,18 +37,9 @@ pub(super) enum RuleCommand {
         keys: RuleKeys,
     },
     /// Remove a rule
-    Del {
-        /// Its name
-        name: String,
-    },
+    Del(Named),
     /// Change keys of a rule; `key=` removes one, as in `deny= allow=tcp`
-    Set {
-        /// Its name
-        name: String,
-        /// What to change; ports and ICMP types are separated by commas
-        #[arg(required = true, value_name = "KEY=VALUE")]
-        changes: Vec<String>,
-    },
+    Set(Changes),
 }
 
 #[derive(Debug, Args)]
@@ -99,16 +82,16 @@ pub(super) fn group(client: &Client, command: GroupCommand) -> Result<(), String
             let object = json!({"name": name, "prefixes": prefixes, "id": id});
             change(client, Method::POST, "/v1/groups", Body::Json(object))
         }
-        GroupCommand::Del { name } => one(client, Method::DELETE, "groups", &name, Body::Nothing),
-        GroupCommand::Set { name, changes } => one(client, Method::PATCH, "groups", &name, Body::Json(keys(&changes)?)),
+        GroupCommand::Del(object) => remove(client, "groups", &object),
+        GroupCommand::Set(changes) => set(client, "groups", &changes),
     }
 }
 
 pub(super) fn rule(client: &Client, command: RuleCommand) -> Result<(), String> {
     match command {
         RuleCommand::Add { name, keys } => change(client, Method::POST, "/v1/rules", Body::Json(new_rule(name, keys))),
-        RuleCommand::Del { name } => one(client, Method::DELETE, "rules", &name, Body::Nothing),
-        RuleCommand::Set { name, changes } => one(client, Method::PATCH, "rules", &name, Body::Json(keys(&changes)?)),
+        RuleCommand::Del(object) => remove(client, "rules", &object),
+        RuleCommand::Set(changes) => set(client, "rules", &changes),
     }
 }
 
@@ -118,8 +101,4 @@ fn new_rule(name: Option<String>, keys: RuleKeys) -> Value {
         "name": name, "group": group, "direction": direction, "allow": allow, "deny": deny, "ports": ports,
         "icmp": icmp, "from": from, "to": to, "priority": priority, "log": log,
     })
-}
-
-fn one(client: &Client, method: Method, kind: &str, name: &str, body: Body) -> Result<(), String> {
-    change(client, method, &format!("/v1/{kind}/{}", segment(name)), body)
 }

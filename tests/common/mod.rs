@@ -3,6 +3,8 @@
 
 pub(crate) mod conversation;
 pub(crate) mod counters;
+pub(crate) mod documents;
+pub(crate) mod front_ends;
 pub(crate) mod process;
 pub(crate) mod vxlan_peers;
 
