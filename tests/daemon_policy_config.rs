@@ -97,7 +97,7 @@ fn rules_are_accepted_named_and_survive_json() {
     let limits = document.port[0].limits;
     assert_eq!(json["port"][0]["new_flows"], json!({"rate": 100, "burst": 100}));
     assert_eq!(
-        dreamwire::config::perimeter::Meter::limits(limits.egress),
+        dreamwire::config::limits::Meter::limits(limits.egress),
         MeterLimits { packets: Some((5000, 500)), bits: Some((100_000_000, 600_000)) }
     );
     // A burst of less than one large frame would let none pass, whatever the rate.

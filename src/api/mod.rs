@@ -23,13 +23,13 @@
 //!
 //! `stats.sock` (mode 0666): `GET /metrics` (OpenMetrics), `GET /stats` (JSON).
 
+mod ask;
 mod desired;
 mod listener;
 mod metrics;
 mod observed;
 mod perimeter;
 mod reply;
-mod rings;
 
 use std::time::Duration;
 
@@ -42,9 +42,9 @@ use axum::routing::{get, post, put};
 
 use crate::config::TEXT_BYTES_MAX;
 use crate::control::ControlHandle;
+use ask::Rings;
 pub use listener::serve;
 use reply::Refusal;
-use rings::Rings;
 
 /// Header of an answer that is cut: how much there is in it. There is more.
 pub(crate) const CUT_HEADER: &str = "dreamwire-cut-after";

@@ -13,9 +13,9 @@ use dreamwire_datapath::worker::RingRow;
 use serde_json::{Value, json};
 
 use super::Shared;
+use super::ask;
 use super::perimeter;
 use super::reply::Refusal;
-use super::rings;
 use crate::config::document::polling_word;
 use crate::control::inventory::{Inventory, NetworkEntry, PortEntry, UnderlayEntry};
 use crate::control::session::Session;
@@ -37,7 +37,7 @@ pub(super) async fn list(State(shared): State<Shared>, Path(kind): Path<String>)
         "rules" => inventory.document.rule.iter().map(|shown| perimeter::rule(shown, &inventory)).collect(),
         "connections" => perimeter::connections(&inventory).await?,
         "workers" => workers(&inventory).collect(),
-        "fdb" => rings::fdb(&inventory.workers).await?.iter().map(|row| fdb_row(row, &inventory)).collect(),
+        "fdb" => ask::fdb(&inventory.workers).await?.iter().map(|row| fdb_row(row, &inventory)).collect(),
         _ => {
             let message =
                 "no such kind; there are ports, networks, underlays, groups, rules, connections, workers, fdb";

@@ -13,9 +13,9 @@ use dreamwire_policy::tcp::TcpState;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::ask;
 use super::observed::{merge, settings};
 use super::reply::Refusal;
-use super::rings;
 use super::{CUT_HEADER, Shared};
 use crate::config::notation::direction_word;
 use crate::config::{Document, Group, Rule};
@@ -69,7 +69,7 @@ pub(super) async fn connections(inventory: &Inventory) -> Result<Vec<Value>, Ref
 /// Connections of a port, and whether there are more than these.
 pub(super) async fn connections_of(inventory: &Inventory, entry: &PortEntry) -> Result<(Vec<Value>, bool), Refusal> {
     let (workers, worker, id) = (Arc::clone(&inventory.workers), usize::from(entry.worker.0), entry.id);
-    let (rows, cut) = rings::off_thread(move || workers[worker].connections(id, CONNECTIONS_MAX)).await?;
+    let (rows, cut) = ask::off_thread(move || workers[worker].connections(id, CONNECTIONS_MAX)).await?;
     Ok((rows.iter().map(|row| connection(row, entry, inventory)).collect(), cut))
 }
 
@@ -142,7 +142,7 @@ pub(super) async fn why(State(shared): State<Shared>, Query(query): Query<WhyQue
 
     let inventory = shared.control.inventory();
     let port = question.port.clone();
-    let answer = rings::off_thread(move || answer(&question, &inventory)).await?;
+    let answer = ask::off_thread(move || answer(&question, &inventory)).await?;
     answer.map(Json).ok_or_else(|| Refusal::not_found("port", &port))
 }
 

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::perimeter::{GroupCommand, RuleCommand};
 use super::perimeter_show::WhyArguments;
+use super::rules::{GroupCommand, RuleCommand};
 use crate::log::LogFormat;
 
 /// A virtual machine's network card: vhost-user back-end and virtual switch.

@@ -10,7 +10,7 @@ use super::args::{
     Changes, Command, Named, NetworkCommand, NetworkKeys, PortCommand, PortKeys, RemoteCommand, ShowKind,
 };
 use super::client::{Body, Client, segment};
-use super::{perimeter, perimeter_show, table};
+use super::{perimeter_show, rules, table};
 use crate::run::{is_json, listing, load};
 
 /// Does everything but `run` and `diff`.
@@ -32,8 +32,8 @@ pub(super) fn execute(client: &Client, command: Command) -> Result<(), String> {
             let path = format!("/v1/networks/{}/remotes/{}", segment(&network), segment(&address.to_string()));
             change(client, method, &path, Body::Nothing)?;
         }
-        Command::Group(command) => perimeter::group(client, command)?,
-        Command::Rule(command) => perimeter::rule(client, command)?,
+        Command::Group(command) => rules::group(client, command)?,
+        Command::Rule(command) => rules::rule(client, command)?,
         Command::Why(arguments) => perimeter_show::why(client, arguments)?,
         Command::Drops { follow, json } => perimeter_show::drops(client, follow, json)?,
         Command::QemuArgs { port, libvirt, qemu_version } => {

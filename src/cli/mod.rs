@@ -3,8 +3,8 @@
 mod args;
 mod client;
 mod command;
-mod perimeter;
 mod perimeter_show;
+mod rules;
 mod table;
 
 use std::process::ExitCode;

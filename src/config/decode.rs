@@ -15,7 +15,6 @@ use dreamwire_datapath::worker::Polling;
 use dreamwire_policy::Posture;
 use dreamwire_policy::model::{GROUPS_MAX, MEMBERS_MAX, RULES_MAX};
 
-use super::decode_perimeter;
 use super::document::{
     Daemon, Document, Driver, Encapsulation, Kind, Mode, Neighbour, Network, Port, Underlay, Wire, polling_word,
 };
@@ -24,6 +23,7 @@ use super::mistake::Mistake;
 use super::notation::POSTURES;
 use super::tree::{Node, Value};
 use super::{Context, RUN_DIR_DEFAULT};
+use super::{decode_limits, decode_rules};
 
 /// RFC 791: every host must take 68 bytes; 65535 is what a length field can say.
 const MTU_RANGE: std::ops::RangeInclusive<i64> = 68..=65535;
@@ -55,9 +55,9 @@ pub(super) fn document(root: &Node, context: Context<'_>) -> (Document, Findings
     document.underlay =
         objects(entries, Kind::Underlay, UNDERLAYS_MAX, &mut findings, |f| decode_underlay(f, &run_dir));
     document.network = objects(entries, Kind::Network, NETWORKS_MAX, &mut findings, decode_network);
-    document.group = objects(entries, Kind::Group, GROUPS_MAX, &mut findings, decode_perimeter::group);
-    document.rule = objects(entries, Kind::Rule, RULES_MAX, &mut findings, decode_perimeter::rule);
-    decode_perimeter::name_rules(&mut document.rule);
+    document.group = objects(entries, Kind::Group, GROUPS_MAX, &mut findings, decode_rules::group);
+    document.rule = objects(entries, Kind::Rule, RULES_MAX, &mut findings, decode_rules::rule);
+    decode_rules::name_rules(&mut document.rule);
     document.port = objects(entries, Kind::Port, PORTS_MAX, &mut findings, |f| decode_port(f, &run_dir));
     (document, findings)
 }
@@ -300,7 +300,7 @@ fn decode_port(fields: &mut Fields<'_>, run_dir: &Path) -> Port {
         config_space: fields.boolean("config_space").unwrap_or(false),
         switched_off: fields.switches_off("features", &SWITCHES.map(|(switch, _)| switch)),
         groups: fields.texts("groups", GROUPS_MAX, |text| Ok(text.to_owned())).unwrap_or_default(),
-        limits: decode_perimeter::limits(fields),
+        limits: decode_limits::limits(fields),
         name,
     };
     if !port.addresses.is_empty() && !fields.has("mac") {

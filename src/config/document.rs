@@ -10,7 +10,9 @@ use dreamwire_datapath::worker::Polling;
 use dreamwire_policy::{Posture, SourceGuard};
 use serde::{Serialize, Serializer};
 
-use super::perimeter::{Group, Limits, Rule, posture};
+use super::limits::Limits;
+use super::notation::posture_word;
+use super::rules::{Group, Rule};
 
 /// The kinds of objects in a document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -299,6 +301,10 @@ impl Document {
 
 fn polling<S: Serializer>(value: &Polling, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(polling_word(*value))
+}
+
+fn posture<S: Serializer>(value: &Posture, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(posture_word(*value))
 }
 
 fn switches_off<S: Serializer>(off: &[&'static str], serializer: S) -> Result<S::Ok, S::Error> {

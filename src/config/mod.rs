@@ -4,22 +4,24 @@
 //! `check` then looks at objects together. Only a document without mistakes leaves this module.
 
 mod check;
-mod check_perimeter;
+mod check_rules;
 mod decode;
-mod decode_perimeter;
+mod decode_limits;
+mod decode_rules;
 pub mod diff;
 pub mod document;
 mod fields;
+pub mod limits;
 mod mistake;
 pub mod notation;
-pub mod perimeter;
+pub mod rules;
 mod tree;
 
 use std::path::Path;
 
 pub use document::{Daemon, Document, Driver, Encapsulation, Kind, Mode, Neighbour, Network, Port, Underlay, Wire};
 pub use mistake::{MISTAKES_MAX, Mistake};
-pub use perimeter::{Group, Remote, Rule};
+pub use rules::{Group, Remote, Rule};
 
 use tree::Node;
 
@@ -74,7 +76,7 @@ pub fn without_file(context: Context<'_>) -> Accepted {
 fn accept(root: &Node, context: Context<'_>) -> Result<Accepted, Vec<Mistake>> {
     let (document, mut findings) = decode::document(root, context);
     check::document(&document, &mut findings);
-    check_perimeter::document(&document, &mut findings);
+    check_rules::document(&document, &mut findings);
     if findings.mistakes.is_empty() {
         return Ok(Accepted { document, warnings: findings.warnings });
     }

@@ -16,7 +16,7 @@ use dreamwire_policy::{ConntrackLimits, MeterLimits};
 use super::core::Control;
 use super::inventory::Workers;
 use crate::config::Port;
-use crate::config::perimeter::Meter;
+use crate::config::limits::Meter;
 
 impl Control {
     /// What a port is held to; `None` if to nothing.

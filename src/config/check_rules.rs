@@ -8,7 +8,7 @@ use dreamwire_policy::model::MEMBERS_MAX;
 use super::check::{Known, Seen, at, mistake};
 use super::document::{Document, Kind, Network, Port};
 use super::fields::Findings;
-use super::perimeter::Remote;
+use super::rules::Remote;
 
 pub(super) fn document(document: &Document, findings: &mut Findings) {
     let groups = Known::new("group", document.group.iter().map(|group| group.name.as_str()));

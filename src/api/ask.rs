@@ -1,4 +1,4 @@
-//! What the workers say about their rings and learned addresses, asked off the runtime's thread.
+//! What workers are asked, off the runtime's thread: rings, learned addresses, connections.
 //!
 //! A worker answers in its loop. Rings are on the statistics socket, which anybody may read: their answer is kept
 //! for a moment, so that readers cannot keep a worker awake.
