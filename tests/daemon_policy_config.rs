@@ -222,6 +222,7 @@ fn a_document_of_nothing_but_mistakes_is_refused_soon_and_in_few_words() {
     let network = "[[network]]\nname='default'\n";
     let cases = [
         ("ports", format!("{group}{rule}ports='{commas}'\n"), 2, "8388609 values; one rule has 64 at most"),
+        ("syntax", "=\n".repeat(600_000), 1, "not valid TOML"),
         ("prefixes", format!("{group}prefixes=[{lists}]\n"), 1001, "and 199000 more"),
         ("rules", format!("{groups}{}", rule.repeat(20_000)), 1001, "and 19000 more"),
         (

@@ -36,9 +36,20 @@ impl Value {
     }
 }
 
+/// Bytes of TOML in which every syntax error is looked for. Of a longer text the first alone is told: the parser keeps whatever it
+/// finds, up to 300 bytes of errors for each byte of text.
+const RECOVERED_BYTES_MAX: usize = 1 << 20;
+
 /// Parses TOML, carrying on after syntax errors so that all of them are reported.
 pub(super) fn from_toml(text: &str) -> Result<Node, Vec<Mistake>> {
-    let (table, errors) = toml::de::DeTable::parse_recoverable(text);
+    let (table, errors) = if text.len() <= RECOVERED_BYTES_MAX {
+        toml::de::DeTable::parse_recoverable(text)
+    } else {
+        match toml::de::DeTable::parse(text) {
+            Ok(table) => (table, Vec::new()),
+            Err(first) => (toml::Spanned::new(0..0, toml::de::DeTable::new()), vec![first]),
+        }
+    };
     let lines = Lines::of(text);
     if errors.is_empty() {
         let entries = toml_entries(table.get_ref(), &lines);
