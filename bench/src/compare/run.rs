@@ -102,10 +102,10 @@ fn bring_up<'a>(lane: &'a Lane, site: &Site, schedule: &Schedule) -> Result<Runn
     let _ = cpu::pin(site.cpu);
     let ends = device.connect(&options(&lane.case, schedule))?;
     let bystanders = device.attach_bystanders()?;
-    let set = Throughput::flow_set(&plan(&lane.case, schedule), lane.case.ring);
+    let set = Throughput::flow_set(&plan(lane, schedule), lane.case.ring);
     let latencies = Latencies::default();
     let mut running = Running { lane, device, ends, set, rounds: Vec::new(), latencies, _bystanders: bystanders };
-    let warm_up = Plan { once: false, ..plan(&lane.case, schedule) };
+    let warm_up = Plan { once: false, ..plan(lane, schedule) };
     let [from, to] = &mut running.ends;
     Throughput::new(from.as_mut(), to.as_mut(), warm_up, &running.set)?.warm_up()?;
     running.device.pause()?;
@@ -114,7 +114,7 @@ fn bring_up<'a>(lane: &'a Lane, site: &Site, schedule: &Schedule) -> Result<Runn
 
 impl Running<'_> {
     fn window(&mut self, number: u32, schedule: &Schedule) -> Result<(), CompareError> {
-        let plan = plan(&self.lane.case, schedule);
+        let plan = plan(self.lane, schedule);
         let [from, to] = &mut self.ends;
         let (from, to) = (from.as_mut(), to.as_mut());
         let load = self.lane.case.latency;
@@ -149,7 +149,8 @@ impl Running<'_> {
     }
 }
 
-fn plan(case: &Case, schedule: &Schedule) -> Plan {
+fn plan(lane: &Lane, schedule: &Schedule) -> Plan {
+    let case = &lane.case;
     Plan {
         size: case.size,
         flows: case.flows,
@@ -159,6 +160,7 @@ fn plan(case: &Case, schedule: &Schedule) -> Plan {
         to: VMS[1],
         tunnel: case.tunnel(),
         once: case.new_flows,
+        offloads_of_ovs: lane.device == "ovs",
     }
 }
 

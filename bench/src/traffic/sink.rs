@@ -2,9 +2,9 @@
 //!
 //! Every frame's length and first [`CHECKED_BYTES`] bytes are compared with what its sequence number says (behind a
 //! virtio-net header, that is one cache line); one in `sample` is compared to its last byte. Of frames to be segmented,
-//! whose headers are longer by 12 bytes, the MAC addresses are compared in the sample only, and the checksum, which
-//! OVS-DPDK was seen to change, may be either of two ([`FlowSet::pseudo_sums`]). In a tunnel the outer headers
-//! of every packet are checked too. Sequence numbers repeat with the set, so a gap says how many frames are missing modulo
+//! whose headers are longer by 12 bytes, the MAC addresses are compared in the sample only, and the virtio-net header has to
+//! be the sender's. Of OVS-DPDK alone, which was seen to change them, checksum and header may differ
+//! ([`Sink::with_offloads_of_ovs`]). In a tunnel the outer headers of every packet are checked too. Sequence numbers repeat with the set, so a gap says how many frames are missing modulo
 //! the set; `Sink::in_sequence` weighs the gaps against what was sent. A frame that comes too late looks like a whole round
 //! lost, which no count of frames sent bears out: that is how reordering shows.
 
@@ -53,7 +53,9 @@ pub struct Sink<'a> {
     start: usize,
     /// Frames arrive inside of outer packets.
     outer: Option<OuterCheck>,
-    /// Of frames to be segmented: see [`FlowSet::pseudo_sums`].
+    /// What frames to be segmented are sent with.
+    header: Option<VirtioNetHeader>,
+    /// Of frames to be segmented that come through OVS: see [`FlowSet::pseudo_sums`].
     pseudo_sums: Option<[u16; 2]>,
     /// Per flow, the place in the set (sequence / flows) that comes next; `None` before its first frame.
     next: Vec<Option<u32>>,
@@ -90,7 +92,8 @@ impl<'a> Sink<'a> {
             bytes: set.frames()[0].len(),
             start: shift,
             outer: None,
-            pseudo_sums: set.pseudo_sums(),
+            header: set.is_segmented().then(|| set.header()),
+            pseudo_sums: None,
             places: (set.frames().len() / set.flows()) as u32,
             set,
             sample: sample.max(1),
@@ -109,6 +112,14 @@ impl<'a> Sink<'a> {
         sink.start += OUTER_BYTES;
         sink.outer = Some(OuterCheck::new(outer, sink.bytes));
         sink
+    }
+
+    /// Of frames to be segmented takes either sum of [`FlowSet::pseudo_sums`] and does not compare lengths and offsets of the
+    /// virtio-net header: what OVS-DPDK 3.1 was seen to do to them. No other device is allowed to.
+    #[must_use]
+    pub fn with_offloads_of_ovs(mut self) -> Self {
+        self.pseudo_sums = self.set.pseudo_sums();
+        self
     }
 
     /// The frames that it expects.
@@ -183,10 +194,11 @@ impl<'a> Sink<'a> {
     /// Length, what the virtio-net header says, and outer headers.
     #[inline]
     fn is_carried_right(&self, frame: &Received<'_>) -> bool {
-        if self.pseudo_sums.is_some() {
+        if let Some(sent) = &self.header {
             let header = frame.header();
-            let is_large = header.gso_type & !bits::GSO_ECN == bits::GSO_TCPV4 && header.flags & bits::NEEDS_CSUM != 0;
-            return is_large && frame.len() == self.bytes;
+            let is_large = header.gso_type & !bits::GSO_ECN == sent.gso_type && header.flags & bits::NEEDS_CSUM != 0;
+            let is_as_sent = self.pseudo_sums.is_some() || offloads_of(&header) == offloads_of(sent);
+            return is_large && is_as_sent && frame.len() == self.bytes;
         }
         match &self.outer {
             None => frame.len() == self.bytes,
@@ -244,6 +256,12 @@ impl<'a> Sink<'a> {
     pub fn in_sequence(&self, lost: u64) -> bool {
         self.arrived.gaps <= lost
     }
+}
+
+/// Of a frame to be segmented: how, and where its checksum goes.
+#[inline]
+fn offloads_of(header: &VirtioNetHeader) -> [u16; 4] {
+    [header.hdr_len, header.gso_size, header.csum_start, header.csum_offset]
 }
 
 /// Without a branch per word.
@@ -382,9 +400,32 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_to_be_segmented_may_have_the_pseudo_sum_without_length_and_no_other() {
+    fn a_frame_to_be_segmented_keeps_its_checksum_and_every_field_of_its_header() {
         let set = FlowSet::new(endpoint(1), endpoint(2), SEGMENTED_BYTES, 1, 4);
-        let mut sink = Sink::new(&set, 1);
+        let sent = set.header();
+        let altered = [
+            VirtioNetHeader { hdr_len: sent.hdr_len + 1, ..sent },
+            VirtioNetHeader { gso_size: 1460, ..sent },
+            VirtioNetHeader { csum_start: sent.csum_start + 1, ..sent },
+            VirtioNetHeader { csum_offset: sent.csum_offset + 1, ..sent },
+        ];
+        for header in altered {
+            for (mut sink, corrupt) in [(Sink::new(&set, 1), 1), (Sink::new(&set, 1).with_offloads_of_ovs(), 0)] {
+                sink.take(Received::private(&mut set.frames()[0].clone(), header));
+                assert_eq!((sink.arrived().good, sink.arrived().corrupt), (1 - corrupt, corrupt), "{header:?}");
+            }
+        }
+        let mut sink = Sink::new(&set, 1000);
+        let mut frame = set.frames()[0].clone();
+        frame[50..52].copy_from_slice(&0x1409_u16.to_be_bytes());
+        sink.take(Received::private(&mut frame, sent));
+        assert_eq!((sink.arrived().good, sink.arrived().corrupt), (0, 1), "the sum without the length");
+    }
+
+    #[test]
+    fn through_ovs_a_frame_to_be_segmented_may_have_the_pseudo_sum_without_length_and_no_other() {
+        let set = FlowSet::new(endpoint(1), endpoint(2), SEGMENTED_BYTES, 1, 4);
+        let mut sink = Sink::new(&set, 1).with_offloads_of_ovs();
         // RFC 1071 over 10.0.0.1, 10.0.0.2 and protocol 6.
         for (checksum, good, corrupt) in [(0x1409_u16, 1, 0), (0x140a, 1, 1)] {
             let mut frame = set.frames()[0].clone();

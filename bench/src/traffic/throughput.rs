@@ -55,6 +55,8 @@ pub struct Plan {
     pub tunnel: Option<Tunnel>,
     /// Every frame is sent once, and a round ends when all are: then every frame can be a new flow.
     pub once: bool,
+    /// The device may change offloads as OVS-DPDK does: see [`Sink::with_offloads_of_ovs`].
+    pub offloads_of_ovs: bool,
 }
 
 /// Which side, and what the packets there look like.
@@ -78,6 +80,7 @@ impl Default for Plan {
             to: Endpoint { mac: [0x52, 0x54, 0, 0, 0, 2], address: [10, 0, 0, 2].into() },
             tunnel: None,
             once: false,
+            offloads_of_ovs: false,
         }
     }
 }
@@ -194,6 +197,7 @@ impl<'a> Throughput<'a> {
             Some(Tunnel::Encapsulate(outer)) => Sink::behind(&outer, set, plan.sample),
             _ => Sink::new(set, plan.sample),
         };
+        let sink = if plan.offloads_of_ovs { sink.with_offloads_of_ovs() } else { sink };
         Ok(Self { sink, from, to, plan })
     }
 
