@@ -27,7 +27,7 @@ pub struct Schedule {
     pub rounds: u32,
     /// Of a lane in a round.
     pub window: Duration,
-    /// Before each window, and not counted.
+    /// Before each window, and not counted: at least this long, and once through all flows of the lane.
     pub settle: Duration,
     /// One frame in this many is compared to its last byte.
     pub sample: u64,
@@ -53,6 +53,8 @@ struct Running<'a> {
     device: Device,
     ends: [Box<dyn End>; 2],
     set: FlowSet,
+    /// In the set: where the next window goes on. A window may be too short for all flows.
+    position: usize,
     rounds: Vec<Round>,
     latencies: Latencies,
     _bystanders: Vec<FrontEnd>,
@@ -104,7 +106,8 @@ fn bring_up<'a>(lane: &'a Lane, site: &Site, schedule: &Schedule) -> Result<Runn
     let bystanders = device.attach_bystanders()?;
     let set = Throughput::flow_set(&plan(lane, schedule), lane.case.ring);
     let latencies = Latencies::default();
-    let mut running = Running { lane, device, ends, set, rounds: Vec::new(), latencies, _bystanders: bystanders };
+    let mut running =
+        Running { lane, device, ends, set, position: 0, rounds: Vec::new(), latencies, _bystanders: bystanders };
     let warm_up = Plan { once: false, ..plan(lane, schedule) };
     let [from, to] = &mut running.ends;
     Throughput::new(from.as_mut(), to.as_mut(), warm_up, &running.set)?.warm_up()?;
@@ -124,6 +127,7 @@ impl Running<'_> {
         }
         // The set is written anew: the lanes' memory would not stay in the caches anyway.
         let mut settling = Throughput::new(from, to, Plan { once: false, ..plan.clone() }, &self.set)?;
+        settling.skip_to(self.position);
         settling.settle(schedule.settle)?;
         let checked = |round: Round, specimen: Option<&[u8]>| match round.fault(specimen) {
             Some(fault) => Err(CompareError::Content(format!("{}, round {}: {fault}", self.lane.label, number + 1))),
@@ -142,6 +146,7 @@ impl Running<'_> {
             if load.is_some() {
                 checked(settling.paced(LOAD * round.mpps, &mut self.latencies)?, settling.specimen())?;
             }
+            self.position = settling.next_template();
             round
         };
         self.rounds.push(round);

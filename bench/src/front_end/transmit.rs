@@ -201,6 +201,15 @@ impl Transmit {
         self.next_template
     }
 
+    /// Has [`Self::repost_burst`] go on with that frame.
+    ///
+    /// # Panics
+    /// If the set has no such frame.
+    pub fn skip_to(&mut self, index: usize) {
+        assert!(index < self.templates.len(), "frame {index} of {}", self.templates.len());
+        self.next_template = index;
+    }
+
     /// Asks for a call when the device finishes something; false if it already has. See [`Ring::enable_calls`].
     pub fn enable_calls(&mut self) -> bool {
         self.chains.ring.enable_calls()

@@ -24,6 +24,9 @@ pub trait End: Debug {
     /// Index of the frame that [`Self::repost`] sends next.
     fn next_template(&self) -> usize;
 
+    /// Has [`Self::repost`] go on with that frame.
+    fn skip_to(&mut self, index: usize);
+
     /// Frames sent since the start by [`Self::repost`] and [`Self::send`].
     fn sent(&self) -> u64;
 
@@ -70,6 +73,10 @@ impl End for FrontEnd {
 
     fn next_template(&self) -> usize {
         self.first().transmit.next_template()
+    }
+
+    fn skip_to(&mut self, index: usize) {
+        self.pairs()[0].transmit.skip_to(index);
     }
 
     fn sent(&self) -> u64 {

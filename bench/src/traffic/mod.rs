@@ -12,6 +12,8 @@ pub mod frame;
 pub mod idle;
 mod in_flight;
 pub mod latency;
+#[cfg(test)]
+mod loopback;
 pub mod sink;
 pub mod tap;
 pub mod testpmd;

@@ -129,6 +129,11 @@ impl End for Tap {
         self.next_template
     }
 
+    fn skip_to(&mut self, index: usize) {
+        assert!(index < self.templates.len(), "frame {index} of {}", self.templates.len());
+        self.next_template = index;
+    }
+
     fn sent(&self) -> u64 {
         self.sent
     }

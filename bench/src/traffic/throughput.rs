@@ -27,6 +27,9 @@ pub(super) const QUIET: Duration = Duration::from_millis(25);
 /// Draining longer than this means that the device never falls silent.
 pub(super) const DRAIN_MAX: Duration = Duration::from_secs(5);
 
+/// How long a whole pass over a set may take: a million flows at 35,000 a second.
+const PASS_MAX: Duration = Duration::from_secs(30);
+
 /// How long the device may take to bring the first frame across.
 const FIRST_FRAME_MAX: Duration = Duration::from_secs(30);
 
@@ -156,6 +159,14 @@ pub enum Failure {
     /// The device never falls silent.
     #[error("frames keep coming {} s after the last was sent", DRAIN_MAX.as_secs())]
     NeverQuiet,
+    /// The device is too slow for so many frames.
+    #[error("{sent} frames of a set of {frames} were taken within {} s", PASS_MAX.as_secs())]
+    SlowPass {
+        /// Frames that the device took.
+        sent: u64,
+        /// Frames in the set.
+        frames: usize,
+    },
 }
 
 impl From<RingError> for Failure {
@@ -227,15 +238,26 @@ impl<'a> Throughput<'a> {
             }
         }
         self.to.reap()?;
-        self.run(Duration::from_millis(100).min(self.plan.duration)).map(|_| ())
+        self.run(Duration::from_millis(100).min(self.plan.duration), 0).map(|_| ())
     }
 
-    /// A round that does not count: caches and a switch's tables are warm afterwards.
+    /// Goes on with frame `index` of the set.
+    pub fn skip_to(&mut self, index: usize) {
+        self.from.skip_to(index);
+    }
+
+    /// Index of the frame of the set that goes next.
+    pub fn next_template(&self) -> usize {
+        self.from.next_template()
+    }
+
+    /// A round that does not count, of `duration` at least and the whole set: afterwards a switch has seen every flow, and caches
+    /// and tables are warm.
     ///
     /// # Errors
-    /// As [`Self::round`].
+    /// As [`Self::round`], or [`Failure::SlowPass`].
     pub fn settle(&mut self, duration: Duration) -> Result<(), Failure> {
-        self.run(duration).map(drop)
+        self.run(duration, self.sink.set().frames().len()).map(drop)
     }
 
     /// One round.
@@ -243,10 +265,11 @@ impl<'a> Throughput<'a> {
     /// # Errors
     /// A broken ring, or a device that never falls silent.
     pub fn round(&mut self) -> Result<Round, Failure> {
-        self.run(self.plan.duration)
+        self.run(self.plan.duration, 0)
     }
 
-    fn run(&mut self, duration: Duration) -> Result<Round, Failure> {
+    /// For `duration`, and until `least` frames were sent.
+    fn run(&mut self, duration: Duration, least: usize) -> Result<Round, Failure> {
         self.drain()?;
         let sequence = self.from.next_template();
         self.sink.reset(sequence);
@@ -273,8 +296,12 @@ impl<'a> Throughput<'a> {
             self.discard_backwards()?;
             let elapsed = started.elapsed();
             let is_through = left == 0 && self.from.in_flight() == 0;
-            if elapsed >= duration || is_through {
+            let sent = self.from.sent() - sent_before;
+            if (elapsed >= duration && sent >= least as u64) || is_through {
                 break elapsed;
+            }
+            if elapsed >= duration.max(PASS_MAX) {
+                return Err(Failure::SlowPass { sent, frames: least });
             }
         };
         let in_time = self.sink.arrived().good;
@@ -359,5 +386,28 @@ impl Idle {
         } else if let Some((first, last)) = self.series.take() {
             self.total += last - first;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::loopback;
+    use super::*;
+
+    #[test]
+    fn settling_is_a_whole_pass_and_the_round_goes_on_behind_it() {
+        let plan = Plan { flows: 5000, duration: Duration::ZERO, ..Plan::default() };
+        let set = Throughput::flow_set(&plan, 256);
+        let [mut from, mut to] = loopback::pair(|_, frame| vec![frame]);
+        let mut throughput = Throughput::new(&mut from, &mut to, plan, &set).unwrap();
+        throughput.skip_to(1000);
+        throughput.settle(Duration::ZERO).unwrap();
+        let burst = TURNS_PER_LOOK * u32::from(BURST);
+        let settled = throughput.from.sent();
+        assert!((5000..5000 + u64::from(burst)).contains(&settled), "{settled}");
+        assert_eq!(throughput.next_template() as u64, (1000 + settled) % 5000);
+        let round = throughput.round().unwrap();
+        assert_eq!((round.sent, round.received, round.lost), (burst.into(), burst.into(), 0));
+        assert!(round.in_order, "{round:?}");
     }
 }
