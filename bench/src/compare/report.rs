@@ -118,7 +118,8 @@ impl Comparison {
 
 impl Comparison {
     fn latencies(&self) -> Table {
-        let mut table = Table::new(["latency, us", "load", "50 %", "99 %", "99.9 %", "most", "frames"]);
+        let mut table =
+            Table::new(["latency, us", "load", "50 %", "99 %", "99.9 %", "most", "sent", "received", "lost"]);
         for report in &self.lanes {
             let Some(latency) = report.latency() else { continue };
             let load = match report.lane.case.latency {
@@ -128,7 +129,7 @@ impl Comparison {
             let mut row = vec![report.lane.label.clone(), load.into()];
             let figures = [latency.p50_us, latency.p99_us, latency.p999_us, latency.max_us];
             row.extend(figures.map(|figure| format!("{figure:.1}")));
-            row.push(latency.frames.to_string());
+            row.extend([latency.sent, latency.received, latency.lost].map(|frames| frames.to_string()));
             table.row(row);
         }
         table
@@ -251,12 +252,21 @@ mod tests {
     #[test]
     fn latency_has_a_table_and_bars_of_its_own() {
         let mut report = lane("io,wake-up", &[]);
-        let summary = LatencySummary { frames: 9, p50_us: 12.3, p99_us: 45.6, p999_us: 50.0, max_us: 60.0 };
+        let summary = LatencySummary {
+            frames: 9,
+            sent: 12,
+            received: 9,
+            lost: 3,
+            p50_us: 12.3,
+            p99_us: 45.6,
+            p999_us: 50.0,
+            max_us: 60.0,
+        };
         if let Outcome::Measured { latency, .. } = &mut report.outcome {
             *latency = Some(summary);
         }
         let comparison = Comparison { title: "wake-up".into(), window_s: 0.3, lanes: vec![report] };
-        let row: Vec<_> = ["io,wake-up", "idle", "12.3", "45.6", "50.0", "60.0", "9"].into();
+        let row: Vec<_> = ["io,wake-up", "idle", "12.3", "45.6", "50.0", "60.0", "12", "9", "3"].into();
         assert!(comparison.to_string().lines().any(|line| line.split_whitespace().eq(row.iter().copied())));
         let svg = crate::compare::svg(&[comparison]).unwrap();
         assert!(svg.contains("12.3 us, 99 %: 45.6") && !svg.contains("not measured"), "{svg}");

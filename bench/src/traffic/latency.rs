@@ -3,9 +3,10 @@
 //! *Wake-up.* Between two frames the generator waits, longer than a device polls before it sleeps, so that every frame finds it
 //! asleep: what is measured is wake-up, switching, and the way back to a sink that polls.
 //!
-//! *Under load.* Frames fall due at equal distances. A frame's time begins when the generator sees it due, whether or not the
-//! device has room for it, so a device that stalls does not hide it by refusing frames; it ends once the turn is over in which it
-//! was received and checked. Both ends are one thread: the time that it takes over frames before is in it.
+//! *Under load.* Frames fall due at equal distances. A frame's time begins when it falls due, whether or not the device has room
+//! for it or the generator has come round to it, so nobody who stalls hides it by sending less ("coordinated omission"); it ends
+//! once the turn is over in which it was received and checked. Both ends are one thread: the time that it takes over frames
+//! before is in it. What was lost has no time, and is told beside the times.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -30,15 +31,26 @@ const WARM_UP: usize = 16;
 /// Turns between two looks at what is flooded to the generator.
 const TURNS_PER_DISCARD: u32 = 64;
 
-/// Latencies, in ns.
+/// Latencies, in ns, and what became of the frames that they are of.
 #[derive(Clone, Debug)]
-pub struct Latencies(Histogram<u64>);
+pub struct Latencies {
+    times: Histogram<u64>,
+    sent: u64,
+    received: u64,
+    lost: u64,
+}
 
 /// What they come to, us.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct LatencySummary {
-    /// Frames.
+    /// Frames whose time was taken.
     pub frames: u64,
+    /// Frames that the device took.
+    pub sent: u64,
+    /// Frames that came out whole.
+    pub received: u64,
+    /// Frames that never came out.
+    pub lost: u64,
     /// Half of all frames took at most this.
     pub p50_us: f64,
     /// 99 % did.
@@ -52,24 +64,42 @@ pub struct LatencySummary {
 impl Default for Latencies {
     fn default() -> Self {
         // Three digits: a tenth of a percent. It grows with what is recorded.
-        Self(Histogram::new(3).expect("three digits are possible"))
+        let times = Histogram::new(3).expect("three digits are possible");
+        Self { times, sent: 0, received: 0, lost: 0 }
     }
 }
 
 impl Latencies {
     fn record(&mut self, latency: Duration) {
-        self.0.record(latency.as_nanos() as u64).expect("a histogram that grows takes all");
+        self.times.record(latency.as_nanos() as u64).expect("a histogram that grows takes all");
+    }
+
+    /// A round in which times were recorded.
+    fn count(&mut self, round: &Round) {
+        self.sent += round.sent;
+        self.received += round.received;
+        self.lost += round.lost;
     }
 
     /// The value that `share` (0 to 1) of all frames were at or below, in us.
     pub fn quantile_us(&self, share: f64) -> f64 {
-        self.0.value_at_quantile(share) as f64 / 1e3
+        self.times.value_at_quantile(share) as f64 / 1e3
     }
 
     /// `None` before anything was recorded.
     pub fn summary(&self) -> Option<LatencySummary> {
         let [p50_us, p99_us, p999_us, max_us] = [0.5, 0.99, 0.999, 1.0].map(|share| self.quantile_us(share));
-        (!self.0.is_empty()).then(|| LatencySummary { frames: self.0.len(), p50_us, p99_us, p999_us, max_us })
+        let Self { times, sent, received, lost } = self;
+        (!times.is_empty()).then(|| LatencySummary {
+            frames: times.len(),
+            sent: *sent,
+            received: *received,
+            lost: *lost,
+            p50_us,
+            p99_us,
+            p999_us,
+            max_us,
+        })
     }
 }
 
@@ -107,29 +137,27 @@ pub fn measure(
         }
         if number >= WARM_UP {
             latencies.record(started.elapsed());
+            (latencies.sent, latencies.received) = (latencies.sent + 1, latencies.received + 1);
         }
     }
     Ok(())
 }
 
-/// Frames that are due or under way: number in the set, and since when. They arrive in this order.
+/// Frames that are due or under way: number in the set, and when they fell due. They arrive in this order.
 #[derive(Default)]
 struct Waiting(VecDeque<(usize, Instant)>);
 
 impl Waiting {
-    /// `None` for a frame that was not waited for. Those before it were lost.
+    /// `None` for a frame that was not waited for, and nothing changes. Otherwise those before it were lost.
     fn settle(&mut self, sequence: usize) -> Option<Instant> {
-        while let Some((waiting, since)) = self.0.pop_front() {
-            if waiting == sequence {
-                return Some(since);
-            }
-        }
-        None
+        let at = self.0.iter().position(|(waiting, _)| *waiting == sequence)?;
+        self.0.drain(..=at).next_back().map(|(_, since)| since)
     }
 }
 
 impl Throughput<'_> {
-    /// A round at `mpps`, evenly paced, of which every frame's time is recorded.
+    /// A round at `mpps`, evenly paced, of which every frame's time is recorded. The last frame that is sent is the last that
+    /// falls due within it.
     ///
     /// # Errors
     /// As [`Throughput::round`].
@@ -139,7 +167,8 @@ impl Throughput<'_> {
         let mut sequence = self.from.next_template();
         self.sink.reset(sequence);
         let sent_before = self.from.sent();
-        let (mut due, mut unsent, mut turns) = (0, 0_u64, 0_u32);
+        let per_second = mpps * 1e6;
+        let (mut due, mut unsent, mut turns) = (0_u64, 0_u64, 0_u32);
         let mut waiting = Waiting::default();
         let mut arrived = Vec::with_capacity(BURST.into());
         let started = Instant::now();
@@ -157,11 +186,11 @@ impl Throughput<'_> {
                     return Err(Failure::NeverQuiet);
                 }
             }
-            let due_now = (elapsed.as_secs_f64() * mpps * 1e6) as u64;
-            while due < due_now && !is_over {
-                waiting.0.push_back((sequence, now));
-                sequence = (sequence + 1) % frames;
+            let due_now = (elapsed.min(self.plan.duration).as_secs_f64() * per_second) as u64;
+            while due < due_now {
                 (due, unsent) = (due + 1, unsent + 1);
+                waiting.0.push_back((sequence, started + Duration::from_secs_f64(due as f64 / per_second)));
+                sequence = (sequence + 1) % frames;
             }
             unsent -= u64::from(self.from.repost(unsent.min(u64::from(BURST)) as u16)?);
             let sink = &mut self.sink;
@@ -169,7 +198,7 @@ impl Throughput<'_> {
             if !arrived.is_empty() {
                 last_arrival = Instant::now();
                 for since in arrived.drain(..).filter_map(|sequence| waiting.settle(sequence)) {
-                    latencies.record(last_arrival - since);
+                    latencies.record(last_arrival.saturating_duration_since(since));
                 }
             }
             turns += 1;
@@ -178,12 +207,15 @@ impl Throughput<'_> {
             }
         };
         let received = self.sink.arrived().good;
-        Ok(self.result(sent_before, received, elapsed, Duration::ZERO))
+        let round = self.result(sent_before, received, elapsed, Duration::ZERO);
+        latencies.count(&round);
+        Ok(round)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::loopback::{self, Harm};
     use super::*;
 
     #[test]
@@ -195,6 +227,48 @@ mod tests {
         assert_eq!(waiting.settle(1), Some(at(3)), "0 was lost");
         assert_eq!(waiting.settle(2), Some(at(4)));
         assert_eq!(waiting.settle(3), None);
+    }
+
+    #[test]
+    fn a_frame_that_nobody_waits_for_leaves_the_others_waiting() {
+        let start = Instant::now();
+        let mut waiting = Waiting(VecDeque::from([(1, start), (2, start)]));
+        assert_eq!(waiting.settle(7), None);
+        assert_eq!((waiting.settle(1), waiting.settle(1), waiting.settle(2)), (Some(start), None, Some(start)));
+    }
+
+    fn plan() -> Plan {
+        Plan { duration: Duration::from_millis(20), ..Plan::default() }
+    }
+
+    /// At 0.1 Mpps: 2000 frames.
+    fn paced(harm: Harm) -> (Round, LatencySummary) {
+        let set = Throughput::flow_set(&plan(), 256);
+        let [mut from, mut to] = loopback::pair(harm);
+        let mut latencies = Latencies::default();
+        let mut throughput = Throughput::new(&mut from, &mut to, plan(), &set).unwrap();
+        let round = throughput.paced(0.1, &mut latencies).unwrap();
+        (round, latencies.summary().unwrap())
+    }
+
+    #[test]
+    fn frames_lost_under_load_are_told_beside_the_times() {
+        let (round, summary) = paced(|number, frame| if number % 100 == 7 { vec![] } else { vec![frame] });
+        assert_eq!((summary.sent, summary.received, summary.lost, summary.frames), (2000, 1980, 20, 1980));
+        assert_eq!((round.sent, round.lost, round.in_order), (2000, 20, true));
+    }
+
+    #[test]
+    fn a_stall_is_in_the_time_of_every_frame_that_fell_due_in_it() {
+        let (_, summary) = paced(|number, frame| {
+            if number == 500 {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            vec![frame]
+        });
+        // 1000 frames in 10 ms: half of all, from 10 ms down to nothing. Whoever counts from the sending sees one or two.
+        assert_eq!(summary.frames, 2000);
+        assert!(summary.p99_us > 9000.0 && summary.max_us >= 10_000.0, "{summary:?}");
     }
 
     #[test]
