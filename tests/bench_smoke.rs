@@ -32,7 +32,10 @@ fn the_daemon_is_compared_by_ports_flows_rules_and_latency() {
         "daemon,latency",
         "daemon,wake-up",
         "daemon,rules=20",
+        "daemon,guard",
         "daemon,stateful,flows=10",
+        "daemon,stateful,encap",
+        "daemon,stateful,decap",
         "daemon,stateful,new-flows",
         "daemon,latency,stateful",
     ];

@@ -36,7 +36,7 @@ struct ScheduleArguments {
 /// Arguments of `compare`.
 #[derive(Debug, Args)]
 pub(crate) struct CompareArguments {
-    /// Device and case, the baseline first: io, ovs, kernel, dreamwire or a --binary, then any of size=N flows=N ring=N ports=N rules=N packed encap decap stateful new-flows latency wake-up label=TEXT
+    /// Device and case, the baseline first: io, ovs, kernel, dreamwire or a --binary, then any of size=N flows=N ring=N ports=N rules=N packed encap decap stateful guard new-flows latency wake-up label=TEXT
     #[arg(required = true, value_name = "DEVICE[,OPTION...]")]
     lanes: Vec<Lane>,
     #[command(flatten)]

@@ -33,6 +33,8 @@ pub(super) const OUTER: Outer = Outer {
 };
 /// "1518" are an Ethernet header and 1504 bytes.
 pub(super) const VM_MTU: u32 = 1504;
+/// Connections of a port at most: dreamwire's limit.
+pub(super) const CONNECTIONS: usize = 1 << 20;
 /// That inside needs 1554.
 pub(super) const UNDERLAY_MTU: u32 = 1600;
 
@@ -119,9 +121,9 @@ impl Device {
         let cannot = |what: &str| Err(CompareError::Cannot { device: lane.device.clone(), what: what.into() });
         Ok(match lane.device.as_str() {
             "io" | "testpmd" => {
-                if case.way != Way::VmToVm || case.stateful || case.ports > 2 || case.is_segmented() {
+                if case.way != Way::VmToVm || case.stateful || case.guard || case.ports > 2 || case.is_segmented() {
                     return cannot(
-                        "testpmd copies from one port to another, and knows neither tunnels, rules nor segmentation",
+                        "testpmd copies from one port to another, and knows neither tunnels, rules, a source guard nor segmentation",
                     );
                 }
                 let options = TestpmdOptions { cpu: site.peer_cpu, main_cpu: site.cpu, ..TestpmdOptions::default() };
@@ -199,6 +201,9 @@ fn start_ovs(case: &Case, site: &Site) -> Result<Ovs, CompareError> {
     if case.stateful && case.way != Way::VmToVm {
         return Err(CompareError::Cannot { device: "ovs".into(), what: "rules are set up from VM to VM only".into() });
     }
+    if case.guard {
+        return Err(CompareError::Cannot { device: "ovs".into(), what: "no source guard is set up".into() });
+    }
     let ports: Vec<_> = ports.iter().map(String::as_str).collect();
     let (local, remote) = (OUTER.from, OUTER.to);
     let (local_address, remote_address) = (format!("{}/24", local.address), remote.address.to_string());
@@ -262,9 +267,6 @@ fn configuration(case: &Case, cpu: usize) -> String {
     let mut add = |line: String| text.push_str(&line);
     if case.way == Way::VmToVm {
         add("[[network]]\nname = \"bench\"\n".into());
-        if case.stateful {
-            add("policy = \"enforced\"\n".into());
-        }
     } else {
         let Outer { from, to, vni } = OUTER;
         add(format!(
@@ -279,20 +281,25 @@ fn configuration(case: &Case, cpu: usize) -> String {
             to.address
         ));
     }
+    // Of the network, in either case.
+    if case.stateful {
+        add("policy = \"enforced\"\n".into());
+    }
     for name in case.vm_ports() {
         add(format!("[[port]]\nname = \"{name}\"\nnetwork = \"bench\"\n"));
-        if case.stateful {
+        if (case.stateful || case.guard) && ["a", "b"].contains(&name.as_str()) {
             let vm = VMS[usize::from(name == "b")];
-            if ["a", "b"].contains(&name.as_str()) {
-                add(format!("mac = \"{}\"\n", mac_text(vm.mac)));
-                // New flows come from an address of their own in each round, which a source guard would not let out.
-                if !case.new_flows {
-                    add(format!("addresses = [\"{}\"]\n", vm.address));
-                }
+            add(format!("mac = \"{}\"\n", mac_text(vm.mac)));
+            // New flows come from an address of their own in each round, which a source guard would not let out.
+            if !case.new_flows {
+                add(format!("addresses = [\"{}\"]\n", vm.address));
             }
-            // Room for every flow of the case at once: OVS's conntrack has three million by default.
+        }
+        if case.stateful {
+            // Room for every flow of the case at once, and for those of all windows where every frame is a new one
+            // (`Schedule::new_flows_of_a_window`): OVS's conntrack has three million by default.
             let flows = if case.new_flows { FLOWS_MAX } else { case.flows };
-            let connections = (2 * flows).clamp(32_768, FLOWS_MAX);
+            let connections = (2 * flows).clamp(32_768, CONNECTIONS);
             add(format!("groups = [\"bench\"]\nconnections = {connections}\n"));
         }
     }
@@ -331,6 +338,7 @@ mod tests {
         let case = Case { way: Way::Encap, ports: 3, ..Case::default() };
         let text = configuration(&case, 1);
         assert!(text.contains("name = \"a\"") && text.contains("name = \"idle3\"") && !text.contains("name = \"b\""));
+        assert!(!text.contains("enforced"));
         assert_eq!(case.end_names(), ["a", "fabric"]);
     }
 
@@ -340,6 +348,22 @@ mod tests {
         assert!(flows.contains("table=0,priority=10,ip,in_port=b,actions=ct(zone=2,table=2)"));
         assert!(flows.contains("table=5,priority=10,ip,dl_dst=52:54:00:00:00:02,actions=ct(zone=2,table=12)"));
         assert!(flows.contains("table=12,priority=10,udp,ct_state=+trk+new-inv,tp_dst=9,actions=ct(commit,zone=2),b"));
+    }
+
+    #[test]
+    fn rules_are_enforced_whichever_way_frames_go() {
+        for way in [Way::VmToVm, Way::Encap, Way::Decap] {
+            let text = configuration(&Case { way, stateful: true, ..Case::default() }, 1);
+            assert_eq!(text.matches("policy = \"enforced\"").count(), 1, "{text}");
+            assert!(text.contains("addresses = [\"10.0.0."), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_source_guard_is_there_without_rules() {
+        let text = configuration(&Case { guard: true, ..Case::default() }, 1);
+        assert!(text.contains("addresses = [\"10.0.0.1\"]") && text.contains("addresses = [\"10.0.0.2\"]"), "{text}");
+        assert!(!text.contains("enforced") && !text.contains("groups"), "{text}");
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub struct Case {
     /// Rules with connection tracking at both ports: what a VM sends is allowed, of what it is sent UDP to the flows' ports and
     /// replies.
     pub stateful: bool,
+    /// Ports are held to their VMs' addresses, as those with rules are, but without rules.
+    pub guard: bool,
     /// Rules of the receiver's group, of which only the last matches.
     pub rules: usize,
     /// Ports with a VM attached, the two busy ones included.
@@ -65,6 +67,7 @@ impl Default for Case {
             packed: false,
             way: Way::VmToVm,
             stateful: false,
+            guard: false,
             rules: 1,
             ports: 2,
             new_flows: false,
@@ -104,6 +107,7 @@ impl FromStr for Lane {
                 "encap" => case.way = Way::Encap,
                 "decap" => case.way = Way::Decap,
                 "stateful" => case.stateful = true,
+                "guard" => case.guard = true,
                 "rules" => (case.rules, case.stateful) = (number()?, true),
                 "new-flows" => case.new_flows = true,
                 "latency" => case.latency = Some(Load::Tenth),
@@ -111,8 +115,8 @@ impl FromStr for Lane {
                 "label" => lane.label = value.to_owned(),
                 _ => {
                     return Err(format!(
-                        "{word}: neither size, flows, ring, ports, rules, packed, encap, decap, stateful, new-flows, latency, \
-                         wake-up nor label"
+                        "{word}: neither size, flows, ring, ports, rules, packed, encap, decap, stateful, guard, new-flows, \
+                         latency, wake-up nor label"
                     ));
                 }
             }
@@ -144,6 +148,9 @@ impl Case {
         }
         if self.latency.is_some() && self.new_flows {
             return Err("latency is that of flows that are known".into());
+        }
+        if self.guard && self.new_flows {
+            return Err("new flows come from addresses that a source guard would not let out".into());
         }
         if self.latency == Some(Load::Idle) && (self.way != Way::VmToVm || self.is_segmented()) {
             return Err("wake-up is measured with whole frames from VM to VM".into());
@@ -185,6 +192,7 @@ mod tests {
             "io,flows=0",
             "io,rules=0",
             "io,latency,new-flows",
+            "io,guard,new-flows",
             "io,wake-up,encap",
         ] {
             assert!(text.parse::<Lane>().is_err(), "{text}");

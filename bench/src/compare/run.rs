@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::CompareError;
-use super::device::{Device, Site, VMS};
+use super::device::{CONNECTIONS, Device, Site, VMS};
 use super::lane::{Case, Lane, Load};
 use super::report::{Comparison, LaneReport, Outcome};
 use crate::front_end::{ChainShape, FrontEnd, Options, feature};
@@ -31,8 +31,17 @@ pub struct Schedule {
     pub settle: Duration,
     /// One frame in this many is compared to its last byte.
     pub sample: u64,
-    /// Frames in a window at most, where each is a new flow.
+    /// Frames in a window at most, where each is a new flow: fewer if the windows of all rounds together would have more than a
+    /// table of connections holds, for what is measured is the first frame of a flow, not how a full table is cleared.
     pub new_flows: usize,
+}
+
+impl Schedule {
+    /// Flows of one window, where each frame is a new one.
+    fn new_flows_of_a_window(&self) -> usize {
+        // What settling and warming up leave behind is a flow or a few.
+        self.new_flows.min((CONNECTIONS - 1024) / self.rounds.max(1) as usize).max(1)
+    }
 }
 
 impl Default for Schedule {
@@ -137,8 +146,9 @@ impl Running<'_> {
             drop(settling);
             // An address that has never sent: nobody knows any of these flows.
             let [.., high, low] = number.to_be_bytes();
+            let flows = schedule.new_flows_of_a_window();
             let sender = Endpoint { address: [10, high.wrapping_add(1), low, 1].into(), ..plan.from };
-            let set = FlowSet::new(sender, plan.to, plan.size, schedule.new_flows, schedule.new_flows);
+            let set = FlowSet::new(sender, plan.to, plan.size, flows, flows);
             let mut throughput = Throughput::new(from, to, plan, &set)?;
             checked(throughput.round()?, throughput.specimen())?
         } else {
@@ -200,5 +210,19 @@ pub(crate) fn raise_descriptor_limit() {
     if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
         // Without it the lanes that need more say so.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_flows_of_all_rounds_have_room_in_one_table() {
+        for (rounds, flows) in [(1, 1 << 18), (3, 1 << 18), (15, 69_836)] {
+            let schedule = Schedule { rounds, ..Schedule::default() };
+            assert_eq!(schedule.new_flows_of_a_window(), flows, "{rounds} rounds");
+            assert!(rounds as usize * flows < CONNECTIONS);
+        }
     }
 }
