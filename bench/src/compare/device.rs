@@ -33,6 +33,8 @@ pub(super) const OUTER: Outer = Outer {
 };
 /// "1518" are an Ethernet header and 1504 bytes.
 pub(super) const VM_MTU: u32 = 1504;
+/// As a Linux guest takes frames to be segmented: buffers of a page, put together (MRG_RXBUF).
+const SEGMENTED_RX_BYTES: usize = 4096;
 /// Connections of a port at most: dreamwire's limit.
 pub(super) const CONNECTIONS: usize = 1 << 20;
 /// That inside needs 1554.
@@ -82,6 +84,11 @@ impl Case {
             Way::Encap => Some(Tunnel::Encapsulate(OUTER)),
             Way::Decap => Some(Tunnel::Decapsulate(OUTER.reversed())),
         }
+    }
+
+    /// Of the buffers that frames are received into.
+    pub(super) fn rx_buffer_bytes(&self) -> usize {
+        if self.is_segmented() { SEGMENTED_RX_BYTES } else { Options::default().rx_buffer_bytes }
     }
 
     /// Names of the VM ports: the busy ones `a` and `b`, of which the tunnel replaces one.

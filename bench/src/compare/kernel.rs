@@ -11,7 +11,7 @@ use super::CompareError;
 use super::device::{OUTER, Site, UNDERLAY_MTU, VM_MTU, mac_text};
 use super::lane::{Case, Way};
 use crate::topology::{Netns, TopologyError, VXLAN_PORT};
-use crate::traffic::Tap;
+use crate::traffic::{Receiveq, Tap};
 
 const VXLAN: &str = "vxlan0";
 
@@ -38,7 +38,9 @@ pub(super) fn start(case: &Case, site: &Site) -> Result<(Netns, [Tap; 2]), Compa
         Way::Encap => tunnel(&netns, names[0], names[1])?,
         Way::Decap => tunnel(&netns, names[1], names[0])?,
     }
-    let open = |name| -> Result<Tap, CompareError> { Ok(netns.enter(|| Tap::open(name, case.is_segmented()))??) };
+    let receiveq = Receiveq { buffers: case.ring, buffer_bytes: case.rx_buffer_bytes() };
+    let open =
+        |name| -> Result<Tap, CompareError> { Ok(netns.enter(|| Tap::open(name, case.is_segmented(), receiveq))??) };
     let taps = [open(names[0])?, open(names[1])?];
     Ok((netns, taps))
 }

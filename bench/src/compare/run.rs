@@ -14,8 +14,6 @@ use crate::traffic::{End, Endpoint, FlowSet, Latencies, Plan, Round, cpu, latenc
 
 /// As a Linux guest sends 64 KiB: header, and pages of a scattered buffer in an indirect table.
 const SEGMENTED_CHAIN: ChainShape = ChainShape { descriptors: 18, indirect: true };
-/// As a Linux guest takes them: buffers of a page, put together (MRG_RXBUF).
-const SEGMENTED_RX_BYTES: usize = 4096;
 
 /// Share of a device's rate at which latency under load is measured.
 const LOAD: f64 = 0.1;
@@ -185,6 +183,7 @@ fn options(case: &Case, schedule: &Schedule) -> Options {
     let frames = if case.is_segmented() { 128 } else { frames };
     let mut options = Options {
         ring_size: case.ring,
+        rx_buffer_bytes: case.rx_buffer_bytes(),
         // Outer headers, virtio-net header and rounding.
         spare_bytes: frames * (case.size + 256) + defaults.spare_bytes,
         ..defaults
@@ -200,7 +199,6 @@ fn options(case: &Case, schedule: &Schedule) -> Options {
         require(feature::CSUM | feature::GUEST_CSUM | feature::HOST_TSO4 | feature::GUEST_TSO4);
         require(feature::MRG_RXBUF | feature::INDIRECT_DESC);
         options.tx_chain = SEGMENTED_CHAIN;
-        options.rx_buffer_bytes = SEGMENTED_RX_BYTES;
     }
     options
 }

@@ -28,7 +28,7 @@ pub use frame::{Endpoint, FlowSet};
 pub(crate) use in_flight::LIMITED_BYTES;
 pub use latency::{Latencies, LatencySummary};
 pub use sink::Sink;
-pub use tap::Tap;
+pub use tap::{Receiveq, Tap};
 pub use testpmd::Testpmd;
 pub use throughput::{Failure, Plan, Round, Tunnel};
 pub use vxlan::Outer;

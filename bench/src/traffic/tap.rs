@@ -21,10 +21,28 @@ static HEADER_BYTES: libc::c_int = HEADER_BYTES_MAX as libc::c_int;
 /// Frames that wait to be read: the device's default txqueuelen is 1000, of tap devices 500.
 const QUEUE_FRAMES: u16 = 500;
 
+/// The receiveq that a vhost-user guest would have in the tap's place: as many frames as it holds are under way at most
+/// ([`End::frames_held`]), so that all devices of a comparison are measured with the same.
+#[derive(Clone, Copy, Debug)]
+pub struct Receiveq {
+    /// Buffers.
+    pub buffers: u16,
+    /// Of each, header included; a frame takes several.
+    pub buffer_bytes: usize,
+}
+
+impl Receiveq {
+    fn frames_held(self, bytes: usize) -> u16 {
+        let buffers = (HEADER_BYTES_MAX + bytes).div_ceil(self.buffer_bytes);
+        ((usize::from(self.buffers) / buffers) as u16).min(QUEUE_FRAMES)
+    }
+}
+
 /// One tap device, open.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
+    receiveq: Receiveq,
     /// With their headers.
     templates: Vec<Vec<u8>>,
     next_template: usize,
@@ -35,14 +53,14 @@ pub struct Tap {
 
 impl Tap {
     /// Opens tap `interface` of the calling thread's network namespace, or makes it. With `offloads` it gives out
-    /// frames that are still to be segmented and checksums that are still to be made.
+    /// frames that are still to be segmented and checksums that are still to be made. It stands in for a guest with that `receiveq`.
     ///
     /// # Errors
     /// Without root's rights, or when the name is taken by something else.
     ///
     /// # Panics
     /// If the name has 16 bytes or more.
-    pub fn open(interface: &str, offloads: bool) -> Result<Self, FrontEndError> {
+    pub fn open(interface: &str, offloads: bool, receiveq: Receiveq) -> Result<Self, FrontEndError> {
         let opening = FrontEndError::system("opening /dev/net/tun");
         let file = File::options()
             .read(true)
@@ -75,7 +93,7 @@ impl Tap {
             return Err(FrontEndError::system("setting up a tap")(io::Error::last_os_error()));
         }
         let buffer = vec![0; HEADER_BYTES_MAX + SEGMENTED_BYTES_MAX].into();
-        Ok(Self { file, templates: Vec::new(), next_template: 0, sent: 0, buffer })
+        Ok(Self { file, receiveq, templates: Vec::new(), next_template: 0, sent: 0, buffer })
     }
 
     #[inline]
@@ -162,7 +180,20 @@ impl End for Tap {
         self.receive(each)
     }
 
-    fn frames_held(&self, _bytes: usize) -> u16 {
-        QUEUE_FRAMES
+    fn frames_held(&self, bytes: usize) -> u16 {
+        self.receiveq.frames_held(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::traffic::frame::SEGMENTED_BYTES;
+
+    #[test]
+    fn a_tap_holds_what_a_guests_receiveq_does() {
+        let receiveq = |buffers| Receiveq { buffers, buffer_bytes: 4096 };
+        assert_eq!(receiveq(1024).frames_held(SEGMENTED_BYTES), 64);
+        assert_eq!(receiveq(1024).frames_held(64), QUEUE_FRAMES, "its own queue is shorter");
     }
 }
