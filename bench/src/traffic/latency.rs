@@ -1,7 +1,8 @@
 //! How long frames take: one at a time through a device that has nothing else to do, or many at a part of its rate.
 //!
 //! *Wake-up.* Between two frames the generator waits, longer than a device polls before it sleeps, so that every frame finds it
-//! asleep: what is measured is wake-up, switching, and the way back to a sink that polls.
+//! asleep: what is measured is wake-up, switching, and the way back to a sink that polls. Every frame has a number of its own, and
+//! has to come out once and with every byte as it was, after the one before it.
 //!
 //! *Under load.* Frames fall due at equal distances. A frame's time begins when it falls due, whether or not the device has room
 //! for it or the generator has come round to it, so nobody who stalls hides it by sending less ("coordinated omission"); it ends
@@ -15,9 +16,9 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use super::end::End;
-use super::frame;
+use super::frame::{self, HEADERS_BYTES, MAGIC};
 use super::throughput::{DRAIN_MAX, Failure, Plan, QUIET, Round, Throughput};
-use crate::front_end::BURST;
+use crate::front_end::{BURST, Received, VirtioNetHeader};
 
 /// Silence before a frame that is to find its device asleep: longer than dreamwire polls (50 us).
 pub const SILENCE: Duration = Duration::from_micros(200);
@@ -106,7 +107,8 @@ impl Latencies {
 /// Sends `samples` frames from `from` to `to`, each `gap` after the one before has arrived, plus up to as much again.
 ///
 /// # Errors
-/// An end's, or [`Failure::Nothing`] when a frame does not arrive within 5 s.
+/// An end's, [`Failure::Nothing`] when a frame does not arrive within 5 s, or [`Failure::Altered`] when it does so altered, or one
+/// of those before it a second time.
 pub fn measure(
     from: &mut dyn End,
     to: &mut dyn End,
@@ -116,9 +118,10 @@ pub fn measure(
     latencies: &mut Latencies,
 ) -> Result<(), Failure> {
     let hello = frame::frame(plan.to, plan.from, frame::FRAME_BYTES_MIN, 0, u64::MAX);
-    let probe = frame::frame(plan.from, plan.to, plan.size, 0, 0);
     to.send(&hello)?;
     for number in 0..samples + WARM_UP {
+        // From one on: zero is what traffic before this may have had.
+        let probe = frame::frame(plan.from, plan.to, plan.size, 0, number as u64 + 1);
         // Spread over the device's whole way from polling to sleep.
         let wait = gap + gap.mul_f64((number % 101) as f64 / 100.0);
         let idle = Instant::now();
@@ -126,11 +129,14 @@ pub fn measure(
             from.receive_each(&mut |_| ())?;
             std::hint::spin_loop();
         }
+        let mut arrival = Arrival::default();
+        to.receive_each(&mut |view| arrival.take(view, &[]))?;
+        arrival.check()?;
         let started = Instant::now();
         from.send(&probe)?;
-        let mut arrived = false;
-        while !arrived {
-            to.receive_each(&mut |view| arrived |= view.len() == probe.len())?;
+        while !arrival.is_there {
+            to.receive_each(&mut |view| arrival.take(view, &probe))?;
+            arrival.check()?;
             if started.elapsed() > LOST {
                 return Err(Failure::Nothing { sent: 1, foreign: 0 });
             }
@@ -141,6 +147,34 @@ pub fn measure(
         }
     }
     Ok(())
+}
+
+/// What arrives while one frame is waited for.
+#[derive(Default)]
+struct Arrival {
+    is_there: bool,
+    /// A test frame that is not the one, or is it once more.
+    wrong: Option<(VirtioNetHeader, Vec<u8>)>,
+}
+
+impl Arrival {
+    /// `probe` is the one, or empty for none. Frames of someone else do not count.
+    fn take(&mut self, mut view: Received<'_>, probe: &[u8]) {
+        let header = view.header();
+        let bytes = view.bytes();
+        if bytes == probe && !self.is_there {
+            self.is_there = true;
+        } else if bytes.get(HEADERS_BYTES..).is_some_and(|payload| payload.starts_with(&MAGIC)) {
+            self.wrong.get_or_insert_with(|| (header, bytes.to_vec()));
+        }
+    }
+
+    fn check(&self) -> Result<(), Failure> {
+        match &self.wrong {
+            Some((header, frame)) => Err(Failure::altered(*header, frame)),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Frames that are due or under way: number in the set, and when they fell due. They arrive in this order.
@@ -235,6 +269,35 @@ mod tests {
         let mut waiting = Waiting(VecDeque::from([(1, start), (2, start)]));
         assert_eq!(waiting.settle(7), None);
         assert_eq!((waiting.settle(1), waiting.settle(1), waiting.settle(2)), (Some(start), None, Some(start)));
+    }
+
+    fn one_at_a_time(harm: Harm) -> Result<LatencySummary, Failure> {
+        let [mut from, mut to] = loopback::pair(harm);
+        let mut latencies = Latencies::default();
+        measure(&mut from, &mut to, &Plan::default(), 100, Duration::ZERO, &mut latencies)?;
+        Ok(latencies.summary().unwrap())
+    }
+
+    #[test]
+    fn every_byte_of_one_frame_at_a_time_is_compared_and_none_comes_twice() {
+        let summary = one_at_a_time(|_, frame| vec![vec![0xff; 64], frame]).unwrap();
+        assert_eq!((summary.frames, summary.sent, summary.received, summary.lost), (100, 100, 100, 0));
+        let harms: [Harm; 4] = [
+            |number, mut frame| {
+                frame[63] ^= u8::from(number == 50);
+                vec![frame]
+            },
+            |number, mut frame| {
+                frame.truncate(if number == 50 { 62 } else { 64 });
+                vec![frame]
+            },
+            |number, frame| vec![frame; if number == 50 { 2 } else { 1 }],
+            // The last of all.
+            |number, frame| vec![frame; if number == 115 { 2 } else { 1 }],
+        ];
+        for (index, harm) in harms.into_iter().enumerate() {
+            assert!(matches!(one_at_a_time(harm), Err(Failure::Altered { .. })), "harm {index}");
+        }
     }
 
     fn plan() -> Plan {

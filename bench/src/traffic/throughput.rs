@@ -146,8 +146,8 @@ pub enum Failure {
         /// Frames that were not ours.
         foreign: u64,
     },
-    /// What came through first was altered.
-    #[error("frames come out altered; the first has {bytes} bytes behind {header:?}: {start}")]
+    /// What came through first was altered, or came twice.
+    #[error("frames come out altered or twice; the first has {bytes} bytes behind {header:?}: {start}")]
     Altered {
         /// Its length.
         bytes: usize,
@@ -167,6 +167,12 @@ pub enum Failure {
         /// Frames in the set.
         frames: usize,
     },
+}
+
+impl Failure {
+    pub(super) fn altered(header: VirtioNetHeader, frame: &[u8]) -> Self {
+        Self::Altered { bytes: frame.len(), header, start: start_of(frame) }
+    }
 }
 
 impl From<RingError> for Failure {
@@ -234,7 +240,7 @@ impl<'a> Throughput<'a> {
             thread::sleep(Duration::from_millis(10));
             self.receive()?;
             if let (Some(header), Some(frame)) = (self.sink.specimen_header(), self.sink.specimen()) {
-                return Err(Failure::Altered { bytes: frame.len(), header, start: start_of(frame) });
+                return Err(Failure::altered(header, frame));
             }
         }
         self.to.reap()?;
