@@ -31,19 +31,25 @@ fn main() {
     run(std::env::args().any(|argument| argument == "--smoke"));
 }
 
-/// All rows; a short run if `smoke`.
-pub(crate) fn run(smoke: bool) {
+/// All rows, as they were printed; a short run if `smoke`.
+pub(crate) fn run(smoke: bool) -> Vec<String> {
+    let mut rows = Vec::new();
+    let mut print = |row: String| {
+        println!("{row}");
+        rows.push(row);
+    };
     let (rounds, lookups) = if smoke { (3, 2_000) } else { (31, 100_000) };
-    println!("rules   lookup ns [min..max]   miss ns [min..max]   compile ms   KiB");
+    print("rules   lookup ns [min..max]   miss ns [min..max]   compile ms   KiB".into());
     for rules in [10, 100, 1_000, 10_000] {
-        classifier_row(rules, rounds, lookups);
+        print(classifier_row(rules, rounds, lookups));
     }
     let thousand = apart(1_000, 1_000);
-    println!("{thousand:.0} ms to compile for 1,000 ports in a group of 10 rules each");
+    print(format!("{thousand:.0} ms to compile for 1,000 ports in a group of 10 rules each"));
     for flows in [1, 1_000, 100_000] {
-        touch_row(if smoke { flows.min(1_000) } else { flows }, rounds, lookups);
+        print(touch_row(if smoke { flows.min(1_000) } else { flows }, rounds, lookups));
     }
-    parse_row(rounds, lookups);
+    print(parse_row(rounds, lookups));
+    rows
 }
 
 fn address(random: &mut Random) -> Ipv4Addr {
@@ -106,7 +112,7 @@ fn flows(policy: &Policy, count: usize) -> Vec<Packet> {
     (0..count).map(flow).collect()
 }
 
-fn classifier_row(rules: u32, rounds: usize, lookups: usize) {
+fn classifier_row(rules: u32, rounds: usize, lookups: usize) -> String {
     let policy = policy(rules, 1);
     let start = Instant::now();
     let classifier = Classifier::compile(&policy, Posture::Enforced, &[GroupId(1_000_000)]);
@@ -133,7 +139,7 @@ fn classifier_row(rules: u32, rounds: usize, lookups: usize) {
             black_box(decide(&open, &mut conntrack, &Parsed::Ip(*packet), Direction::Ingress, None, 1, now_ns));
         }
     });
-    println!(
+    format!(
         "{rules:6}  {:6.1} [{:.1}..{:.1}]   {:6.1} [{:.1}..{:.1}]   {compile_ms:8.1}   {}",
         lookup.0,
         lookup.1,
@@ -142,7 +148,7 @@ fn classifier_row(rules: u32, rounds: usize, lookups: usize) {
         miss.1,
         miss.2,
         classifier.bytes() / 1024
-    );
+    )
 }
 
 /// Milliseconds to compile for `ports` ports, each in its own group of ten rules.
@@ -155,7 +161,7 @@ fn apart(ports: u32, groups: u32) -> f64 {
     start.elapsed().as_secs_f64() * 1e3
 }
 
-fn touch_row(flows: usize, rounds: usize, touches: usize) {
+fn touch_row(flows: usize, rounds: usize, touches: usize) -> String {
     let policy = policy(10, 1);
     let classifier = Classifier::compile(&policy, Posture::Open, &[GroupId(1_000_000)]);
     let mut conntrack = Conntrack::new(ConntrackLimits { connections: 131_072, ..ConntrackLimits::default() }, 1);
@@ -178,10 +184,10 @@ fn touch_row(flows: usize, rounds: usize, touches: usize) {
             black_box(conntrack.touch(*connection, black_box(packet), Direction::Egress, 1, 1));
         }
     });
-    println!("touch of {flows} TCP connections: {:.1} ns [{:.1}..{:.1}]", touch.0, touch.1, touch.2);
+    format!("touch of {flows} TCP connections: {:.1} ns [{:.1}..{:.1}]", touch.0, touch.1, touch.2)
 }
 
-fn parse_row(rounds: usize, parses: usize) {
+fn parse_row(rounds: usize, parses: usize) -> String {
     let mut frame = vec![0u8; 12];
     frame.extend([8, 0, 0x45, 0, 0, 52, 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
     frame.extend([0x9c, 0x40, 1, 0xbb, 0, 0, 0, 1, 0, 0, 0, 2, 0x80, 0x10, 1, 0, 0, 0, 0, 0]);
@@ -192,7 +198,7 @@ fn parse_row(rounds: usize, parses: usize) {
             black_box(parse(black_box(&frame), frame.len()));
         }
     });
-    println!("parse of a TCP segment with timestamp: {:.1} ns [{:.1}..{:.1}]", cost.0, cost.1, cost.2);
+    format!("parse of a TCP segment with timestamp: {:.1} ns [{:.1}..{:.1}]", cost.0, cost.1, cost.2)
 }
 
 /// Nanoseconds per operation: median, lowest and highest of the rounds.

@@ -129,18 +129,39 @@ impl Firewalls {
         self.start.elapsed().as_nanos() as u64
     }
 
-    /// What each of the two, Linux first, remembers of TCP, by the host's port.
-    pub(crate) fn remembered(&self) -> [BTreeMap<u16, Remembered>; 2] {
+    /// What each of the two, Linux first, remembers, by the host's port (or the identifier of an ICMP query).
+    pub(crate) fn remembered(&self) -> [Memory; 2] {
         let table = self.router.sh("cat /proc/net/nf_conntrack").unwrap();
         let now_ns = self.now_ns();
-        let tcp = |row: ConnectionRow| row.tcp.is_some().then(|| Remembered::of_row(&row));
-        [table.lines().filter_map(Remembered::of_line).collect(), self.conntrack.rows(now_ns).filter_map(tcp).collect()]
+        let [mut linux, mut ours] = [Memory::new(), Memory::new()];
+        for (port, flow, remembered) in table.lines().map(Remembered::of_line) {
+            linux.entry(port).or_default().insert(flow, remembered);
+        }
+        for (port, flow, remembered) in self.conntrack.rows(now_ns).map(|row| Remembered::of_row(&row)) {
+            ours.entry(port).or_default().insert(flow, remembered);
+        }
+        [linux, ours]
     }
 }
 
-/// A TCP connection as a firewall remembers it.
+/// By the host's port, then by connection.
+pub(crate) type Memory = BTreeMap<u16, BTreeMap<Flow, Remembered>>;
+
+/// One of the connections of a host's port.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Flow {
+    /// IPv4's number.
+    protocol: u8,
+    /// The VM's port, or the type of an ICMP query.
+    vm_port: u16,
+    /// The host began it.
+    ingress: bool,
+}
+
+/// A connection as a firewall remembers it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Remembered {
+    /// Of TCP; else empty.
     state: String,
     replied: bool,
     assured: bool,
@@ -151,26 +172,44 @@ impl Remembered {
     /// The two tables are read one after the other, and one of them counts in ticks.
     const SECONDS_APART_MAX: u64 = 2;
 
-    /// `ipv4 2 tcp 6 431999 ESTABLISHED src=10.1.0.1 dst=10.2.0.1 sport=1024 dport=443 src=... [ASSURED] mark=0 use=1`
-    fn of_line(line: &str) -> Option<(u16, Self)> {
+    /// `ipv4 2 tcp 6 431999 ESTABLISHED src=10.1.0.1 dst=10.2.0.1 sport=1024 dport=443 src=... [ASSURED] mark=0 use=1`,
+    /// `ipv4 2 udp 17 29 src=10.1.0.1 dst=10.2.0.1 sport=1024 dport=53 [UNREPLIED] src=... mark=0 use=1`,
+    /// `ipv4 2 icmp 1 29 src=10.1.0.1 dst=10.2.0.1 type=8 code=0 id=1024 [UNREPLIED] src=... mark=0 use=1`
+    fn of_line(line: &str) -> (u16, Flow, Self) {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let port = |at: usize| words[at].split_once('=').unwrap().1.parse::<u16>().unwrap();
-        (words[2] == "tcp").then(|| {
-            let remembered = Self {
-                state: words[5].replace('_', ""),
-                replied: !line.contains("[UNREPLIED]"),
-                assured: line.contains("[ASSURED]"),
-                seconds_left: words[4].parse().unwrap(),
-            };
-            (if port(9) == 443 { port(8) } else { port(9) }, remembered)
-        })
+        let value = |name: &str| {
+            let found = words.iter().find_map(|word| word.split_once('=').filter(|(key, _)| *key == name));
+            found.unwrap_or_else(|| panic!("no {name}: {line}")).1
+        };
+        let number = |name: &str| value(name).parse::<u16>().unwrap();
+        let protocol = words[3].parse().unwrap();
+        let ingress = value("src").starts_with("10.1.");
+        let (port, vm_port) = match protocol {
+            1 => (number("id"), number("type")),
+            _ if ingress => (number("sport"), number("dport")),
+            _ => (number("dport"), number("sport")),
+        };
+        let remembered = Self {
+            state: if protocol == 6 { words[5].replace('_', "") } else { String::new() },
+            replied: !line.contains("[UNREPLIED]"),
+            assured: line.contains("[ASSURED]"),
+            seconds_left: words[4].parse().unwrap(),
+        };
+        (port, Flow { protocol, vm_port, ingress }, remembered)
     }
 
-    fn of_row(row: &ConnectionRow) -> (u16, Self) {
+    fn of_row(row: &ConnectionRow) -> (u16, Flow, Self) {
+        let (protocol, ingress) = (row.key.protocol, row.initiator == Direction::Ingress);
         let ports = [row.key.source_port, row.key.destination_port];
-        let state = format!("{:?}", row.tcp.unwrap()).to_uppercase();
+        let (port, vm_port) = match protocol {
+            1 => (ports[0], ports[1] >> 8),
+            _ if ingress => (ports[0], ports[1]),
+            _ => (ports[1], ports[0]),
+        };
+        let state = row.tcp.map(|state| format!("{state:?}").to_uppercase()).unwrap_or_default();
         let seconds_left = row.expires_in_ns / 1_000_000_000;
-        (ports[usize::from(ports[0] == 443)], Self { state, replied: row.replied, assured: row.assured, seconds_left })
+        let remembered = Self { state, replied: row.replied, assured: row.assured, seconds_left };
+        (port, Flow { protocol, vm_port, ingress }, remembered)
     }
 
     /// Whether two firewalls remember the same, but for what expires just now.

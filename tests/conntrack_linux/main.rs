@@ -1,6 +1,6 @@
 //! Our connection tracking against Linux nf_conntrack: the same packets through nftables rules in a namespace and through
 //! [`dreamwire_policy::decide`] with the same rules, compared packet by packet at the far end, and what both remember
-//! afterwards. Needs root and nftables.
+//! of TCP, UDP and ICMP afterwards. Needs root and nftables.
 //!
 //! `DREAMWIRE_CONNTRACK_TRACES` sets the number of random traces, `DREAMWIRE_CONNTRACK_SEED` repeats a run.
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
@@ -10,7 +10,7 @@ mod packets;
 mod random_trace;
 mod scenarios;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use dreamwire_bench::topology::{Needs, available};
 use dreamwire_policy::Direction;
@@ -48,12 +48,14 @@ fn random_traces_get_the_same_verdicts_and_leave_the_same_behind() {
     }
     let Comparison { packets, passed, connections, differences } = comparison;
     println!(
-        "random: {packets} packets in {traces} traces (seed {seed}), {passed} passed by Linux, {connections} connections \
-         remembered"
+        "random: {packets} packets in {traces} traces (seed {seed}), {passed} passed by Linux, connections remembered, by \
+         what their traces begin with: {connections:?}"
     );
     for (name, (count, example)) in &differences {
         println!("difference, {count} times: {name}\n{example}");
     }
+    let remembers = |kind: &str| connections.get(kind).is_some_and(|count| *count > 0);
+    assert!(traces < 100 || ["TCP", "UDP", "ICMP"].into_iter().all(remembers), "each kind occurs: {connections:?}");
     assert!(passed > packets / 4 && passed < packets * 9 / 10, "both verdicts occur: {passed} of {packets}");
     let different: u64 = differences.values().map(|difference| difference.0).sum();
     println!("{different} of {traces} random traces end in a difference");
@@ -64,8 +66,8 @@ fn random_traces_get_the_same_verdicts_and_leave_the_same_behind() {
 struct Comparison {
     packets: u64,
     passed: u64,
-    /// Known to either at the end of their traces.
-    connections: u64,
+    /// Known to either at the end of their traces, by what those begin with.
+    connections: BTreeMap<&'static str, u64>,
     /// By kind: how many, and the shortest.
     differences: BTreeMap<String, (u64, String)>,
 }
@@ -81,10 +83,15 @@ impl Comparison {
         }
         let [linux, ours] = firewalls.remembered();
         for (port, trace) in equal {
-            let (linux, ours) = (linux.get(&port), ours.get(&port));
-            self.connections += u64::from(linux.is_some() || ours.is_some());
-            if !Remembered::same(linux, ours) {
-                self.differs(format!("Linux {linux:?}, ours {ours:?}"), &trace);
+            let [linux, ours] = [&linux, &ours].map(|memory| memory.get(&port).cloned().unwrap_or_default());
+            let flows: BTreeSet<_> = linux.keys().chain(ours.keys()).collect();
+            *self.connections.entry(trace.first().map_or("none", Packet::kind)).or_default() += flows.len() as u64;
+            for flow in flows {
+                let (linux, ours) = (linux.get(flow), ours.get(flow));
+                if !Remembered::same(linux, ours) {
+                    self.differs(format!("{flow:?}: Linux {linux:?}, ours {ours:?}"), &trace);
+                    break;
+                }
             }
         }
     }

@@ -118,6 +118,14 @@ impl Packet {
         }
     }
 
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Tcp(_) => "TCP",
+            Self::Udp { .. } => "UDP",
+            Self::Icmp { .. } => "ICMP",
+        }
+    }
+
     /// `port` is the host's, or the identifier.
     pub(crate) fn bytes(&self, id: u16, port: u16) -> Vec<u8> {
         let (from, to) = if self.ingress() { (HOST, VM) } else { (VM, HOST) };
