@@ -56,6 +56,29 @@ fn flows_spread_over_a_receivers_queues_and_each_keeps_to_one() {
 }
 
 #[test]
+fn a_flow_has_the_same_queue_in_another_process() {
+    const CHILD: &str = "DREAMWIRE_TEST_PRINTS_QUEUES";
+    let mut lan = acquainted(2, 2);
+    for flow in 0..32 {
+        lan.send(0, &udp(mac(2), mac(1), flow));
+    }
+    let by_queue = lan.stations[1].received_by_queue();
+    let flows_of = |queue: &Vec<Vec<u8>>| queue.iter().map(|frame| u16::from(frame[35])).collect::<Vec<_>>();
+    let queues = format!("queues: {:?}", by_queue.iter().map(flows_of).collect::<Vec<_>>());
+    if std::env::var_os(CHILD).is_some() {
+        println!("{queues}");
+        return;
+    }
+    let program = std::env::current_exe().unwrap();
+    let test = "a_flow_has_the_same_queue_in_another_process";
+    let child = std::process::Command::new(program).args(["--exact", test, "--nocapture"]).env(CHILD, "1").output();
+    let child = child.unwrap();
+    let printed = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success() && printed.contains(&queues), "{queues} here, there: {printed}");
+    assert!(by_queue.iter().all(|queue| !queue.is_empty()), "{queues}");
+}
+
+#[test]
 fn a_disabled_queue_gets_nothing_and_its_flows_move() {
     let mut lan = acquainted(2, 2);
     lan.change_ring(1, 0, |setup| setup.enabled = false);
