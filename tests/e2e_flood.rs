@@ -1,4 +1,4 @@
-//! One port floods, with SYNs and with a scan of all UDP ports, as fast as it can; two guests talk TCP meanwhile. Their
+//! One port floods, with SYNs and with a scan of all UDP ports, at a steady pace; two guests talk TCP meanwhile. Their
 //! connections stay, their throughput is held against that under the same load without new connections, and every table
 //! keeps its bounds.
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
@@ -15,6 +15,7 @@ use common::conversation::Conversation;
 use common::counters::{Drops, assert_conserved, drops};
 use common::*;
 use dreamwire_bench::front_end::{FrontEnd, Options};
+use dreamwire_bench::report::Paired;
 use dreamwire_bench::topology::{Daemon, Guest, Needs, Netns, available, wait_until};
 use serde_json::Value;
 
@@ -24,7 +25,14 @@ const FLOODER_CONNECTIONS: usize = 1000;
 const VICTIM_CONNECTIONS: usize = 512;
 const NEW_FLOWS: u64 = 300;
 /// Of one measurement.
-const SECONDS: u64 = 4;
+const SECONDS: u64 = 2;
+/// Each a measurement under load, one under a flood of SYNs, one under a scan: neighbours in time, for they share their
+/// processors with whatever else runs.
+const ROUNDS: usize = 3;
+/// Frames per second of load and floods alike: what differs between them is what the frames are, not how many.
+const PACE: u64 = 20_000;
+/// Of a lump: a worker's burst.
+const LUMP: u32 = 32;
 const TALK: u16 = 5000;
 
 /// What the flooder sends. Frames of no protocol pass its own port and end at the victim's: the same load, no connection.
@@ -95,20 +103,32 @@ fn a_flood_takes_neither_connections_nor_throughput_from_others() {
             });
             assert!(stays, "{what}: {port} has forgotten the conversation");
         }
+        assert!(kind == NOTHING || rate > PACE as f64 / 4.0, "{what}: {rate:.0} frames/s are no load");
         (megabits, dropped, victims.len())
     };
     measure("nothing else", NOTHING);
-    let (loaded, ..) = measure("the same load, no connections", LOAD);
-    for (what, kind) in [("a flood of SYNs", SYNS), ("a scan of UDP ports", SCAN)] {
-        let (megabits, dropped, victims) = measure(what, kind);
-        // They share their processors with whatever else runs: between two measurements the same load differs by a third.
-        assert!(megabits > loaded / 3.0, "{what}: {megabits:.0} Mbit/s, {loaded:.0} under the same load");
-        assert!(dropped["ports/vm3/new_flow_rate"] > 0, "{what}: {dropped:?}");
-        match kind {
-            SYNS => assert!(victims > VICTIM_CONNECTIONS / 2, "the flood reached the victim's table: {victims}"),
-            _ => assert!(dropped["ports/vm2/ingress_denied"] > 0, "{what}: {dropped:?}"),
+    let floods = [("a flood of SYNs", SYNS), ("a scan of UDP ports", SCAN)];
+    let mut ratios = [Paired::default(), Paired::default()];
+    for _ in 0..ROUNDS {
+        let (loaded, ..) = measure("the same load, no connections", LOAD);
+        for ((what, kind), ratio) in floods.into_iter().zip(&mut ratios) {
+            let (megabits, dropped, victims) = measure(what, kind);
+            ratio.push(megabits, loaded);
+            assert!(dropped["ports/vm3/new_flow_rate"] > 0, "{what}: {dropped:?}");
+            match kind {
+                SYNS => assert!(victims > VICTIM_CONNECTIONS / 2, "the flood reached the victim's table: {victims}"),
+                _ => assert!(dropped["ports/vm2/ingress_denied"] > 0, "{what}: {dropped:?}"),
+            }
+            talk.both_hear_each_other();
         }
-        talk.both_hear_each_other();
+    }
+    for ((what, _), ratio) in floods.iter().zip(&ratios) {
+        let ratio = ratio.ratio().unwrap();
+        println!(
+            "{what}: {:.2} of the throughput under the same load ({:.2} to {:.2})",
+            ratio.median, ratio.min, ratio.max
+        );
+        assert!(ratio.median >= 0.5, "{what}: {ratio:?}");
     }
     nobody_resets_what_is_not_his(&daemon, &flooder, &mut talk);
     assert_conserved(&daemon);
@@ -147,7 +167,7 @@ fn dropped_since(daemon: &Daemon, before: &Drops) -> Drops {
     now.map(|(name, count)| (name.clone(), count - since(&name))).filter(|(_, count)| *count > 0).collect()
 }
 
-/// Port `vm3`, driven by a thread at full speed.
+/// Port `vm3`, driven by a thread at [`PACE`].
 struct Flooder {
     sends: Arc<AtomicU8>,
     rests: Arc<AtomicU8>,
@@ -164,6 +184,8 @@ impl Flooder {
             let (sends, rests, sent) = (sends.clone(), rests.clone(), sent.clone());
             move || {
                 let mut number = 0;
+                let lump_time = Duration::from_secs(LUMP.into()) / PACE as u32;
+                let mut due = Instant::now();
                 loop {
                     let kind = sends.load(Ordering::Acquire);
                     rests.store(kind, Ordering::Release);
@@ -176,7 +198,13 @@ impl Flooder {
                         std::thread::sleep(Duration::from_millis(1));
                         continue;
                     }
-                    let frames: Vec<_> = (number..number + 32).map(|number| flooding(kind, number)).collect();
+                    let now = Instant::now();
+                    if now < due {
+                        std::thread::sleep(due - now);
+                    }
+                    // What was missed is not made up for: a lump at a time.
+                    due = due.max(now) + lump_time;
+                    let frames: Vec<_> = (number..number + LUMP).map(|number| flooding(kind, number)).collect();
                     let frames: Vec<&[u8]> = frames.iter().map(Vec::as_slice).collect();
                     let count = front_end.send_burst(&frames).unwrap() as u32;
                     number = number.wrapping_add(count);

@@ -71,6 +71,10 @@ const CARDS: [Card; 4] = [
 const FILE_BYTES: usize = 2 << 20;
 const FILE_RATE: &str = "500k";
 
+/// Probes that may be overtaken in a round by those of a queue that is enabled after the first: what waits while the flow moves, a
+/// probe every 10 ms in each direction.
+const OVERTAKEN_MAX: u64 = 4;
+
 impl Card {
     fn port(&self, guest: u8) -> String {
         format!("{}-{guest}", self.name)
@@ -142,8 +146,8 @@ fn guests_with_rings_of_every_kind_recover_when_the_daemon_ends_or_is_killed() {
         let events = [&one, &two].map(link_events);
         for (index, (card, probe)) in CARDS.iter().zip(&probes).enumerate() {
             // While a guest comes back, its second queue is enabled after the first, and flows move there.
-            let moves = card.queue_pairs > 1;
-            report_moves(&format!("{} rings, {signal}", card.name), start, probe, moves);
+            let overtaken_max = if card.queue_pairs > 1 { OVERTAKEN_MAX } else { 0 };
+            report_moves(&format!("{} rings, {signal}", card.name), start, probe, overtaken_max);
             let [first, second] = [0, 1].map(|guest| events[guest][index] - link_events_before[guest][index]);
             eprintln!("    link events seen by the guests: {first} and {second}");
         }
@@ -226,17 +230,17 @@ fn traffic_is_back(one: &Guest, two: &Guest) {
 }
 
 fn report(what: &str, start: Instant, probe: &ProbeReport) {
-    report_moves(what, start, probe, false);
+    report_moves(what, start, probe, 0);
 }
 
 /// As [`report`]; where the flow may have moved to another queue, frames that waited in the old one may be overtaken.
-fn report_moves(what: &str, start: Instant, probe: &ProbeReport, moves: bool) {
+fn report_moves(what: &str, start: Instant, probe: &ProbeReport, overtaken_max: u64) {
     let (gap_ms, seconds) = (probe.longest_gap_ms, start.elapsed().as_secs_f64());
     eprintln!(
-        "{what}: longest gap {gap_ms:.0} ms in {seconds:.1} s; {} of {} probes answered",
-        probe.received, probe.sent
+        "{what}: longest gap {gap_ms:.0} ms in {seconds:.1} s; {} of {} probes answered, {} of them overtaken",
+        probe.received, probe.sent, probe.reordered
     );
     assert!(probe.received > 0, "{probe:?}");
     assert_eq!(probe.duplicates, 0, "{probe:?}");
-    assert!(moves || probe.reordered == 0, "{probe:?}");
+    assert!(probe.reordered <= overtaken_max, "{probe:?}");
 }

@@ -20,7 +20,7 @@ pub(crate) fn outer(group: u16, inner: &[u8]) -> Vec<u8> {
         destination: (Mac(OURS), "192.0.2.1".parse().unwrap()),
         udp_port: 4789,
     };
-    let mut header = OuterHeader::new(&ends, vxlan::Header { vni: Vni::new(100).unwrap(), group }).unwrap();
+    let mut header = OuterHeader::new(&ends, vxlan::Header::new(Vni::new(100).unwrap(), group)).unwrap();
     [header.finish(inner.len(), 1), inner].concat()
 }
 
