@@ -12,7 +12,7 @@
 use std::hash::BuildHasher;
 use std::net::IpAddr;
 
-use foldhash::fast::RandomState;
+use foldhash::quality::RandomState;
 
 use crate::mac::Mac;
 use crate::snapshot::{NETWORKS_MAX, NetworkId, PORTS_MAX, PortId, WorkerId};
@@ -156,8 +156,7 @@ impl Default for Fdb {
 impl Fdb {
     #[inline]
     fn bucket(&self, key: u64) -> usize {
-        // The upper bits: foldhash mixes best there.
-        (self.hasher.hash_one(key) >> 32) as usize % BUCKETS
+        self.hasher.hash_one(key) as usize % BUCKETS
     }
 
     /// Rises with every address that comes, moves or goes in `network`: what was looked up there at the same epoch still

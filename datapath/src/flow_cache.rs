@@ -8,7 +8,7 @@
 
 use std::hash::BuildHasher;
 
-use foldhash::fast::RandomState;
+use foldhash::quality::SeedableRandomState;
 
 use crate::burst::NextHop;
 use crate::snapshot::NetworkId;
@@ -34,11 +34,17 @@ struct Entry<T> {
 pub(crate) struct FlowCache<T> {
     entries: Box<[Entry<T>; ENTRIES]>,
     /// Seeded: which pairs share a place cannot be foreseen.
-    hasher: RandomState,
+    hasher: SeedableRandomState,
 }
 
 impl<T: Copy + Default + Eq> Default for FlowCache<T> {
     fn default() -> Self {
+        Self::new(SeedableRandomState::random())
+    }
+}
+
+impl<T: Copy + Default + Eq> FlowCache<T> {
+    fn new(hasher: SeedableRandomState) -> Self {
         let free = Entry {
             stations: (0, 0),
             network: NetworkId(0),
@@ -47,7 +53,7 @@ impl<T: Copy + Default + Eq> Default for FlowCache<T> {
             until_ns: 0,
             next_hop: NextHop::Undecided,
         };
-        Self { entries: Box::new([free; ENTRIES]), hasher: RandomState::default() }
+        Self { entries: Box::new([free; ENTRIES]), hasher }
     }
 }
 
@@ -63,8 +69,7 @@ impl<T: Copy + Eq> FlowCache<T> {
     #[inline]
     fn place(&self, stations: (u64, u32), network: NetworkId) -> usize {
         let hash = self.hasher.hash_one((stations.0, u64::from(stations.1) | u64::from(network.0) << 32));
-        // Measured over 2,000 seeds: of the bits of this hash, these spread addresses that count up best.
-        (hash >> 16) as usize % ENTRIES
+        hash as usize % ENTRIES
     }
 
     /// What was decided for `stations`, if it still holds.
@@ -102,6 +107,10 @@ impl<T: Copy + Eq> FlowCache<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
+    use foldhash::SharedSeed;
+
     use super::*;
     use crate::snapshot::PortId;
 
@@ -121,13 +130,17 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_count_up_spread() {
-        let cache = FlowCache::<u8>::default();
+    fn addresses_that_count_up_spread_whatever_the_seed() {
         let header = |n: u16| {
             let [a, b] = n.to_be_bytes();
             [2, 0, 0, 0, a, b, 2, 0, 0, 0, 0, 1]
         };
-        let places: std::collections::HashSet<_> = (0..256).map(|n| cache.place(stations(&header(n)), NET)).collect();
-        assert!(places.len() > 100, "{}", places.len());
+        for seed in 0..500 {
+            let shared = Box::leak(Box::new(SharedSeed::from_u64(seed)));
+            let cache = FlowCache::<u8>::new(SeedableRandomState::with_seed(seed, shared));
+            let places: HashSet<_> = (0..256).map(|n| cache.place(stations(&header(n)), NET)).collect();
+            // Thrown at random they would take 162, give or take 5.
+            assert!(places.len() > 130, "seed {seed}: {}", places.len());
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Frames and datagrams from arbitrary bytes, for the fuzz target `headers` and its regression test.
 
 use dreamwire_policy::Claim;
-use foldhash::fast::RandomState;
+use foldhash::quality::RandomState;
 
 use crate::claim::claim;
 use crate::stage::parse::{ETHERNET_BYTES, destination, flow_hash, network_layer, source};

@@ -49,7 +49,7 @@ pub struct Snapshot {
     /// By [`NetworkId`].
     pub networks: Vec<Option<Network>>,
     /// Which network a VNI on an underlay belongs to.
-    pub by_vni: HashMap<(UnderlayId, Vni), NetworkId, foldhash::fast::RandomState>,
+    pub by_vni: HashMap<(UnderlayId, Vni), NetworkId, foldhash::quality::RandomState>,
     /// Whose it is.
     pub worker: WorkerId,
     /// The worker of each underlay, by [`UnderlayId`]; those that are not listed are the first worker's.
@@ -110,7 +110,7 @@ pub struct Network {
     /// Who else gets what is flooded.
     pub beyond: Beyond,
     /// Configured addresses of its ports. They take precedence over anything learned and are never learned elsewhere.
-    pub static_macs: HashMap<Mac, PortId, foldhash::fast::RandomState>,
+    pub static_macs: HashMap<Mac, PortId, foldhash::quality::RandomState>,
     /// Whether source addresses are learned.
     pub learning: bool,
     /// Seconds after which a learned address that was not seen again is forgotten, in ns.

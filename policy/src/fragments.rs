@@ -7,7 +7,7 @@
 use std::hash::BuildHasher;
 
 use foldhash::SharedSeed;
-use foldhash::fast::SeedableRandomState;
+use foldhash::quality::SeedableRandomState;
 
 use crate::key::{Family, Key};
 use crate::model::Direction;

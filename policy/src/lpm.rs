@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use foldhash::fast::RandomState;
+use foldhash::quality::RandomState;
 
 use crate::model::mask;
 

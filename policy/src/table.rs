@@ -9,7 +9,7 @@
 use std::hash::{BuildHasher, Hash, Hasher};
 
 use foldhash::SharedSeed;
-use foldhash::fast::SeedableRandomState;
+use foldhash::quality::SeedableRandomState;
 
 use crate::key::{Family, Key};
 use crate::model::Direction;
@@ -200,10 +200,14 @@ impl Table {
     /// Room for `limit` connections. Two buckets to choose from fill to nine tenths before one overflows; this has a quarter
     /// more than that to spare.
     pub(crate) fn new(limit: u32, seed: u64) -> Self {
+        Self::with_hasher(limit, SeedableRandomState::with_seed(seed, SharedSeed::global_random()))
+    }
+
+    fn with_hasher(limit: u32, hasher: SeedableRandomState) -> Self {
         let limit = limit.max(WAYS as u32);
         let buckets = (limit as usize * 5 / 4).div_ceil(WAYS).next_power_of_two();
         Self {
-            hasher: SeedableRandomState::with_seed(seed, SharedSeed::global_random()),
+            hasher,
             buckets: vec![[0; WAYS]; buckets].into_boxed_slice(),
             entries: Vec::with_capacity(limit as usize),
             freed: Vec::with_capacity(limit as usize),
@@ -376,4 +380,32 @@ impl Table {
 #[inline]
 const fn slot_of(place: u64) -> usize {
     place as u32 as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_that_count_up_have_room_whatever_the_seed() {
+        const LIMIT: u32 = 4096;
+        for seed in 0..200 {
+            let shared = Box::leak(Box::new(SharedSeed::from_u64(seed)));
+            let mut table = Table::with_hasher(LIMIT, SeedableRandomState::with_seed(seed, shared));
+            for port in 0..LIMIT as u16 {
+                let key = ConnKey {
+                    local: [0, 0x0a00_0001],
+                    remote: [0, 0x0a00_0002],
+                    local_port: 1024 + port,
+                    remote_port: 443,
+                    protocol: 6,
+                    family: Family::V4,
+                    asker: Direction::Egress,
+                };
+                let slot = table.insert(key, 0).expect("none is assured");
+                table.entry_mut(slot).expires_ns = 1;
+            }
+            assert_eq!((table.count(), table.dropped_early), (LIMIT, 0), "seed {seed}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::hash::BuildHasher;
 use std::net::IpAddr;
 
-use foldhash::fast::FixedState;
+use foldhash::quality::FixedState;
 
 use crate::burst::NextHop;
 use crate::snapshot::{PORTS_MAX, PortId};

@@ -13,7 +13,7 @@ use std::hash::BuildHasher;
 
 use dreamwire_policy::Connection;
 use dreamwire_vhost::memory::{Wish, prefetch};
-use foldhash::fast::RandomState;
+use foldhash::quality::RandomState;
 
 use super::flow_key::FlowKey;
 
@@ -100,7 +100,7 @@ impl<const WORDS: usize> Leases<WORDS> {
     /// Where a flow's lease should be; asks for its cache line.
     #[inline]
     pub(crate) fn place(&self, key: &FlowKey<WORDS>) -> usize {
-        let place = (self.hasher.hash_one(key) >> 16) as usize & self.mask;
+        let place = self.hasher.hash_one(key) as usize & self.mask;
         prefetch(&raw const self.words[self.first + place * Self::STRIDE] as usize, Wish::Read);
         place
     }

@@ -126,7 +126,7 @@ fn be16(bytes: &[u8], at: usize) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
-    use foldhash::fast::RandomState;
+    use foldhash::quality::RandomState;
     use proptest::prelude::*;
 
     use super::*;

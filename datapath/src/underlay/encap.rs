@@ -3,7 +3,7 @@
 use std::hash::BuildHasher;
 use std::net::IpAddr;
 
-use foldhash::fast::RandomState;
+use foldhash::quality::RandomState;
 
 use super::neighbours::{Ask, Neighbours};
 use super::open::Station;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dreamwire_vhost::frame::{NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{Ring, SendError};
-use foldhash::fast::FixedState;
+use foldhash::quality::FixedState;
 
 use super::fault_log::FaultLog;
 use super::handoff::Outbox;
