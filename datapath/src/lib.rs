@@ -10,6 +10,7 @@ pub mod fdb;
 mod flow_cache;
 #[doc(hidden)]
 pub mod fuzz;
+pub mod huge_pages;
 pub mod mac;
 mod offload;
 pub mod perimeter;

@@ -97,7 +97,7 @@ fn unicast_flooding_and_learning_allocate_nothing() {
 #[test]
 fn judging_new_flows_and_known_ones_allocates_nothing() {
     let mut lan = Lan::new(4, 1);
-    common::policy::with_policy(&mut lan);
+    common::policy::with_policy(&mut lan, 131_072);
     let queue = dreamwire_datapath::perimeter::events::queue();
     lan.worker.tell(Arc::clone(&queue));
     assert_steady(&mut lan, |lan, number| {

@@ -9,6 +9,8 @@
 //! Owned by a port's worker. Fixed size, allocated by [`Conntrack::new`]; no operation allocates, and all are bounded.
 //! What a guest or its peers can fill is this port's own.
 
+use std::ops::Range;
+
 use crate::bucket::TokenBucket;
 use crate::fragments::Fragments;
 use crate::key::{Family, ICMP, ICMPV6, IcmpRole, Key, TCP, UDP, UDP_LITE, icmp_role};
@@ -196,6 +198,13 @@ impl Conntrack {
         }
     }
 
+    /// The memory that [`Self::track`] reads first for such a packet: two cache lines for the caller to ask for early.
+    #[inline]
+    #[must_use]
+    pub fn buckets(&self, key: &Key, direction: Direction) -> Option<[&[u64; 8]; 2]> {
+        conn_key(key, direction).map(|(key, _)| self.table.buckets(&key))
+    }
+
     /// What a packet is. Moves the state of a connection that it belongs to; begins none.
     ///
     /// A later fragment is [`ConnState::Invalid`] here: [`crate::decide()`] judges it by its first.
@@ -369,6 +378,12 @@ impl Conntrack {
     pub fn rows_among(&self, first: usize, count: usize, now_ns: u64) -> impl Iterator<Item = ConnectionRow> {
         let shown = move |entry: &&Entry| entry.expires_ns > now_ns && !entry.has(Entry::REVOKED);
         self.table.entries_among(first, count).filter(shown).map(move |entry| row(entry, now_ns))
+    }
+
+    /// Addresses of its large tables: for who looks after their pages. They are the same until it is dropped.
+    #[must_use]
+    pub fn memory(&self) -> [Range<usize>; 2] {
+        self.table.memory()
     }
 
     /// Places that the table has used so far.

@@ -7,6 +7,7 @@
 //! connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
 
 use std::hash::{BuildHasher, Hash, Hasher};
+use std::ops::Range;
 
 use foldhash::SharedSeed;
 use foldhash::quality::SeedableRandomState;
@@ -219,6 +220,14 @@ impl Table {
         }
     }
 
+    /// Addresses of buckets and entries.
+    pub(crate) fn memory(&self) -> [Range<usize>; 2] {
+        let buckets = self.buckets.as_ptr_range();
+        let entries = self.entries.as_ptr() as usize;
+        let entries_end = entries + self.entries.capacity() * size_of::<Entry>();
+        [buckets.start as usize..buckets.end as usize, entries..entries_end]
+    }
+
     pub(crate) fn count(&self) -> u32 {
         (self.entries.len() - self.freed.len()) as u32
     }
@@ -256,6 +265,12 @@ impl Table {
         let hash = self.hasher.hash_one(key);
         let mask = self.buckets.len() - 1;
         ([hash as usize & mask, (hash >> 24) as usize & mask], ((hash >> 48) | 1) << 32)
+    }
+
+    /// Where a connection's slot is looked for.
+    #[inline]
+    pub(crate) fn buckets(&self, key: &ConnKey) -> [&[u64; WAYS]; 2] {
+        self.places(key).0.map(|bucket| &self.buckets[bucket])
     }
 
     /// The slot of a connection that has not expired.

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use dreamwire_datapath::counters::{NetworkCounters, PortCounters, UnderlayCounters};
-use dreamwire_datapath::perimeter::PerimeterLimits;
 use dreamwire_datapath::snapshot::{
     NETWORKS_MAX, NetworkId, PORTS_MAX, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId, WorkerId,
 };
@@ -19,6 +18,7 @@ use tokio::sync::watch;
 use super::inventory::{Inventory, Workers};
 use super::news::{LogLimit, News};
 use super::next_hops::NextHops;
+use super::perimeters::Guarded;
 use super::rulebook::Rulebook;
 use super::session::Session;
 use super::slots::Slots;
@@ -44,8 +44,8 @@ pub struct Control {
     pub(super) retired: Totals,
     pub(super) started: SystemTime,
     pub(super) rulebook: Rulebook,
-    /// What workers keep to hold ports to their policies, and which worker.
-    pub(super) guarded: BTreeMap<PortId, (WorkerId, PerimeterLimits)>,
+    /// What workers keep to hold ports to their policies.
+    pub(super) guarded: BTreeMap<PortId, Guarded>,
     pub(super) news: Arc<News>,
     /// Of lines about rules; times are since `log_began`.
     pub(super) log_limit: LogLimit,

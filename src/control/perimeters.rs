@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
+use dreamwire_datapath::huge_pages::HugePages;
 use dreamwire_datapath::perimeter::{Perimeter, PerimeterLimits};
 use dreamwire_datapath::snapshot::{PortId, PortPolicy, WorkerId};
 use dreamwire_policy::{ConntrackLimits, MeterLimits};
@@ -17,6 +18,19 @@ use super::core::Control;
 use super::inventory::Workers;
 use crate::config::Port;
 use crate::config::limits::Meter;
+
+/// How much memory is looked at in one go, of each port: 32 MiB, in some 30 us.
+const HUGE_PAGES_AT_ONCE: usize = 16;
+/// Made huge in one go, of all ports. A worker may wait for each for most of a millisecond.
+const HUGE_PAGES_MADE_MAX: usize = 4;
+
+/// A perimeter that was handed over.
+#[derive(Debug)]
+pub(super) struct Guarded {
+    worker: WorkerId,
+    limits: PerimeterLimits,
+    pages: HugePages,
+}
 
 impl Control {
     /// What a port is held to; `None` if to nothing.
@@ -31,12 +45,14 @@ impl Control {
     /// Gives workers what the ports of the document need that they do not have.
     pub(super) fn guard_ports(&mut self) {
         for (id, (worker, limits)) in self.wanted() {
-            let last = self.guarded.get(&id).copied();
-            if last.is_none_or(|(_, last)| last != limits) {
+            let last = self.guarded.get(&id);
+            if last.is_none_or(|last| last.limits != limits) {
                 // One that is to move has its rings where it was.
-                let worker = last.map_or(worker, |(worker, _)| worker);
-                drop(guard(&self.workers, worker, id, Some(Box::new(Perimeter::new(limits, seed())))));
-                self.guarded.insert(id, (worker, limits));
+                let worker = last.map_or(worker, |last| last.worker);
+                let perimeter = Box::new(Perimeter::new(limits, seed()));
+                let pages = perimeter.huge_pages();
+                drop(guard(&self.workers, worker, id, Some(perimeter)));
+                self.guarded.insert(id, Guarded { worker, limits, pages });
             }
         }
     }
@@ -44,8 +60,8 @@ impl Control {
     /// Takes back what no port of the document needs.
     pub(super) fn unguard_ports(&mut self) {
         let wanted = self.wanted();
-        for (id, (worker, _)) in self.guarded.extract_if(.., |id, _| !wanted.contains_key(id)) {
-            drop(guard(&self.workers, worker, id, None));
+        for (id, last) in self.guarded.extract_if(.., |id, _| !wanted.contains_key(id)) {
+            drop(guard(&self.workers, last.worker, id, None));
         }
     }
 
@@ -54,14 +70,22 @@ impl Control {
         let Self { ports, workers, guarded, .. } = self;
         for live in ports.values() {
             live.endpoint.move_to(live.worker, || {
-                if let Some((worker, _)) = guarded.get_mut(&live.id)
-                    && *worker != live.worker
+                if let Some(guarded) = guarded.get_mut(&live.id)
+                    && guarded.worker != live.worker
                 {
-                    let perimeter = guard(workers, *worker, live.id, None);
+                    let perimeter = guard(workers, guarded.worker, live.id, None);
                     drop(guard(workers, live.worker, live.id, perimeter));
-                    *worker = live.worker;
+                    guarded.worker = live.worker;
                 }
             });
+        }
+    }
+
+    /// Gives tables that have come to be used huge pages, some at a time.
+    pub(super) fn gather_pages(&mut self) {
+        let mut left = HUGE_PAGES_MADE_MAX;
+        for guarded in self.guarded.values_mut() {
+            left -= guarded.pages.gather(HUGE_PAGES_AT_ONCE, left);
         }
     }
 

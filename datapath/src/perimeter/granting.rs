@@ -73,6 +73,9 @@ impl Perimeters {
                 None => others = true,
             }
         }
+        for Asked { place, key, .. } in &self.asked[..asked] {
+            own.leases.look_elsewhere(*place, key);
+        }
         let mut last = (u16::MAX, 0, NextHop::Undecided);
         for slot in 0..asked {
             let Asked { index, place, key } = &self.asked[slot];

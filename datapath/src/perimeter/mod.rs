@@ -22,10 +22,12 @@ use dreamwire_policy::{
     Reason, decide, parse,
 };
 use dreamwire_vhost::frame::RawFrame;
+use dreamwire_vhost::memory::{Wish, prefetch};
 use dreamwire_vhost::ring::BURST;
 
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
+use crate::huge_pages::HugePages;
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, PortPolicy, Snapshot};
 use events::{Events, Story};
 use granting::Asked;
@@ -87,6 +89,11 @@ impl Perimeter {
             meters: Default::default(),
             sweep_buckets: connections.div_ceil(WAYS * SWEEP_PARTS) as usize,
         }
+    }
+
+    /// Where its large tables could have huge pages.
+    pub fn huge_pages(&self) -> HugePages {
+        HugePages::new(self.conntrack.memory().into_iter().chain([self.leases.memory(), self.leases6.memory()]))
     }
 
     /// Has the meters follow the policy. New limits start with a full bucket.
@@ -212,6 +219,15 @@ impl Perimeters {
             _ => 0,
         };
         receiver + from.map_or(0, |port| self.epoch(port))
+    }
+
+    /// Asks for the memory that [`Self::judge`] will read first.
+    #[inline]
+    pub(crate) fn look_ahead(&self, id: PortId, direction: Direction, parsed: &Parsed) {
+        if let (Some(perimeter), Parsed::Ip(packet)) = (&self.slots[usize::from(id.0)], parsed) {
+            let buckets = perimeter.conntrack.buckets(&packet.key, direction);
+            buckets.iter().flatten().for_each(|bucket| prefetch(bucket.as_ptr() as usize, Wish::Write));
+        }
     }
 
     /// Judges a frame at a port that has a policy. `identity` is its sender's, `parsed` what [`parse`] says of it.

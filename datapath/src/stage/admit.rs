@@ -8,7 +8,7 @@ use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
 use crate::fdb::{Fdb, refresh_ns};
 use crate::perimeter::{Perimeters, Stand, identity_of, parse_frame};
-use crate::snapshot::{PortId, Snapshot};
+use crate::snapshot::{Port, PortId, Snapshot};
 
 /// Judges every frame that goes to a port of this worker, unless a lease has let it pass, and gives leases to those that
 /// may have one.
@@ -16,6 +16,15 @@ use crate::snapshot::{PortId, Snapshot};
 pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Perimeters, fdb: &Fdb) {
     if !snapshot.has_policies {
         return;
+    }
+    // First the places of all, so that memory is waited for once.
+    for index in 0..burst.length {
+        if let NextHop::Port(to) = burst.next_hops[index]
+            && burst.ingress[index] == Stand::Unasked
+            && snapshot.port(to).is_some_and(|port| is_judged_here(port, snapshot))
+        {
+            perimeters.look_ahead(to, Direction::Ingress, &parse_frame(&burst.frames[index]));
+        }
     }
     for index in 0..burst.length {
         let next_hop = burst.next_hops[index];
@@ -67,6 +76,12 @@ impl<'a> Flooded<'a> {
     }
 }
 
+/// Whether a port has a policy, and is not another worker's: that judges.
+#[inline]
+fn is_judged_here(port: &Port, snapshot: &Snapshot) -> bool {
+    port.policy.is_some() && port.worker == snapshot.worker
+}
+
 #[inline]
 fn ingress(
     burst: &Burst,
@@ -76,11 +91,7 @@ fn ingress(
     perimeters: &mut Perimeters,
     fdb: &Fdb,
 ) -> Result<Stand, DropReason> {
-    let Some(port) = snapshot.port(to) else { return Ok(Stand::Unasked) };
-    if port.policy.is_none() || port.worker != snapshot.worker {
-        // Another's port: its worker judges.
-        return Ok(Stand::Unasked);
-    }
+    let Some(port) = snapshot.port(to).filter(|port| is_judged_here(port, snapshot)) else { return Ok(Stand::Unasked) };
     let frame = &burst.frames[index];
     let identity = identity(burst, index, snapshot);
     if burst.egress[index] == Stand::Unasked

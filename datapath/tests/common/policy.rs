@@ -10,8 +10,8 @@ use dreamwire_policy::{
 
 use super::Lan;
 
-/// All stations under rules that let everything pass.
-pub(crate) fn with_policy(lan: &mut Lan) {
+/// All stations under rules that let everything pass, with room for so many connections each.
+pub(crate) fn with_policy(lan: &mut Lan, connections: u32) {
     let group = GroupId(1);
     let rule = |id, direction| Rule {
         id: RuleId(id),
@@ -28,7 +28,7 @@ pub(crate) fn with_policy(lan: &mut Lan) {
     let rules = vec![rule(0, Direction::Ingress), rule(1, Direction::Egress)];
     let policy = Policy::new(vec![Group { id: group, members: vec![] }], rules, vec![]).expect("a sound policy");
     let classifier = Arc::new(Classifier::compile(&policy, Posture::Enforced, &[group]));
-    let conntrack = ConntrackLimits { connections: 131_072, ..ConntrackLimits::default() };
+    let conntrack = ConntrackLimits { connections, ..ConntrackLimits::default() };
     for port in lan.snapshot.ports.iter_mut().flatten() {
         port.policy = Some(PortPolicy { classifier: Arc::clone(&classifier), meters: Default::default() });
     }
