@@ -20,9 +20,13 @@ impl Sum {
             }
         }
         let mut sum = self.0 + lanes.iter().sum::<u64>();
-        let (words, rest) = blocks.remainder().as_chunks::<2>();
+        let (words, rest) = blocks.remainder().as_chunks::<4>();
         for word in words {
-            sum += u64::from(u16::from_ne_bytes(*word));
+            sum += u64::from(u32::from_ne_bytes(*word));
+        }
+        let (halves, rest) = rest.as_chunks::<2>();
+        for half in halves {
+            sum += u64::from(u16::from_ne_bytes(*half));
         }
         if let [last] = rest {
             sum += u64::from(u16::from_ne_bytes([*last, 0]));
@@ -50,7 +54,9 @@ impl Sum {
     #[inline]
     pub(crate) fn folded(self) -> [u8; 2] {
         let mut sum = self.0;
-        while sum >> 16 != 0 {
+        // From 64 bits to 33, 18, 17 and 16.
+        sum = (sum & 0xffff_ffff) + (sum >> 32);
+        for _ in 0..3 {
             sum = (sum & 0xffff) + (sum >> 16);
         }
         (sum as u16).to_ne_bytes()

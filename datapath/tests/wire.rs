@@ -4,92 +4,16 @@
 mod common;
 
 use std::net::IpAddr;
-use std::sync::Arc;
 
+use common::scene::*;
 use common::*;
-use dreamwire_datapath::counters::UnderlayCounters;
 use dreamwire_datapath::drop_reason::DropReason;
 use dreamwire_datapath::mac::Mac;
-use dreamwire_datapath::snapshot::{NetworkId, Tunnel, UnderlayId};
-use dreamwire_datapath::underlay::{Ends, OuterHeader, RingUnderlay, RingUnderlayConfig};
-use dreamwire_datapath::vni::Vni;
 use dreamwire_datapath::vxlan;
 use dreamwire_vhost::ring::Ring;
-use smoltcp::wire::{IpAddress, Ipv4Packet, Ipv6Packet, UdpPacket};
-
-const WIRE: UnderlayId = UnderlayId(3);
-const OURS: Mac = Mac([2, 0xaa, 0, 0, 0, 1]);
-const THEIRS: Mac = Mac([2, 0xaa, 0, 0, 0, 2]);
-const UDP_PORT: u16 = 4789;
-
-/// Two guests, and a wire with another host on it.
-struct Scene {
-    lan: Lan,
-    /// The front-end that is the wire: its receiveq is where we send.
-    wire: Station,
-    counters: Arc<UnderlayCounters>,
-    here: IpAddr,
-    there: IpAddr,
-}
-
-fn vni() -> Vni {
-    Vni::new(0x12_3456).unwrap()
-}
+use smoltcp::wire::{Ipv4Packet, Ipv6Packet, UdpPacket};
 
 impl Scene {
-    fn new(here: &str, there: &str) -> Self {
-        Self::with(here, there, |_| {})
-    }
-
-    fn with(here: &str, there: &str, change: impl FnOnce(&mut RingUnderlayConfig)) -> Self {
-        let (here, there): (IpAddr, IpAddr) = (here.parse().unwrap(), there.parse().unwrap());
-        let mut lan = Lan::new(2, 1);
-        lan.network(0).tunnel =
-            Some(Tunnel { vni: vni(), underlay: WIRE, remotes: vec![there], carries_group: false, trusted: vec![] });
-        lan.snapshot.by_vni.insert((WIRE, vni()), NetworkId(0));
-        lan.publish();
-        let mut config = RingUnderlayConfig {
-            mac: OURS,
-            address: here,
-            udp_port: UDP_PORT,
-            mtu: 1600,
-            gateway: None,
-            neighbours: Vec::new(),
-        };
-        change(&mut config);
-        let counters = Arc::<UnderlayCounters>::default();
-        lan.worker.add_underlay(WIRE, RingUnderlay::new(config, Arc::clone(&counters)));
-        let mut scene = Self { lan, wire: Station::new(99, 1), counters, here, there };
-        scene.plug_in();
-        scene
-    }
-
-    fn plug_in(&mut self) {
-        for (number, queue) in self.wire.queues.iter().enumerate() {
-            let ring = queue.ring.open(F_VERSION_1 | F_MERGEABLE);
-            assert!(self.lan.worker.attach_wire(WIRE, number as u16, ring).is_none());
-        }
-        self.wire.fill();
-    }
-
-    /// An outer packet from the other host around `inner`.
-    fn outer(&self, inner: &[u8]) -> Vec<u8> {
-        let ends = Ends { source: (THEIRS, self.there), destination: (OURS, self.here), udp_port: UDP_PORT };
-        let mut header = OuterHeader::new(&ends, vni().into()).unwrap();
-        let mut packet = header.finish(inner.len(), 77).to_vec();
-        packet.extend(inner);
-        if self.here.is_ipv6() {
-            self.sum(&mut packet, 54);
-        }
-        packet
-    }
-
-    /// Gives a packet the UDP checksum that is right.
-    fn sum(&self, packet: &mut [u8], udp_at: usize) {
-        let (source, destination) = (IpAddress::from(self.there), IpAddress::from(self.here));
-        UdpPacket::new_unchecked(&mut packet[udp_at..]).fill_checksum(&source, &destination);
-    }
-
     /// The other host puts a packet on the wire.
     fn arrive(&mut self, packet: &[u8]) {
         self.wire.send(packet);

@@ -198,11 +198,11 @@ impl Conntrack {
         }
     }
 
-    /// The memory that [`Self::track`] reads first for such a packet: two cache lines for the caller to ask for early.
+    /// The memory that [`Self::track`] reads first for such a packet: a cache line for the caller to ask for early.
     #[inline]
     #[must_use]
-    pub fn buckets(&self, key: &Key, direction: Direction) -> Option<[&[u64; 8]; 2]> {
-        conn_key(key, direction).map(|(key, _)| self.table.buckets(&key))
+    pub fn bucket(&self, key: &Key, direction: Direction) -> Option<&[u64; 8]> {
+        conn_key(key, direction).map(|(key, _)| self.table.bucket(&key))
     }
 
     /// What a packet is. Moves the state of a connection that it belongs to; begins none.

@@ -1,7 +1,8 @@
 //! The connection table of one port: fixed size, two choices of an 8-way bucket, seeded hash.
 //!
-//! A connection is in one of two buckets that its hash names, or nowhere, so every operation is bounded. Buckets say where
-//! entries are; entries are taken in order, and again once freed. All is allocated at start and nothing grows, but a page is
+//! A connection is in one of two buckets that its hash names, or nowhere, so every operation is bounded. It is in the first
+//! unless that was crowded, and each bucket knows how many of its own went to their second: mostly none, so one cache line says
+//! that a connection is new. Buckets say where entries are; entries are taken in order, and again once freed. All is allocated at start and nothing grows, but a page is
 //! resident only once a connection has used it: a table costs what its busiest moment needed. When there is no room, the
 //! least useful connection of both buckets goes: expired, then cut by its rules, then closed, then never answered, then closing. An assured
 //! connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
@@ -18,6 +19,14 @@ use crate::tcp::{TcpState, Tracker};
 
 /// Connections in a bucket: one cache line says where they are.
 const WAYS: usize = 8;
+
+/// Free places that leave a bucket to those who have it as their first. Beyond, the emptier of two is taken.
+const CROWDED: usize = 5;
+
+/// The part of a bucket's word that says where a connection is. What is above it in the bucket's first word counts those
+/// who went to their second bucket from here.
+const PLACE: u64 = AWAY - 1;
+const AWAY: u64 = 1 << 48;
 
 /// Buckets searched for a victim when the quota is reached and both buckets hold assured connections only.
 const SEARCHED_BUCKETS_MAX: usize = 16;
@@ -183,7 +192,7 @@ impl Entry {
 #[derive(Debug)]
 pub(crate) struct Table {
     hasher: SeedableRandomState,
-    /// Part of the hash << 32 | slot; 0: free. Plain words, so that the allocator's zeroed pages are taken as they are.
+    /// Part of the hash << 32 | slot; 0: free; see [`PLACE`] for the rest. Plain words, so that the allocator's zeroed pages are taken as they are.
     buckets: Box<[[u64; WAYS]]>,
     /// Those taken so far, within the capacity of `limit`.
     entries: Vec<Entry>,
@@ -198,8 +207,8 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Room for `limit` connections. Two buckets to choose from fill to nine tenths before one overflows; this has a quarter
-    /// more than that to spare.
+    /// Room for `limit` connections: a quarter more places, or up to twice that. With four fifths of them taken, one connection in
+    /// 3,000 has found both of its buckets full.
     pub(crate) fn new(limit: u32, seed: u64) -> Self {
         Self::with_hasher(limit, SeedableRandomState::with_seed(seed, SharedSeed::global_random()))
     }
@@ -267,10 +276,10 @@ impl Table {
         ([hash as usize & mask, (hash >> 24) as usize & mask], ((hash >> 48) | 1) << 32)
     }
 
-    /// Where a connection's slot is looked for.
+    /// Where a connection's slot is looked for first.
     #[inline]
-    pub(crate) fn buckets(&self, key: &ConnKey) -> [&[u64; WAYS]; 2] {
-        self.places(key).0.map(|bucket| &self.buckets[bucket])
+    pub(crate) fn bucket(&self, key: &ConnKey) -> &[u64; WAYS] {
+        &self.buckets[self.places(key).0[0]]
     }
 
     /// The slot of a connection that has not expired.
@@ -287,22 +296,24 @@ impl Table {
     /// As [`Self::find`], expired or not.
     #[inline]
     pub(crate) fn peek(&self, key: &ConnKey) -> Option<usize> {
-        let (buckets, tag) = self.places(key);
-        for bucket in buckets {
-            for place in self.buckets[bucket] {
-                let slot = slot_of(place);
-                if place ^ tag == slot as u64 && self.entries.get(slot).is_some_and(|entry| entry.key == *key) {
-                    return Some(slot);
-                }
-            }
+        let ([first, second], tag) = self.places(key);
+        let found = self.search(first, tag, key);
+        if found.is_some() || self.buckets[first][0] < AWAY {
+            return found;
         }
-        None
+        self.search(second, tag, key)
+    }
+
+    #[inline]
+    fn search(&self, bucket: usize, tag: u64, key: &ConnKey) -> Option<usize> {
+        let slots = self.buckets[bucket].iter().filter(|&place| (place & PLACE) ^ tag == slot_of(*place) as u64);
+        slots.map(|&place| slot_of(place)).find(|&slot| self.entries.get(slot).is_some_and(|entry| entry.key == *key))
     }
 
     /// Takes a slot for a connection that is not in the table. `None`: there is no room, and nobody less useful.
     pub(crate) fn insert(&mut self, key: ConnKey, now_ns: u64) -> Option<usize> {
         let (buckets, tag) = self.places(&key);
-        let (bucket, way) = self.room(buckets, now_ns)?;
+        let (choice, way) = self.room(buckets, now_ns)?;
         if self.count() >= self.limit {
             self.make_room(now_ns)?;
         }
@@ -318,11 +329,15 @@ impl Table {
         entry.key = key;
         entry.generation = entry.generation.wrapping_add(1);
         entry.flags = 0;
-        self.buckets[bucket][way] = tag | slot as u64;
+        self.buckets[buckets[choice]][way] |= tag | slot as u64;
+        if choice == 1 {
+            self.buckets[buckets[0]][0] += AWAY;
+        }
         Some(slot)
     }
 
-    /// A free place in one of two buckets, the emptier one; if both are full, that of the least useful connection.
+    /// A free place in one of two buckets: which of the two, and which way. If both are full, that of the least useful
+    /// connection.
     fn room(&mut self, buckets: [usize; 2], now_ns: u64) -> Option<(usize, usize)> {
         if let Some(place) = self.free_place(buckets) {
             return Some(place);
@@ -333,9 +348,13 @@ impl Table {
     }
 
     fn free_place(&self, buckets: [usize; 2]) -> Option<(usize, usize)> {
-        let [a, b] = buckets.map(|bucket| self.buckets[bucket].iter().filter(|&&place| place == 0).count());
-        let emptier = if a >= b { buckets[0] } else { buckets[1] };
-        self.buckets[emptier].iter().position(|&place| place == 0).map(|way| (emptier, way))
+        let free = |choice: usize| self.buckets[buckets[choice]].iter().filter(|&&place| is_free(place)).count();
+        let first = free(0);
+        // One whose count is full keeps its own, or has no room.
+        let is_first =
+            first >= CROWDED || first >= free(1) || self.buckets[buckets[0]][0] >= AWAY * u64::from(u16::MAX);
+        let choice = usize::from(!is_first);
+        self.buckets[buckets[choice]].iter().position(|&place| is_free(place)).map(|way| (choice, way))
     }
 
     /// Frees one slot somewhere: the quota is reached.
@@ -353,7 +372,7 @@ impl Table {
 
     fn least_useful(&self, buckets: &[usize], now_ns: u64) -> Option<usize> {
         let places = buckets.iter().flat_map(|&bucket| self.buckets[bucket]);
-        let taken = places.filter(|&place| place != 0).map(slot_of);
+        let taken = places.filter(|&place| !is_free(place)).map(slot_of);
         let candidates = taken.filter_map(|slot| self.entries[slot].worth(now_ns).map(|worth| (worth, slot)));
         candidates.min().map(|(_, slot)| slot)
     }
@@ -370,10 +389,13 @@ impl Table {
         assert!(entry.generation % 2 == 1, "slot {slot} is free already");
         entry.generation = entry.generation.wrapping_add(1);
         let key = entry.key;
-        let (buckets, tag) = self.places(&key);
-        for bucket in buckets {
-            let place = self.buckets[bucket].iter_mut().find(|place| **place == tag | slot as u64);
-            place.into_iter().for_each(|place| *place = 0);
+        let ([first, second], tag) = self.places(&key);
+        let own = |place: &&mut u64| **place & PLACE == tag | slot as u64;
+        if let Some(place) = self.buckets[first].iter_mut().find(own) {
+            *place &= !PLACE;
+        } else if let Some(place) = self.buckets[second].iter_mut().find(own) {
+            *place &= !PLACE;
+            self.buckets[first][0] -= AWAY;
         }
         self.freed.push(slot as u32);
         self.ended += 1;
@@ -393,6 +415,11 @@ impl Table {
 }
 
 #[inline]
+const fn is_free(place: u64) -> bool {
+    place & PLACE == 0
+}
+
+#[inline]
 const fn slot_of(place: u64) -> usize {
     place as u32 as usize
 }
@@ -403,11 +430,11 @@ mod tests {
 
     #[test]
     fn ports_that_count_up_have_room_whatever_the_seed() {
-        const LIMIT: u32 = 4096;
-        for seed in 0..200 {
+        // Half of the places taken: all have room. Four fifths, the most there may be: all but a few.
+        for (seed, limit) in (0..200).flat_map(|seed| [(seed, 4096), (seed, 3276)]) {
             let shared = Box::leak(Box::new(SharedSeed::from_u64(seed)));
-            let mut table = Table::with_hasher(LIMIT, SeedableRandomState::with_seed(seed, shared));
-            for port in 0..LIMIT as u16 {
+            let mut table = Table::with_hasher(limit, SeedableRandomState::with_seed(seed, shared));
+            for port in 0..limit as u16 {
                 let key = ConnKey {
                     local: [0, 0x0a00_0001],
                     remote: [0, 0x0a00_0002],
@@ -420,7 +447,9 @@ mod tests {
                 let slot = table.insert(key, 0).expect("none is assured");
                 table.entry_mut(slot).expires_ns = 1;
             }
-            assert_eq!((table.count(), table.dropped_early), (LIMIT, 0), "seed {seed}");
+            let most = if limit == 4096 { 0 } else { 8 };
+            assert!(table.dropped_early <= most, "seed {seed}: {}", table.dropped_early);
+            assert_eq!(u64::from(table.count()) + table.dropped_early, limit.into(), "seed {seed}");
         }
     }
 }

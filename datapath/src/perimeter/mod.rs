@@ -225,8 +225,8 @@ impl Perimeters {
     #[inline]
     pub(crate) fn look_ahead(&self, id: PortId, direction: Direction, parsed: &Parsed) {
         if let (Some(perimeter), Parsed::Ip(packet)) = (&self.slots[usize::from(id.0)], parsed) {
-            let buckets = perimeter.conntrack.buckets(&packet.key, direction);
-            buckets.iter().flatten().for_each(|bucket| prefetch(bucket.as_ptr() as usize, Wish::Write));
+            let bucket = perimeter.conntrack.bucket(&packet.key, direction);
+            bucket.iter().for_each(|bucket| prefetch(bucket.as_ptr() as usize, Wish::Write));
         }
     }
 

@@ -218,6 +218,10 @@ impl RingTx {
                 inner.payload.copy_out(&mut whole[inner.header.len()..]);
                 let outer = outer.finish_summed(inner_bytes, inner.flow_hash, Sum::default().bytes(whole));
                 ring.send(NetHeader::default(), outer, Payload::private(whole))
+            } else if inner.payload.bytes() == 0 {
+                // Private already, all of it.
+                let outer = outer.finish(inner_bytes, inner.flow_hash);
+                ring.send(NetHeader::default(), outer, Payload::private(inner.header))
             } else if inner.header.len() <= HEADER_COPY_BYTES {
                 let outer = outer.finish(inner_bytes, inner.flow_hash);
                 start[..outer.len()].copy_from_slice(outer);
@@ -225,7 +229,7 @@ impl RingTx {
                 start[outer.len()..bytes].copy_from_slice(inner.header);
                 ring.send(NetHeader::default(), &start[..bytes], inner.payload)
             } else {
-                // A finished piece, all or nearly all of it private already.
+                // A finished piece, nearly all of it private already.
                 let whole = &mut scratch[..inner_bytes];
                 whole[..inner.header.len()].copy_from_slice(inner.header);
                 inner.payload.copy_out(&mut whole[inner.header.len()..]);

@@ -4,6 +4,7 @@
 #[path = "../../../vhost/tests/common/mod.rs"]
 mod guest;
 pub(crate) mod policy;
+pub(crate) mod scene;
 pub(crate) mod veth;
 
 use std::collections::BTreeMap;
