@@ -316,7 +316,7 @@ fn idle(arguments: &IdleArguments) -> Result<(), Error> {
     if arguments.json {
         return Ok(writeln!(out, "{}", serde_json::json!(idle))?);
     }
-    let (resident, wake_up) = (idle.resident, idle.wake_up);
+    let (resident, wake_up, bare) = (idle.resident, idle.wake_up, idle.bare_wake_up);
     let mib = |kib: u64| format!("{:.1}", kib as f64 / 1024.0);
     let mut table = Table::new([&format!("{} silent guests", idle.ports), "figure"]);
     for (name, figure) in [
@@ -329,6 +329,8 @@ fn idle(arguments: &IdleArguments) -> Result<(), Error> {
         ("wake-up, us: 99 %", format!("{:.1}", wake_up.p99_us)),
         ("wake-up, us: 99.9 %", format!("{:.1}", wake_up.p999_us)),
         ("wake-up, us: most", format!("{:.1}", wake_up.max_us)),
+        ("    a bare thread's: 50 %", format!("{:.1}", bare.p50_us)),
+        ("    a bare thread's: 99 %", format!("{:.1}", bare.p99_us)),
     ] {
         table.row([name.into(), figure]);
     }

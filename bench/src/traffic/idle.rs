@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::unistd::{SysconfVar, sysconf};
 use serde::Serialize;
 
+use super::bare::BareSleeper;
 use super::latency::{self, Latencies, LatencySummary};
 use super::{Dreamwire, Failure, Plan, cpu};
 use crate::front_end::{FrontEnd, FrontEndError, Options};
@@ -19,6 +20,8 @@ use crate::topology::TopologyError;
 
 /// Time for the daemon to settle after the last guest was attached.
 const SETTLE: Duration = Duration::from_millis(500);
+/// In how many turns the daemon's wake-up and the machine's own are measured.
+const TURNS: usize = 10;
 /// How /proc names a guest's memory (front_end/memory.rs).
 const GUEST_MEMORY: &str = "/memfd:dreamwire-guest";
 
@@ -52,6 +55,8 @@ pub struct Idle {
     pub resident: Resident,
     /// From one guest to another, the daemon asleep.
     pub wake_up: LatencySummary,
+    /// The same by a thread that does nothing but sleep and answer, on the same CPU, in turns: what the machine itself takes.
+    pub bare_wake_up: LatencySummary,
 }
 
 /// Resident memory by kind, KiB.
@@ -77,9 +82,9 @@ pub enum IdleError {
     /// A frame did not come through.
     #[error(transparent)]
     Traffic(#[from] Failure),
-    /// The daemon is not in /proc any more.
-    #[error("looking at the daemon in /proc: {0}")]
-    Proc(#[from] std::io::Error),
+    /// The daemon is not in /proc any more, or no thread could be started beside it.
+    #[error("looking at the daemon in /proc, or waking a thread beside it: {0}")]
+    System(#[from] std::io::Error),
 }
 
 /// Starts `binary` with ports in one network, attaches a guest to each, and watches.
@@ -112,9 +117,15 @@ pub fn measure(binary: &Path, plan: &IdlePlan) -> Result<Idle, IdleError> {
     let ticks = ticks(&fs::read_to_string(format!("{process}/stat"))?) - before;
     let resident = resident(&fs::read_to_string(format!("{process}/smaps"))?);
 
-    let mut latencies = Latencies::default();
     let [from, to, ..] = guests.as_mut_slice() else { unreachable!("there are two at least") };
-    latency::measure(from, to, &Plan::default(), plan.wake_ups, latency::SILENCE, &mut latencies)?;
+    let bare_sleeper = BareSleeper::start(plan.peer_cpu)?;
+    let (mut wake_up, mut bare) = (Latencies::default(), Latencies::default());
+    for _ in 0..TURNS {
+        let count = plan.wake_ups.div_ceil(TURNS);
+        latency::measure(from, to, &Plan::default(), count, latency::SILENCE, &mut wake_up)?;
+        bare_sleeper.measure(count, latency::SILENCE, &mut bare)?;
+    }
+    let summary = |latencies: &Latencies| latencies.summary().expect("there was a frame");
     let seconds = plan.duration.as_secs_f64();
     let ticks_per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as f64;
     Ok(Idle {
@@ -123,7 +134,8 @@ pub fn measure(binary: &Path, plan: &IdlePlan) -> Result<Idle, IdleError> {
         ticks,
         cpu_percent: 100.0 * ticks as f64 / ticks_per_second / seconds,
         resident,
-        wake_up: latencies.summary().expect("there was a frame"),
+        wake_up: summary(&wake_up),
+        bare_wake_up: summary(&bare),
     })
 }
 

@@ -71,7 +71,7 @@ impl Default for Latencies {
 }
 
 impl Latencies {
-    fn record(&mut self, latency: Duration) {
+    pub(super) fn record(&mut self, latency: Duration) {
         self.times.record(latency.as_nanos() as u64).expect("a histogram that grows takes all");
     }
 
@@ -104,7 +104,12 @@ impl Latencies {
     }
 }
 
-/// Sends `samples` frames from `from` to `to`, each `gap` after the one before has arrived, plus up to as much again.
+/// The silence before frame `number`: spread over a device's whole way from polling to sleep.
+pub(super) fn gap(silence: Duration, number: usize) -> Duration {
+    silence + silence.mul_f64((number % 101) as f64 / 100.0)
+}
+
+/// Sends `samples` frames from `from` to `to`, each `silence` after the one before has arrived, plus up to as much again.
 ///
 /// # Errors
 /// An end's, [`Failure::Nothing`] when a frame does not arrive within 5 s, or [`Failure::Altered`] when it does so altered, or one
@@ -114,7 +119,7 @@ pub fn measure(
     to: &mut dyn End,
     plan: &Plan,
     samples: usize,
-    gap: Duration,
+    silence: Duration,
     latencies: &mut Latencies,
 ) -> Result<(), Failure> {
     let hello = frame::frame(plan.to, plan.from, frame::FRAME_BYTES_MIN, 0, u64::MAX);
@@ -122,10 +127,8 @@ pub fn measure(
     for number in 0..samples + WARM_UP {
         // From one on: zero is what traffic before this may have had.
         let probe = frame::frame(plan.from, plan.to, plan.size, 0, number as u64 + 1);
-        // Spread over the device's whole way from polling to sleep.
-        let wait = gap + gap.mul_f64((number % 101) as f64 / 100.0);
         let idle = Instant::now();
-        while idle.elapsed() < wait {
+        while idle.elapsed() < gap(silence, number) {
             from.receive_each(&mut |_| ())?;
             std::hint::spin_loop();
         }

@@ -4,6 +4,7 @@
 //! figures (DPDK's, OVS's, VPP's) count the same way. On a wire such a frame would be 68 bytes with FCS, so the RFC 2544 frame
 //! of 64 bytes is our 60. Gbit/s counts the ring's bytes alone: no FCS, preamble or gap.
 
+mod bare;
 pub mod cost;
 pub mod cpu;
 pub mod dreamwire;
