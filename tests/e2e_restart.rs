@@ -71,9 +71,9 @@ const CARDS: [Card; 4] = [
 const FILE_BYTES: usize = 2 << 20;
 const FILE_RATE: &str = "500k";
 
-/// Probes that may be overtaken in a round by those of a queue that is enabled after the first: what waits while the flow moves, a
-/// probe every 10 ms in each direction.
-const OVERTAKEN_MAX: u64 = 4;
+/// Between two probes of a flow. What waits in a queue during the gap may be overtaken by what follows it in one that is enabled
+/// later, and nothing else may.
+const PROBE_MS: f64 = 10.0;
 
 impl Card {
     fn port(&self, guest: u8) -> String {
@@ -146,7 +146,8 @@ fn guests_with_rings_of_every_kind_recover_when_the_daemon_ends_or_is_killed() {
         let events = [&one, &two].map(link_events);
         for (index, (card, probe)) in CARDS.iter().zip(&probes).enumerate() {
             // While a guest comes back, its second queue is enabled after the first, and flows move there.
-            let overtaken_max = if card.queue_pairs > 1 { OVERTAKEN_MAX } else { 0 };
+            let waiting = probe.longest_gap_ms / PROBE_MS;
+            let overtaken_max = if card.queue_pairs > 1 { waiting as u64 } else { 0 };
             report_moves(&format!("{} rings, {signal}", card.name), start, probe, overtaken_max);
             let [first, second] = [0, 1].map(|guest| events[guest][index] - link_events_before[guest][index]);
             eprintln!("    link events seen by the guests: {first} and {second}");
