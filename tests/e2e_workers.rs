@@ -91,8 +91,11 @@ fn connections_go_on_while_a_port_moves_from_worker_to_worker() {
         report.sent,
         report.longest_gap_ms
     );
-    // What misses a ring during a move; beside that, TCP may find a full one.
-    assert!(drops.keys().all(|name| name == "ports/vm1/port_down" || name.ends_with("/ring_full")), "{drops:?}");
+    // What misses a ring during a move; beside that, TCP may find a full ring, or a full link to a worker that is not running.
+    let expected = |name: &str| {
+        name == "ports/vm1/port_down" || ["/ring_full", "/handoff_full"].iter().any(|end| name.ends_with(end))
+    };
+    assert!(drops.keys().all(|name| expected(name)), "{drops:?}");
     let lost = report.sent - report.received;
     assert!(lost <= drops.values().sum(), "{report:?}, {drops:?}");
     assert_eq!((report.refused, report.duplicates), (0, 0), "{report:?}");
