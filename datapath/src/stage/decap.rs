@@ -85,7 +85,8 @@ pub(crate) fn decap(
         network.counters.tunnel_rx.add(1, u64::from(inner_bytes));
         burst.length += 1;
         burst.networks[index] = source.id;
-        burst.origins[index] = Origin::Vtep(vtep);
+        // Not the one that was just taken out of the packet, byte by byte.
+        burst.origins[index] = Origin::Vtep(source.vtep);
         burst.offloads[index] = Offload::NONE;
         burst.groups[index] = tunnel.group();
         burst.datagrams[index] = slot as u8;

@@ -7,8 +7,6 @@ use super::{Layout, Ring};
 use crate::frame::{HEADER_COPY_BYTES, RawFrame};
 use crate::memory::Segment;
 
-const SHORT_BYTES: usize = 64;
-
 impl Ring {
     /// Makes a frame of the current burst the part of itself that is `bytes` long and starts at `start`, which is within
     /// the header copy. The copy has up to [`HEADER_COPY_BYTES`] of that part again.
@@ -29,7 +27,7 @@ impl Ring {
         let tail = segments.get_mut(first..first + usize::from(frame.tail.count)).unwrap_or_default();
 
         let wanted = HEADER_COPY_BYTES.min(bytes as usize);
-        shift(&mut frame.header, start, old);
+        frame.header.copy_within(start..old, 0);
         let mut filled = (old - start).min(wanted);
         let mut skipped = 0;
         while filled < wanted
@@ -49,16 +47,6 @@ impl Ring {
         frame.frame_bytes = bytes;
         frame.tail.first += skipped as u16;
         frame.tail.count = kept as u16;
-    }
-}
-
-/// Moves the bytes from `start` to `end` to the front.
-#[inline]
-fn shift(header: &mut [u8; HEADER_COPY_BYTES], start: usize, end: usize) {
-    // A short frame behind a usual outer header: a block of fixed size takes no call.
-    match header.get(start..).and_then(<[u8]>::first_chunk::<SHORT_BYTES>) {
-        Some(&block) if end - start <= SHORT_BYTES => header[..SHORT_BYTES].copy_from_slice(&block),
-        _ => header.copy_within(start..end, 0),
     }
 }
 
