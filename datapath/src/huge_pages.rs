@@ -2,8 +2,10 @@
 //!
 //! A table of small pages costs what is used of it, but every frame of many flows finds its page's translation gone from
 //! the processor's own table (TLB). So a table begins with small pages, and where a quarter of a huge page has come to be
-//! used, the kernel is asked to make it one (Linux 6.1, MADV_COLLAPSE; without it nothing happens). What workers do not
-//! use stays out of memory, and what they use takes four times as much at most.
+//! used, the kernel is asked to make it one (Linux 6.1, MADV_COLLAPSE; without it nothing happens). Used is what was looked at:
+//! a table that a guest has searched all over, with flows that never got in, may come to be in memory whole.
+//!
+//! Where the system gives huge pages to all (`transparent_hugepage/enabled` is `always`), tables have them from the start.
 //!
 //! Done by the control thread, now and then. A worker that wants such a page meanwhile waits for it: 0.6 to 0.8 ms were seen.
 
@@ -33,21 +35,23 @@ impl HugePages {
         Self { starts: memory.into_iter().flat_map(whole).collect() }
     }
 
-    /// Looks at the next `count` of them, and has those made huge that are used enough, `most` at most. The number of those.
+    /// Looks at the next `count` of them, and asks for those to be made huge that are used enough, `most` at most. How many it
+    /// has asked for. One that the kernel refuses (it has none to give, or never heard of it) is not asked for again.
     pub fn gather(&mut self, count: usize, most: usize) -> usize {
-        let mut made = 0;
+        let mut asked = 0;
         for _ in 0..count.min(self.starts.len()) {
-            if made == most {
+            if asked == most {
                 break;
             }
             let Some(start) = self.starts.pop_front() else { break };
-            if resident_pages(start) >= RESIDENT_MIN && make_huge(start) {
-                made += 1;
+            if resident_pages(start) >= RESIDENT_MIN {
+                make_huge(start);
+                asked += 1;
             } else {
                 self.starts.push_back(start);
             }
         }
-        made
+        asked
     }
 }
 
@@ -59,9 +63,9 @@ fn resident_pages(start: usize) -> usize {
     if answer == 0 { states.iter().filter(|&&state| state & 1 != 0).count() } else { 0 }
 }
 
-fn make_huge(start: usize) -> bool {
-    // SAFETY: changes no byte of the memory; if it is not mapped any more, that is an error.
-    unsafe { libc::madvise(start as *mut libc::c_void, HUGE_BYTES, libc::MADV_COLLAPSE) == 0 }
+fn make_huge(start: usize) {
+    // SAFETY: changes no byte of the memory; if it is not mapped any more, that is an error, and like others of no consequence.
+    unsafe { libc::madvise(start as *mut libc::c_void, HUGE_BYTES, libc::MADV_COLLAPSE) };
 }
 
 #[cfg(test)]
@@ -75,6 +79,11 @@ mod tests {
 
     #[test]
     fn only_whole_huge_pages_that_are_used_are_made() {
+        let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+        if !setting.contains("[madvise]") && !setting.contains("[never]") {
+            eprintln!("NOT TESTED: this system makes huge pages of its own accord, or none: {setting:?}");
+            return;
+        }
         let mut words = vec![0u64; 4 * HUGE_BYTES / 8];
         let mut pages = HugePages::new([range(&words)]);
         let count = pages.starts.len();
@@ -86,16 +95,15 @@ mod tests {
         places().for_each(|place| words[place] = place as u64 + 1);
         words[index(second)] = 7;
         assert_eq!((resident_pages(first), resident_pages(second)), (PAGES, 1));
-        // A kernel may not know how, or have none to give: then all stays as it was.
-        let made = pages.gather(usize::MAX, usize::MAX);
-        assert_eq!(pages.starts.len(), count - made);
-        assert!(!pages.starts.is_empty() && made <= 1, "{made}");
+        assert_eq!(pages.gather(usize::MAX, 0), 0);
+        assert_eq!(pages.gather(usize::MAX, usize::MAX), 1);
+        assert_eq!(pages.starts.len(), count - 1);
+        assert!(!pages.starts.contains(&first));
         assert_eq!(resident_pages(second), 1, "what is hardly used stays small");
         assert!(places().all(|place| words[place] == place as u64 + 1));
-        if made == 1 {
-            assert_eq!(huge_bytes(first), HUGE_BYTES);
-        } else {
-            eprintln!("NOT TESTED: this kernel makes no huge pages of small ones");
+        // The kernel may have had none to give, or not know how.
+        if huge_bytes(first) != HUGE_BYTES {
+            eprintln!("NOT TESTED: this kernel has made no huge page of small ones");
         }
     }
 

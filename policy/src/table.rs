@@ -8,7 +8,7 @@
 //! connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
 
 use std::hash::{BuildHasher, Hash, Hasher};
-use std::ops::Range;
+use std::ops::{Index, IndexMut, Range};
 
 use foldhash::SharedSeed;
 use foldhash::quality::SeedableRandomState;
@@ -188,12 +188,54 @@ impl Entry {
     }
 }
 
+/// Where entries are: words of part of the hash << 32 | slot; 0: free; see [`PLACE`] for the rest.
+#[derive(Debug)]
+struct Buckets {
+    /// Plain words, so that the allocator's zeroed pages are taken as they are; buckets begin at `first`, where a cache line
+    /// does.
+    words: Box<[u64]>,
+    first: usize,
+}
+
+impl Buckets {
+    fn new(count: usize) -> Self {
+        let words = vec![0u64; count * WAYS + WAYS].into_boxed_slice();
+        let first = (words.as_ptr() as usize / size_of::<u64>()).wrapping_neg() % WAYS;
+        Self { words, first }
+    }
+
+    #[inline]
+    fn count(&self) -> usize {
+        self.words.len() / WAYS - 1
+    }
+
+    fn memory(&self) -> Range<usize> {
+        let words = self.words.as_ptr_range();
+        words.start as usize..words.end as usize
+    }
+}
+
+impl Index<usize> for Buckets {
+    type Output = [u64; WAYS];
+
+    #[inline]
+    fn index(&self, bucket: usize) -> &[u64; WAYS] {
+        self.words[self.first + bucket * WAYS..].first_chunk().expect("whole buckets behind the first")
+    }
+}
+
+impl IndexMut<usize> for Buckets {
+    #[inline]
+    fn index_mut(&mut self, bucket: usize) -> &mut [u64; WAYS] {
+        self.words[self.first + bucket * WAYS..].first_chunk_mut().expect("whole buckets behind the first")
+    }
+}
+
 /// The table.
 #[derive(Debug)]
 pub(crate) struct Table {
     hasher: SeedableRandomState,
-    /// Part of the hash << 32 | slot; 0: free; see [`PLACE`] for the rest. Plain words, so that the allocator's zeroed pages are taken as they are.
-    buckets: Box<[[u64; WAYS]]>,
+    buckets: Buckets,
     /// Those taken so far, within the capacity of `limit`.
     entries: Vec<Entry>,
     /// Slots of entries that are free again.
@@ -218,7 +260,7 @@ impl Table {
         let buckets = (limit as usize * 5 / 4).div_ceil(WAYS).next_power_of_two();
         Self {
             hasher,
-            buckets: vec![[0; WAYS]; buckets].into_boxed_slice(),
+            buckets: Buckets::new(buckets),
             entries: Vec::with_capacity(limit as usize),
             freed: Vec::with_capacity(limit as usize),
             limit,
@@ -231,10 +273,9 @@ impl Table {
 
     /// Addresses of buckets and entries.
     pub(crate) fn memory(&self) -> [Range<usize>; 2] {
-        let buckets = self.buckets.as_ptr_range();
         let entries = self.entries.as_ptr() as usize;
         let entries_end = entries + self.entries.capacity() * size_of::<Entry>();
-        [buckets.start as usize..buckets.end as usize, entries..entries_end]
+        [self.buckets.memory(), entries..entries_end]
     }
 
     pub(crate) fn count(&self) -> u32 {
@@ -272,7 +313,7 @@ impl Table {
     #[inline]
     fn places(&self, key: &ConnKey) -> ([usize; 2], u64) {
         let hash = self.hasher.hash_one(key);
-        let mask = self.buckets.len() - 1;
+        let mask = self.buckets.count() - 1;
         ([hash as usize & mask, (hash >> 24) as usize & mask], ((hash >> 48) | 1) << 32)
     }
 
@@ -361,7 +402,7 @@ impl Table {
     fn make_room(&mut self, now_ns: u64) -> Option<()> {
         for _ in 0..SEARCHED_BUCKETS_MAX {
             let bucket = self.search_at;
-            self.search_at = (bucket + 1) & (self.buckets.len() - 1);
+            self.search_at = (bucket + 1) & (self.buckets.count() - 1);
             if let Some(slot) = self.least_useful(&[bucket], now_ns) {
                 self.drop_early(slot, now_ns);
                 return Some(());
@@ -426,7 +467,72 @@ const fn slot_of(place: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn key(port: u16) -> ConnKey {
+        ConnKey {
+            local: [0, 0x0a00_0001],
+            remote: [0, 0x0a00_0002],
+            local_port: port,
+            remote_port: 443,
+            protocol: 6,
+            family: Family::V4,
+            asker: Direction::Egress,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_in_the_table_is_found_and_what_is_not_is_not(
+            seed: u64, limit in 8..200u32, steps in proptest::collection::vec((any::<bool>(), 0..400u16), 0..800),
+        ) {
+            let mut table = Table::new(limit, seed);
+            let mut model = BTreeMap::new();
+            for (inserts, port) in steps {
+                match (inserts, model.get(&port).copied()) {
+                    (true, None) => {
+                        let slot = table.insert(key(port), 0).expect("none is assured");
+                        table.entry_mut(slot).expires_ns = 1;
+                        // It may have taken another's place.
+                        model.retain(|&port, _| table.peek(&key(port)).is_some());
+                        model.insert(port, slot);
+                    }
+                    (false, Some(slot)) => {
+                        table.free(slot);
+                        model.remove(&port);
+                    }
+                    _ => {}
+                }
+                prop_assert_eq!(table.count() as usize, model.len());
+            }
+            for port in 0..400 {
+                prop_assert_eq!(table.peek(&key(port)), model.get(&port).copied(), "port {}", port);
+            }
+            // Each bucket knows how many went elsewhere from it.
+            let mut away = vec![0; table.buckets.count()];
+            for &port in model.keys() {
+                let ([first, second], tag) = table.places(&key(port));
+                let own = table.buckets[first].iter().any(|place| place & PLACE == tag | model[&port] as u64);
+                prop_assert!(own || first != second);
+                away[first] += u64::from(!own);
+            }
+            for (bucket, away) in away.into_iter().enumerate() {
+                prop_assert_eq!(table.buckets[bucket][0] / AWAY, away, "bucket {}", bucket);
+            }
+        }
+    }
+
+    #[test]
+    fn a_bucket_is_one_cache_line() {
+        for limit in [8, 1000, 100_000] {
+            let table = Table::new(limit, 1);
+            assert_eq!(table.bucket(&key(1)).as_ptr() as usize % 64, 0);
+        }
+    }
 
     #[test]
     fn ports_that_count_up_have_room_whatever_the_seed() {
@@ -435,16 +541,7 @@ mod tests {
             let shared = Box::leak(Box::new(SharedSeed::from_u64(seed)));
             let mut table = Table::with_hasher(limit, SeedableRandomState::with_seed(seed, shared));
             for port in 0..limit as u16 {
-                let key = ConnKey {
-                    local: [0, 0x0a00_0001],
-                    remote: [0, 0x0a00_0002],
-                    local_port: 1024 + port,
-                    remote_port: 443,
-                    protocol: 6,
-                    family: Family::V4,
-                    asker: Direction::Egress,
-                };
-                let slot = table.insert(key, 0).expect("none is assured");
+                let slot = table.insert(key(1024 + port), 0).expect("none is assured");
                 table.entry_mut(slot).expires_ns = 1;
             }
             let most = if limit == 4096 { 0 } else { 8 };

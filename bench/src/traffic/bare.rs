@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -52,6 +53,9 @@ impl BareSleeper {
             let started = Instant::now();
             self.shared.ask(first + number as u64)?;
             while self.shared.answered.load(Ordering::Acquire) != first + number as u64 {
+                if self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
+                    return Err(io::Error::other("the thread that is to be woken has ended"));
+                }
                 std::hint::spin_loop();
             }
             latencies.record(started.elapsed());
@@ -72,7 +76,10 @@ impl Shared {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&self.kick, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0))?;
         loop {
-            epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::NONE)?;
+            match epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                result => result?,
+            };
             match self.asked.load(Ordering::Acquire) {
                 END => return Ok(()),
                 number => self.answered.store(number, Ordering::Release),

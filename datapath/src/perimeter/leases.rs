@@ -31,6 +31,9 @@ const LINE_WORDS: usize = 8;
 /// ([`Connection::to_bits`]), the sum of epochs << 16 | hop, and until when (ns).
 type Said = [u64; 4];
 
+/// Until when an entry holds whose lease was ended.
+const OVER_NS: u64 = 1;
+
 /// Whether an entry is nobody's, and never was: a lease's time is never 0.
 #[inline]
 fn is_free(said: &Said) -> bool {
@@ -196,7 +199,10 @@ impl<const WORDS: usize> Leases<WORDS> {
     pub(crate) fn end(&mut self, key: &FlowKey<WORDS>) {
         for place in self.places(self.place(key)) {
             if key.is(self.entry(place).0) {
-                self.words[self.first + place * Self::STRIDE..][..Self::STRIDE].fill(0);
+                let entry = &mut self.words[self.first + place * Self::STRIDE..][..Self::STRIDE];
+                entry.fill(0);
+                // Nobody's, but not free: others may have gone elsewhere from here.
+                entry[Self::KEY_WORDS + 3] = OVER_NS;
             }
         }
     }
