@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use crate::bucket::TokenBucket;
+use crate::connection_row::ConnectionRow;
 use crate::fragments::Fragments;
 use crate::key::{Family, ICMP, ICMPV6, IcmpRole, Key, TCP, UDP, UDP_LITE, icmp_role};
 use crate::model::{Direction, RuleId};
@@ -140,38 +141,6 @@ pub enum Touched {
     Invalid,
     /// The connection is gone, begins anew, or was judged by another policy: ask [`crate::decide()`].
     Stale,
-}
-
-/// A connection, for `show connections`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ConnectionRow {
-    /// Which way its first packet went.
-    pub initiator: Direction,
-    /// That packet's key.
-    pub key: Key,
-    /// State of a TCP connection.
-    pub tcp: Option<TcpState>,
-    /// It has gone both ways.
-    pub replied: bool,
-    /// Nothing less useful than it goes before it.
-    pub assured: bool,
-    /// The rule that let it pass.
-    pub rule: Option<RuleId>,
-    /// The far end's identity, from a tunnel header.
-    pub identity: Option<u16>,
-    /// Time until it is forgotten, in ns.
-    pub expires_in_ns: u64,
-}
-
-impl ConnectionRow {
-    /// Whether a packet that goes this way is of the connection. Of ICMP, any query's that fits: whoever asks for people does not know
-    /// its identifier.
-    #[must_use]
-    pub fn carries(&self, key: &Key, direction: Direction) -> bool {
-        let source_port = if key.is_icmp() { self.key.source_port } else { key.source_port };
-        let packet = conn_key(&Key { source_port, ..*key }, direction).map(|(key, _)| key);
-        packet.is_some() && packet == conn_key(&self.key, self.initiator).map(|(key, _)| key)
-    }
 }
 
 /// Connections of one port. See the module's text.
@@ -335,7 +304,7 @@ impl Conntrack {
     pub fn peek(&self, key: &Key, direction: Direction, now_ns: u64) -> Option<ConnectionRow> {
         let (key, _) = conn_key(key, direction)?;
         let entry = self.table.entry(self.table.peek(&key)?);
-        (entry.expires_ns > now_ns && !entry.has(Entry::REVOKED)).then(|| row(entry, now_ns))
+        (entry.expires_ns > now_ns && !entry.has(Entry::REVOKED)).then(|| ConnectionRow::new(entry, now_ns))
     }
 
     /// Forgets what has expired in the next `buckets` of the table. Called now and then, so that [`Self::len`] is right and
@@ -377,7 +346,7 @@ impl Conntrack {
     /// That of it which is in `count` places of the table from `first` on. There are [`Conntrack::places`] places.
     pub fn rows_among(&self, first: usize, count: usize, now_ns: u64) -> impl Iterator<Item = ConnectionRow> {
         let shown = move |entry: &&Entry| entry.expires_ns > now_ns && !entry.has(Entry::REVOKED);
-        self.table.entries_among(first, count).filter(shown).map(move |entry| row(entry, now_ns))
+        self.table.entries_among(first, count).filter(shown).map(move |entry| ConnectionRow::new(entry, now_ns))
     }
 
     /// Addresses of its large tables: for who looks after their pages. They are the same until it is dropped.
@@ -529,14 +498,14 @@ enum Advanced {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
+pub(crate) enum Role {
     Any,
     Answers,
 }
 
 /// The connection of a packet, and whether it can only be an answer. `None` for ICMP that belongs to none.
 #[inline]
-fn conn_key(key: &Key, direction: Direction) -> Option<(ConnKey, Role)> {
+pub(crate) fn conn_key(key: &Key, direction: Direction) -> Option<(ConnKey, Role)> {
     if !matches!(key.protocol, TCP | UDP) && key.is_icmp() {
         return icmp_conn_key(key, direction);
     }
@@ -558,7 +527,7 @@ fn icmp_conn_key(key: &Key, direction: Direction) -> Option<(ConnKey, Role)> {
     Some((connection, role))
 }
 
-fn first_key(entry: &Entry) -> Key {
+pub(crate) fn first_key(entry: &Entry) -> Key {
     let icmp = matches!((entry.key.family, entry.key.protocol), (Family::V4, ICMP) | (Family::V6, ICMPV6));
     entry.key.key(entry.initiator, icmp)
 }
@@ -577,23 +546,6 @@ fn apply(entry: &mut Entry, grant: Grant) {
     }
     if grant.identity.is_some() {
         entry.flags |= Entry::IDENTITY;
-    }
-}
-
-fn row(entry: &Entry, now_ns: u64) -> ConnectionRow {
-    let tcp = match &entry.tracked {
-        Tracked::Tcp(tracker) => Some(tracker.state()),
-        _ => None,
-    };
-    ConnectionRow {
-        initiator: entry.initiator,
-        key: first_key(entry),
-        tcp,
-        replied: entry.has(Entry::REPLIED),
-        assured: entry.has(Entry::ASSURED),
-        rule: (entry.rule != u32::MAX).then_some(RuleId(entry.rule)),
-        identity: entry.has(Entry::IDENTITY).then_some(entry.identity),
-        expires_in_ns: entry.expires_ns.saturating_sub(now_ns),
     }
 }
 

@@ -6,6 +6,7 @@
 
 pub mod bucket;
 pub mod classifier;
+pub mod connection_row;
 pub mod conntrack;
 pub mod decide;
 pub mod explain;
@@ -26,7 +27,8 @@ mod tcp_state;
 
 pub use bucket::{Meter, MeterLimits, TokenBucket};
 pub use classifier::{Classifier, Verdict};
-pub use conntrack::{ConnState, Connection, ConnectionRow, Conntrack, ConntrackLimits, Grant, Refused, Touched, Track};
+pub use connection_row::ConnectionRow;
+pub use conntrack::{ConnState, Connection, Conntrack, ConntrackLimits, Grant, Refused, Touched, Track};
 pub use decide::{Decision, Reason, decide};
 pub use explain::{Explanation, explain};
 pub use key::{Family, Key};
