@@ -30,14 +30,19 @@ pub trait End: Debug {
     /// Frames sent since the start by [`Self::repost`] and [`Self::send`].
     fn sent(&self) -> u64;
 
-    /// Frames sent that the other side has not finished with, as of the last sending or [`Self::reap`].
-    fn in_flight(&self) -> u16;
+    /// Frames sent that the other side has not finished with, as of the last sending or [`Self::reap`]: none where
+    /// sending copies.
+    fn in_flight(&self) -> u16 {
+        0
+    }
 
     /// Takes back what the other side has finished with.
     ///
     /// # Errors
     /// As [`Self::repost`].
-    fn reap(&mut self) -> Result<(), FrontEndError>;
+    fn reap(&mut self) -> Result<(), FrontEndError> {
+        Ok(())
+    }
 
     /// Sends one frame, with an empty virtio-net header; it is lost if there is no room.
     ///

@@ -63,14 +63,6 @@ impl End for Loopback {
         self.sent
     }
 
-    fn in_flight(&self) -> u16 {
-        0
-    }
-
-    fn reap(&mut self) -> Result<(), FrontEndError> {
-        Ok(())
-    }
-
     fn send(&mut self, frame: &[u8]) -> Result<(), FrontEndError> {
         self.out.borrow_mut().extend((self.harm)(self.sent, frame.to_vec()));
         self.sent += 1;

@@ -156,15 +156,6 @@ impl End for Tap {
         self.sent
     }
 
-    /// write(2) has taken its copy.
-    fn in_flight(&self) -> u16 {
-        0
-    }
-
-    fn reap(&mut self) -> Result<(), FrontEndError> {
-        Ok(())
-    }
-
     fn send(&mut self, frame: &[u8]) -> Result<(), FrontEndError> {
         self.sent += u64::from(write(&self.file, &with_header(VirtioNetHeader::default(), frame))?);
         Ok(())
