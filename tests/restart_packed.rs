@@ -90,6 +90,8 @@ fn recovers(features: u64, queue_pairs: u16, tx_chain: ChainShape) {
 fn packed_rings_go_on_after_the_daemon_was_killed() {
     recovers(feature::RING_PACKED, 1, ChainShape::default());
     recovers(feature::RING_PACKED, 2, ChainShape { descriptors: 3, indirect: false });
+    recovers(feature::RING_PACKED | feature::IN_ORDER, 1, ChainShape::default());
+    recovers(feature::RING_PACKED | feature::IN_ORDER, 2, ChainShape { descriptors: 3, indirect: false });
 }
 
 #[test]

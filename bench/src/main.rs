@@ -380,11 +380,12 @@ fn start_peer(peer: Peer, arguments: &DeviceArguments) -> Result<RunningPeer, Er
 fn options(arguments: &ThroughputArguments) -> Options {
     let defaults = Options::default();
     let packed = if arguments.packed { feature::RING_PACKED } else { 0 };
+    let in_order = if arguments.packed { feature::IN_ORDER } else { 0 };
     let set_bytes = arguments.flows.max(usize::from(arguments.ring)) * 2 * (arguments.size + 256);
     Options {
         ring_size: arguments.ring,
         tx_chain: ChainShape { descriptors: arguments.chain, indirect: arguments.indirect },
-        features: arguments.features.unwrap_or(defaults.features) | packed,
+        features: arguments.features.unwrap_or(defaults.features | in_order) | packed,
         features_required: defaults.features_required | packed,
         order: if arguments.qemu_order { MessageOrder::Qemu } else { MessageOrder::Specification },
         spare_bytes: defaults.spare_bytes.max(set_bytes),

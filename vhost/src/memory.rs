@@ -119,7 +119,7 @@ impl Memory {
     }
 }
 
-const CACHE_LINE_BYTES: usize = 64;
+pub(crate) const CACHE_LINE_BYTES: usize = 64;
 
 /// What a cache line is wanted for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

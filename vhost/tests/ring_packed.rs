@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use common::packed::*;
 use common::*;
@@ -66,7 +66,8 @@ fn scenario() -> impl Strategy<Value = Scenario> {
     let round = (vec(chain(), 0..40), vec(frame, 0..40), any::<bool>(), wish)
         .prop_map(|(chains, frames, resume, wish)| Round { chains, frames, resume, wish });
     let size = prop_oneof![Just(1u16), Just(2), Just(3), Just(7), Just(16), Just(64), Just(255), Just(256), Just(1000)];
-    let features = proptest::sample::subsequence(vec![F_VERSION_1, F_MERGEABLE, F_INDIRECT, F_EVENT_IDX], 0..=4);
+    let features = vec![F_VERSION_1, F_MERGEABLE, F_INDIRECT, F_EVENT_IDX, F_IN_ORDER];
+    let features = proptest::sample::subsequence(features, 0..=5);
     (size, any::<u32>(), features, vec(round, 1..6)).prop_map(|(size, start, features, rounds)| Scenario {
         size,
         start,
@@ -85,6 +86,8 @@ struct Driver {
     free_ids: Vec<u16>,
     /// Id or head of those outstanding: descriptors.
     slots: HashMap<u16, u16>,
+    /// Ids outstanding, as they were posted.
+    order: VecDeque<u16>,
     used_seen: u16,
     /// What it said last about calls.
     wish: (At, u16),
@@ -107,6 +110,7 @@ impl Driver {
             room: scenario.size,
             free_ids: (0..scenario.size.min(500)).rev().collect(),
             slots: HashMap::new(),
+            order: VecDeque::new(),
             used_seen: scenario.start as u16,
             wish: (At { index: 0, wrap: false }, EVENT_ENABLE),
         }
@@ -151,23 +155,38 @@ impl Driver {
         self.split.post(head);
         self.room -= slots;
         self.slots.insert(id, slots);
+        self.order.push_back(id);
     }
 
     /// Takes back what was used since the last time, of which the device has or has not `notified`; both rings must say
     /// the same, and a call come when VIRTIO 1.2 §2.8.10 wants one.
     fn compare(&mut self, notified: bool) -> Result<(), TestCaseError> {
         let mut used = Vec::new();
+        let mut batch = VecDeque::new();
         while self.used_seen != self.split.used_index() {
             let (head, bytes) = self.split.used_entry(self.used_seen);
-            let at = self.packed.reaped;
-            let reaped = self.packed.reap(|id| self.slots[&id]);
-            prop_assert_eq!(reaped, Some((head as u16 / 32, bytes)));
             let id = head as u16 / 32;
+            let at = self.packed.reaped;
+            if batch.is_empty() {
+                let seen = self.packed.reap(|_| 0);
+                let last = seen.map(|(id, _)| id).filter(|id| self.order.contains(id));
+                prop_assert!(last.is_some(), "{:?} for {} of {:?}", seen, id, self.order);
+                while batch.back().copied() != last {
+                    batch.extend(self.order.pop_front());
+                }
+                prop_assert!(batch.len() == 1 || self.features & F_IN_ORDER != 0, "{:?}", batch);
+                // Of several the lengths are not said.
+                prop_assert_eq!(seen.map(|(_, bytes)| bytes), Some(bytes));
+            }
+            prop_assert_eq!(batch.pop_front(), Some(id));
             used.extend((0..self.slots[&id]).map(|slot| at.after(slot, self.packed.size)));
-            self.room += self.slots.remove(&id).expect("a chain that was posted");
+            let slots = self.slots.remove(&id).expect("a chain that was posted");
+            self.packed.reaped = at.after(slots, self.packed.size);
+            self.room += slots;
             self.free_ids.push(id);
             self.used_seen = self.used_seen.wrapping_add(1);
         }
+        prop_assert!(batch.is_empty(), "{:?} are used and were not taken", batch);
         prop_assert_eq!(self.packed.reap(|_| 1), None);
         let due = match self.wish {
             (_, EVENT_DISABLE) => false,
@@ -364,6 +383,36 @@ fn a_burst_that_was_cut_off_is_given_back_as_frames_of_no_bytes() {
         assert_eq!(device.send(NetHeader::default(), &[7; 60], Payload::EMPTY), Ok(()));
         device.flush();
         assert_eq!(ring.reap(|_| 1), Some((3, 72)));
+    }
+}
+
+/// A transmitq of which a batch was staged, and not published, when the device was killed: before, batches were.
+#[test]
+fn a_batch_that_was_cut_off_is_given_back_whole() {
+    let features = F_VERSION_1 | F_IN_ORDER;
+    for (start, before, count) in (0..96).map(|n| (n % 8, [0, 1, 2, 5][n as usize / 8 % 4], [1, 3, 8][n as usize / 32]))
+    {
+        let guest = Guest::new(&[(0, 0x10_0000)]);
+        let mut ring = PackedGuestRing::new(&guest, 0, 8, start);
+        let mut device = ring.open(features);
+        let mut frames = frames();
+        (0..before).for_each(|id| ring.post(id, &[(0x8_0000, 60, 0)]));
+        assert_eq!(device.receive(&mut frames), Ok(usize::from(before)));
+        device.complete();
+        ring.reaped = ring.reaped.after(before, 8);
+        let head = ring.next;
+        (0..count).for_each(|id| ring.post(id, &[(0x8_0000, 60, 0)]));
+        let (bytes, id, flags) = ring.read(head.index);
+        assert_eq!(device.receive(&mut frames), Ok(usize::from(count)));
+        device.complete();
+        ring.write(head.index, 0x8_0000, bytes, id, flags);
+        drop(device);
+        let device = Ring::resume(ring.setup(features)).unwrap();
+        // Of one chain nothing is written but its used descriptor: it is served again.
+        let given_back = if count == 1 { 0 } else { count };
+        assert_eq!(device.next_avail(), head.after(given_back, 8).bits(), "{start} {before} {count}");
+        (0..given_back).for_each(|id| assert_eq!(ring.reap(|_| 1), Some((id, 0)), "{start} {before} {count}"));
+        assert_eq!(ring.reap(|_| 1), None);
     }
 }
 

@@ -122,6 +122,22 @@ fn a_chain_of_the_whole_ring_is_a_frame_and_takes_all_of_it() {
     assert_eq!(bench.device.next_avail(), 0);
 }
 
+/// A driver that makes descriptors of a chain that was not used the heads of others: together they are more than the ring.
+#[test]
+fn a_burst_of_more_descriptors_than_the_ring_has_is_given_back_one_by_one() {
+    let mut bench = Bench::with_size(FEATURES | F_IN_ORDER, 4);
+    // 2, 3, 0 in one lap, then 1, 2, 3, 0 in the next.
+    let setup = RingSetup { next_avail: At { index: 2, wrap: true }.bits(), ..bench.ring.setup(FEATURES | F_IN_ORDER) };
+    bench.device = Ring::new(setup).unwrap();
+    for (index, flags) in [(1, USED | NEXT), (2, AVAIL | NEXT), (3, AVAIL | NEXT), (0, USED)] {
+        bench.ring.write(index, BUFFER, 60, 7, flags);
+    }
+    assert_eq!(bench.device.receive(&mut frames()), Ok(2));
+    bench.device.complete();
+    assert_eq!(bench.device.next_avail(), At { index: 1, wrap: true }.bits());
+    assert_eq!(bench.ring.read(2).1, 7, "the first, last");
+}
+
 #[test]
 fn a_chain_longer_than_the_limit_is_a_fault_in_a_ring_of_any_size() {
     let mut bench = Bench::with_size(FEATURES, 4096);

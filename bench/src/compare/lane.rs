@@ -41,6 +41,8 @@ pub struct Case {
     pub ring: u16,
     /// Packed rings.
     pub packed: bool,
+    /// The driver writes the descriptors of split rings anew, as those of Linux and DPDK do.
+    pub rewrite: bool,
     /// From where to where.
     pub way: Way,
     /// Rules with connection tracking at both ports: what a VM sends is allowed, of what it is sent UDP to the flows' ports and
@@ -65,6 +67,7 @@ impl Default for Case {
             flows: 1,
             ring: 256,
             packed: false,
+            rewrite: false,
             way: Way::VmToVm,
             stateful: false,
             guard: false,
@@ -104,6 +107,7 @@ impl FromStr for Lane {
                 "ring" => case.ring = u16::try_from(number()?).map_err(|_| format!("{word}: too many"))?,
                 "ports" => case.ports = number()?,
                 "packed" => case.packed = true,
+                "rewrite" => case.rewrite = true,
                 "encap" => case.way = Way::Encap,
                 "decap" => case.way = Way::Decap,
                 "stateful" => case.stateful = true,
@@ -115,7 +119,7 @@ impl FromStr for Lane {
                 "label" => lane.label = value.to_owned(),
                 _ => {
                     return Err(format!(
-                        "{word}: neither size, flows, ring, ports, rules, packed, encap, decap, stateful, guard, new-flows, \
+                        "{word}: neither size, flows, ring, ports, rules, packed, rewrite, encap, decap, stateful, guard, new-flows, \
                          latency, wake-up nor label"
                     ));
                 }

@@ -183,6 +183,7 @@ fn options(case: &Case, schedule: &Schedule) -> Options {
     let frames = if case.is_segmented() { 128 } else { frames };
     let mut options = Options {
         ring_size: case.ring,
+        rewrite: case.rewrite,
         rx_buffer_bytes: case.rx_buffer_bytes(),
         // Outer headers, virtio-net header and rounding.
         spare_bytes: frames * (case.size + 256) + defaults.spare_bytes,
@@ -199,6 +200,10 @@ fn options(case: &Case, schedule: &Schedule) -> Options {
         require(feature::CSUM | feature::GUEST_CSUM | feature::HOST_TSO4 | feature::GUEST_TSO4);
         require(feature::MRG_RXBUF | feature::INDIRECT_DESC);
         options.tx_chain = SEGMENTED_CHAIN;
+    }
+    if case.packed {
+        // As DPDK's own driver asks for it (virtio-user's `in_order`, on unless told otherwise).
+        options.features |= feature::IN_ORDER;
     }
     options
 }

@@ -70,8 +70,10 @@ pub fn standard() -> Vec<Standard> {
         "64 B, packed against split rings",
         &[
             "dreamwire,label=dreamwire split",
+            "dreamwire,rewrite,label=dreamwire split rewritten",
             "dreamwire,packed,label=dreamwire packed",
             "io,label=io split",
+            "io,rewrite,label=io split rewritten",
             "io,packed,label=io packed",
         ],
     );

@@ -96,7 +96,7 @@ impl QueuePair {
             )));
         }
         let ring = |arena: &mut Arena| {
-            Ring::place(memory, arena, size, features, options.ring_base)
+            Ring::place(memory, arena, options, features)
                 .ok_or(FrontEndError::MemoryExhausted { bytes: usize::from(size) * layout::DESCRIPTOR_BYTES })
         };
         let (rx_ring, tx_ring) = (ring(arena)?, ring(arena)?);

@@ -29,6 +29,8 @@ pub struct Options {
     /// Where all ring indices start; near 65536 the wrap comes early. A packed ring stands this many descriptors after
     /// its start.
     pub ring_base: u16,
+    /// Write the descriptors of split rings anew each time, as drivers in use do, also where nothing changes in them.
+    pub rewrite: bool,
     /// Virtio features to negotiate where offered ([`feature`]).
     pub features: u64,
     /// Features without which to give up.
@@ -67,6 +69,7 @@ impl Default for Options {
             queue_pairs: 1,
             ring_size: 256,
             ring_base: 0,
+            rewrite: false,
             features: feature::VERSION_1
                 | feature::MRG_RXBUF
                 | feature::EVENT_IDX

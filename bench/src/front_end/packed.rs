@@ -7,9 +7,12 @@
 //! what the device has used, in its order; what a used descriptor stands for, and how many descriptors it skips, is
 //! known by its id.
 //!
-//! Nothing that the device writes is trusted, as in split.rs. Limits: IN_ORDER's right to use a batch with one
-//! descriptor is not understood: do not negotiate it with a device that makes use of it.
+//! With IN_ORDER the device may use a batch with one descriptor, which has the id of the last chain: all that were offered
+//! before are used with it.
+//!
+//! Nothing that the device writes is trusted, as in split.rs.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -92,6 +95,8 @@ pub struct PackedRing {
     table: Box<[Descriptor]>,
     /// Ring descriptors of the chain with each id, 0: it is not outstanding.
     slots: Box<[u16]>,
+    /// With IN_ORDER: the ids outstanding, as they were offered.
+    order: Option<VecDeque<u16>>,
     /// Of the first descriptor since the last publish the second word, and where it goes.
     first: Option<(usize, u64)>,
     /// Descriptors written since then.
@@ -107,7 +112,7 @@ pub struct PackedRing {
 
 impl PackedRing {
     /// A ring that stands `base` descriptors after its start, polling. Writes descriptors and flags into memory.
-    pub fn new(memory: Arc<GuestMemory>, layout: RingLayout, event_idx: bool, base: u16) -> Self {
+    pub fn new(memory: Arc<GuestMemory>, layout: RingLayout, event_idx: bool, in_order: bool, base: u16) -> Self {
         let entries = usize::from(layout.size);
         let at = Position::after_start(base, layout.size);
         for index in 0..layout.size {
@@ -123,6 +128,7 @@ impl PackedRing {
             used: at,
             table: vec![Descriptor::default(); entries].into(),
             slots: vec![0; entries].into(),
+            order: in_order.then(|| VecDeque::with_capacity(entries)),
             first: None,
             unpublished: 0,
             in_flight: 0,
@@ -179,15 +185,22 @@ impl PackedRing {
             slots += 1;
         }
         debug_assert!(slots <= self.layout.size, "a chain of {slots} at {head}");
-        self.slots[usize::from(head)] = slots;
-        self.offered += 1;
+        self.note(head, slots);
     }
 
     /// As [`Self::offer`], of one descriptor that need not be in the table: the usual chain, and none of the rest's costs.
     #[inline(always)]
     pub fn offer_one(&mut self, head: u16, descriptor: Descriptor) {
         self.put(head, descriptor);
-        self.slots[usize::from(head)] = 1;
+        self.note(head, 1);
+    }
+
+    #[inline(always)]
+    fn note(&mut self, head: u16, slots: u16) {
+        self.slots[usize::from(head)] = slots;
+        if let Some(order) = &mut self.order {
+            order.push_back(head);
+        }
         self.offered += 1;
     }
 
@@ -250,19 +263,34 @@ impl PackedRing {
                 break;
             }
             let id = (rest >> 32) as u16;
-            let slots = match self.slots.get_mut(usize::from(id)) {
-                Some(slots) if *slots > 0 => std::mem::take(slots),
-                _ => return Err(RingError::HeadNotOutstanding { head: u32::from(id) }),
-            };
-            self.found.push(Used { head: u32::from(id), bytes: rest as u32 });
-            self.used = self.used.after(slots, self.layout.size);
-            self.in_flight -= 1;
+            if self.slots.get(usize::from(id)).is_none_or(|slots| *slots == 0) {
+                return Err(RingError::HeadNotOutstanding { head: u32::from(id) });
+            }
+            while let Some(next) = self.order.as_mut().and_then(VecDeque::pop_front)
+                && next != id
+            {
+                self.take(next, 0)?;
+            }
+            self.take(id, rest as u32)?;
         }
         if self.found.len() > before {
             // Acquire: pairs with the device's release stores of the flags.
             fence(Ordering::Acquire);
         }
         Ok((self.found.len() - self.reaped) as u16)
+    }
+
+    /// A chain that is outstanding is used.
+    #[inline(always)]
+    fn take(&mut self, id: u16, bytes: u32) -> Result<(), RingError> {
+        if self.in_flight == 0 {
+            return Err(RingError::HeadNotOutstanding { head: u32::from(id) });
+        }
+        let slots = std::mem::take(&mut self.slots[usize::from(id)]);
+        self.found.push(Used { head: u32::from(id), bytes });
+        self.used = self.used.after(slots, self.layout.size);
+        self.in_flight -= 1;
+        Ok(())
     }
 
     /// The used chain `ahead` places after the next one to reap. Only below [`Self::pending`].
@@ -319,9 +347,13 @@ mod tests {
     use crate::front_end::memory::Arena;
 
     fn ring(size: u16, event_idx: bool, base: u16) -> PackedRing {
+        ring_in_order(size, event_idx, false, base)
+    }
+
+    fn ring_in_order(size: u16, event_idx: bool, in_order: bool, base: u16) -> PackedRing {
         let memory = Arc::new(GuestMemory::new(1 << 16, 1).unwrap());
         let layout = RingLayout::place_packed(&mut Arena::new(&memory), size).unwrap();
-        PackedRing::new(memory, layout, event_idx, base)
+        PackedRing::new(memory, layout, event_idx, in_order, base)
     }
 
     fn flags(ring: &PackedRing, index: u16) -> u16 {
@@ -363,6 +395,36 @@ mod tests {
         ring.publish();
         device_uses(&ring, Position::START, 3, 0);
         assert_eq!(ring.pending(), Err(RingError::HeadNotOutstanding { head: 3 }));
+    }
+
+    #[test]
+    fn one_used_descriptor_stands_for_all_that_were_offered_before() {
+        let mut ring = ring_in_order(4, true, true, 3);
+        ring.set_descriptor(1, Descriptor { address: 0x1000, bytes: 12, flags: DESC_NEXT, next: 2 });
+        for head in [3, 1] {
+            ring.offer(head);
+        }
+        ring.publish();
+        ring.offer(0);
+        device_uses(&ring, Position { index: 3, wrap: true }, 1, 0);
+        assert_eq!(ring.pending(), Ok(2));
+        assert_eq!([ring.peek(0).head, ring.peek(1).head], [3, 1]);
+        ring.advance(2);
+        assert_eq!((ring.outstanding(), ring.position()), (1, Position { index: 2, wrap: false }));
+        ring.publish();
+        device_uses(&ring, ring.position(), 0, 0);
+        assert_eq!(ring.pending(), Ok(1));
+    }
+
+    #[test]
+    fn a_batch_that_reaches_beyond_what_was_published_is_an_error() {
+        let mut ring = ring_in_order(4, true, true, 0);
+        ring.offer(0);
+        ring.publish();
+        ring.offer(1);
+        ring.offer(2);
+        device_uses(&ring, Position::START, 2, 0);
+        assert!(ring.pending().is_err());
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::header::feature;
 use super::layout::{Descriptor, RingLayout, Used};
 use super::memory::{Arena, GuestMemory};
+use super::options::Options;
 use super::packed::PackedRing;
 use super::split::{RingError, SplitRing};
 
@@ -29,18 +30,20 @@ macro_rules! either {
 }
 
 impl Ring {
-    /// A ring of `size` in `arena`, at `base`; `None` when memory is short.
+    /// The ring of `options` in `arena`; `None` when memory is short.
     ///
     /// # Panics
-    /// If `size` is none that the layout can have.
-    pub fn place(memory: &Arc<GuestMemory>, arena: &mut Arena, size: u16, features: u64, base: u16) -> Option<Self> {
+    /// If its size is none that the layout can have.
+    pub fn place(memory: &Arc<GuestMemory>, arena: &mut Arena, options: &Options, features: u64) -> Option<Self> {
+        let (size, base) = (options.ring_size, options.ring_base);
         let event_idx = features & feature::EVENT_IDX != 0;
         Some(if features & feature::RING_PACKED != 0 {
             let layout = RingLayout::place_packed(arena, size)?;
-            Self::Packed(PackedRing::new(memory.clone(), layout, event_idx, base))
+            let in_order = features & feature::IN_ORDER != 0;
+            Self::Packed(PackedRing::new(memory.clone(), layout, event_idx, in_order, base))
         } else {
             let layout = RingLayout::place(arena, size)?;
-            Self::Split(SplitRing::new(memory.clone(), layout, event_idx, base))
+            Self::Split(SplitRing::new(memory.clone(), layout, event_idx, base).rewrite(options.rewrite))
         })
     }
 

@@ -9,7 +9,7 @@
 //!
 //! Every word that we wrote is remembered in private memory, and a store that would change nothing is left out:
 //! it would only take the cache line away from the device. A device that finishes in order thus costs the
-//! driver one store of idx per burst.
+//! driver one store of idx per burst. Drivers in use write their descriptors each time: [`SplitRing::rewrite`].
 //!
 //! Nothing that the device writes is trusted: an index that jumps or a head out of range is a [`RingError`].
 
@@ -76,6 +76,7 @@ pub struct SplitRing {
     polling: bool,
     table: Box<[[u64; 2]]>,
     entries: Box<[u16]>,
+    rewrite: bool,
 }
 
 impl SplitRing {
@@ -91,6 +92,7 @@ impl SplitRing {
             polling: true,
             table: vec![[0; 2]; entries].into(),
             entries: vec![0; entries].into(),
+            rewrite: false,
             memory,
             layout,
         };
@@ -105,6 +107,11 @@ impl SplitRing {
         ring.memory.store_u16(layout.available_index(), base, Ordering::Release);
         ring.suppress_calls();
         ring
+    }
+
+    /// The same ring, whose driver writes each descriptor anew, as Linux and DPDK do: the next buffer is another one.
+    pub fn rewrite(self, rewrite: bool) -> Self {
+        Self { rewrite, ..self }
     }
 
     /// Where its parts lie.
@@ -128,7 +135,7 @@ impl SplitRing {
         // In two registers all the way: put together on the stack the words cost 5 ns a frame in stalled loads.
         let [address, rest] = descriptor.words();
         let [old_address, old_rest] = self.table[usize::from(index)];
-        if address != old_address || rest != old_rest {
+        if self.rewrite || address != old_address || rest != old_rest {
             self.write_descriptor(index, address, rest);
         }
     }

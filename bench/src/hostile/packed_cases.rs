@@ -75,9 +75,10 @@ fn chains() -> Vec<Case> {
             ground.raw.submit_chain(&[(0, 0, DESC_NEXT); 64]);
         }),
         packed("chain_without_an_end_behind_a_sound_one", CLASS, LOOPS, |ground| {
-            ground.raw.write_packed(START, ground.address, 76, 0, 0);
             let rest = (1..64).map(|index| Position { index, ..START });
             rest.for_each(|at| ground.raw.write_packed(at, ground.address, 1, 0, DESC_NEXT));
+            // Last: the device looks here, and may look at any time.
+            ground.raw.write_packed(START, ground.address, 76, 0, 0);
             ground.raw.doorbell().kick();
         }),
         spoil_with(Card::PACKED, near_the_end, "chain_over_the_end_of_the_ring", CLASS, Outcome::Served, |ground| {
@@ -376,6 +377,9 @@ fn restarts() -> Vec<Case> {
         case("restart_with_a_ring_full_of_chains_without_an_end", &[NEXT; 64], &[]),
         case("restart_with_torn_flags", &[AVAILABLE, UNTOUCHED, AVAILABLE, UNTOUCHED, USED, DESC_USED], &[]),
         case("restart_with_all_flags_set", &[0xffff; 64], &[]),
+        // Each says that it ends a batch of 76 (`FLAG_BATCH_END`).
+        case("restart_behind_a_batch_longer_than_the_ring", &[AVAILABLE, USED | DESC_INDIRECT], &[]),
+        case("restart_in_a_ring_full_of_ends_of_batches", &[USED | DESC_INDIRECT; 64], &[]),
         Card::PACKED.case("restarted_in_mid_burst_again_and_again", CLASS, Outcome::Served, |attack| {
             let mut front_end = attack.connect(Card::PACKED.options())?;
             let at = front_end.take_memory(4096, 64)?;

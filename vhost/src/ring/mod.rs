@@ -26,7 +26,7 @@ mod split_chain;
 
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -471,6 +471,10 @@ pub(crate) fn is_packed(features: u64) -> bool {
 
 fn event_idx(features: u64) -> bool {
     has(features, VIRTIO_RING_F_EVENT_IDX)
+}
+
+fn in_order(features: u64) -> bool {
+    has(features, VIRTIO_F_IN_ORDER)
 }
 
 fn indirect(features: u64) -> bool {

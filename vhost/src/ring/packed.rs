@@ -9,12 +9,13 @@
 //! Giving a chain back is one store of the descriptor's second word: length, buffer id and flags at once, so that no
 //! torn descriptor ever exists. All used descriptors of a burst are written when they are staged, except the first:
 //! [`PackedRing::publish`] writes that one last, with release, and the driver, which looks at it first, sees the whole
-//! burst or nothing of it (§5.1.6.4 wants that of a frame in several buffers). With IN_ORDER a device may write one used
-//! descriptor for a batch; we write all of them, which is right with and without, and what drivers poll for.
+//! burst or nothing of it (§5.1.6.4 wants that of a frame in several buffers). With IN_ORDER the chains of a transmitq's
+//! burst, whose lengths nobody wants, get one used descriptor together (§2.8.9): the driver's cache lines are not touched.
 //!
 //! A chain of several descriptors gets one used descriptor, in the place of its first; the driver skips the others
 //! (§2.8.3). Those are marked used as well, while they are still ours: then every descriptor in memory is either
-//! available or used, and whoever finds the ring later can tell where it stands (`recover.rs`).
+//! available or used, and whoever finds the ring later can tell where it stands (`recover.rs`). Of a batch with one used
+//! descriptor the last is marked, with the number of all.
 //!
 //! One of the files with unsafe code in this crate. What makes each access sound is what `split.rs` says: the parts
 //! were checked at set-up to lie whole and aligned in one mapped region that [`Memory`] keeps mapped, indices stay below
@@ -31,7 +32,8 @@ use virtio_bindings::bindings::virtio_ring::{
 use super::buffers::{Buffers, Direction};
 use super::inflight_packed::{Chained, Copied, Found, PackedTracker};
 use super::packed_chain::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_NEXT, FLAG_WRITE, Head, Table, descriptor, second_word, walk,
+    Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_NEXT, FLAG_WRITE, Head, Table, descriptor, second_word,
+    walk,
 };
 use super::position::Position;
 use super::{
@@ -41,7 +43,7 @@ use super::{
 use crate::dirty_log::RingLog;
 use crate::frame::{NetHeader, RawFrame};
 use crate::inflight::InflightPart;
-use crate::memory::{Memory, Payload, Segment, Wish};
+use crate::memory::{CACHE_LINE_BYTES, Memory, Payload, Segment, Wish, prefetch};
 
 /// `struct pvirtq_event_suppress`: offset and wrap counter, flags.
 const EVENT_BYTES: u64 = 4;
@@ -78,6 +80,7 @@ pub(super) struct PackedRing {
     event_idx: bool,
     indirect: bool,
     mergeable: bool,
+    in_order: bool,
     kicks: Kicks,
     /// Next descriptor to take, and to use.
     next: Position,
@@ -158,6 +161,7 @@ impl PackedRing {
             event_idx: super::event_idx(setup.features),
             indirect: super::indirect(setup.features),
             mergeable: super::mergeable(setup.features),
+            in_order: super::in_order(setup.features),
             kicks: Kicks::Unknown,
             next,
             first_staged: None,
@@ -253,6 +257,13 @@ impl PackedRing {
         };
         // No descriptor twice: a small ring could lap. What was resumed goes the general way.
         let most = if self.resumed.is_some() { 0 } else { most.min(usize::from(self.table.size)) };
+        if direction == Direction::DeviceWrites || !self.in_order {
+            // They are given back one by one: asked for once, to be written.
+            let first = self.table.host + usize::from(at.index) * DESCRIPTOR_BYTES as usize;
+            for line in (0..most).step_by(CACHE_LINE_BYTES / DESCRIPTOR_BYTES as usize) {
+                prefetch(first + line * DESCRIPTOR_BYTES as usize, Wish::Write);
+            }
+        }
         for index in 0..most {
             let simple = self.available(at).and_then(|descriptor| {
                 let buffer = descriptor.single(&self.buffers.memory, direction)?;
@@ -280,8 +291,10 @@ impl PackedRing {
     /// Stages the used descriptors of the burst. The device wrote nothing: length 0.
     #[inline]
     pub(super) fn complete(&mut self) {
-        for index in 0..usize::from(self.taken) {
-            self.stage_used(self.chains[index], 0, 0);
+        if !self.in_order || !self.stage_batch() {
+            for index in 0..usize::from(self.taken) {
+                self.stage_used(self.chains[index], 0, 0);
+            }
         }
         self.taken = 0;
         self.buffers.clear();
@@ -512,16 +525,39 @@ impl PackedRing {
         self.buffers.note(|memory, take| walk(memory, indirect, head, Direction::DeviceWrites, visited, take))
     }
 
+    /// Gives the burst back with one used descriptor, which has the id of its last chain. Returns whether it could: chains
+    /// that are more than the ring are those of a driver that overtakes itself.
+    #[inline]
+    fn stage_batch(&mut self) -> bool {
+        let chains = &self.chains[..usize::from(self.taken)];
+        let slots = chains.iter().map(|chain| u32::from(chain.slots)).sum::<u32>();
+        let (Some(last), true) = (chains.last(), slots <= u32::from(self.table.size)) else { return false };
+        let batch = Chain { id: last.id, slots: slots as u16 };
+        if batch.slots > 1 {
+            let tail = self.next.after(batch.slots - 1, self.table.size);
+            let word = second_word(slots, batch.id, FLAG_BATCH_END | tail.used_flags());
+            self.second_word_at(tail.index).store(word, Ordering::Relaxed);
+        }
+        self.stage(batch, 0, 0);
+        true
+    }
+
     /// Gives the chain at `next` back; the driver sees nothing of it before `publish`.
     #[inline]
     fn stage_used(&mut self, chain: Chain, bytes: u32, flags: u16) {
-        let word = second_word(bytes, chain.id, flags | self.next.used_flags());
         // The chain's other descriptors first: once its head is used, all of it is the driver's.
         let mut at = self.next;
         for _ in 1..chain.slots {
             at = at.after(1, self.table.size);
             self.flags_at(at.index).store(at.used_flags().to_le(), Ordering::Relaxed);
         }
+        self.stage(chain, bytes, flags);
+    }
+
+    /// The used descriptor of a chain at `next`, or of several.
+    #[inline]
+    fn stage(&mut self, chain: Chain, bytes: u32, flags: u16) {
+        let word = second_word(bytes, chain.id, flags | self.next.used_flags());
         if self.first_staged.is_none() {
             self.first_staged = Some((self.next.index, word));
         } else {

@@ -17,6 +17,10 @@
 //! that the device has used and then those that wait for it: D, where it goes on, is the first available one, and if
 //! there is none, D is A. A ring that no driver has touched is all zero: A and D are its start, with wrap counter 1.
 //!
+//! Of a batch that got one used descriptor (IN_ORDER) only the last is marked, with the batch's length; those between look
+//! available, and are not: the driver may have written some of them anew already, but then not yet the marked one, or not
+//! one of them looks so any more.
+//!
 //! A device that was killed between staging and publishing leaves used descriptors behind an available one, at which
 //! the driver still waits. Their buffers may hold parts of frames: that burst is finished on its behalf, each chain
 //! given back with length 0, which drivers count as an error and drop ("short packet").
@@ -36,7 +40,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::RingSetup;
-use super::packed_chain::{DESCRIPTOR_BYTES, FLAG_NEXT, second_word};
+use super::packed_chain::{DESCRIPTOR_BYTES, FLAG_BATCH_END, FLAG_NEXT, second_word};
 use super::position::{Position, is_used, lap};
 use crate::memory::Memory;
 
@@ -80,8 +84,7 @@ pub(super) fn recover(setup: &mut RingSetup) {
 impl Table<'_> {
     fn find(&self) -> Option<Found> {
         for _ in 0..READS_MAX {
-            let flags = self.all_flags()?;
-            if let Some(found) = find(&flags) {
+            if let Some(found) = find(&self.all_seen()?) {
                 return Some(found);
             }
             thread::sleep(PAUSE);
@@ -89,8 +92,8 @@ impl Table<'_> {
         None
     }
 
-    fn all_flags(&self) -> Option<Vec<u16>> {
-        (0..self.size).map(|index| Some((self.second_word(index)? >> 48) as u16)).collect()
+    fn all_seen(&self) -> Option<Vec<Seen>> {
+        (0..self.size).map(|index| self.second_word(index).map(Seen::new)).collect()
     }
 
     fn word_address(&self, index: u16) -> GuestAddress {
@@ -139,30 +142,55 @@ impl Table<'_> {
     }
 }
 
-/// The position in a ring with these flags, unless they are torn.
-fn find(flags: &[u16]) -> Option<Found> {
-    let size = flags.len() as u16;
-    let driver = driver_position(flags)?;
+/// What was read of a descriptor.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    flags: u16,
+    /// Descriptors of the batch that ends here; 0: none does.
+    batch: u32,
+}
+
+impl Seen {
+    fn new(word: u64) -> Self {
+        let flags = (word >> 48) as u16;
+        let ends_batch = is_used(flags) && flags & FLAG_BATCH_END != 0;
+        Self { flags, batch: if ends_batch { word as u32 } else { 0 } }
+    }
+}
+
+/// The position in a ring of these descriptors, unless they are torn.
+fn find(seen: &[Seen]) -> Option<Found> {
+    let size = seen.len() as u16;
+    let driver = driver_position(seen)?;
     // The place a whole ring before the driver's: the same index, the lap before.
     let oldest = Position { wrap: !driver.wrap, ..driver };
     let place = |ahead| oldest.after(ahead, size);
-    let is_available = |ahead: u16| place(ahead).is_available(flags[usize::from(place(ahead).index)]);
-    let Some(first) = (0..size).find(|&ahead| is_available(ahead)) else {
+    let seen = |ahead: u16| seen[usize::from(place(ahead).index)];
+    // Batches that the driver knows to be used: all up to the end of the last one.
+    let mut done = 0;
+    for ahead in (0..size).filter(|&ahead| seen(ahead).batch > 0) {
+        let start = (u32::from(ahead) + 1).checked_sub(seen(ahead).batch);
+        // Overwritten by the driver, which therefore knows; or used in sight of it.
+        if start.is_none_or(|start| is_used(seen(start as u16).flags)) {
+            done = ahead + 1;
+        } else {
+            break;
+        }
+    }
+    let Some(first) = (done..size).find(|&ahead| place(ahead).is_available(seen(ahead).flags)) else {
         return Some(Found { position: driver, interrupted: 0 });
     };
-    let last_used = (first..size).rev().find(|&ahead| is_used(flags[usize::from(place(ahead).index)]));
+    let last_used = (first..size).rev().find(|&ahead| is_used(seen(ahead).flags));
     Some(Found { position: place(first), interrupted: last_used.map_or(0, |last| last - first + 1) })
 }
 
 /// Where the driver goes on: where the lap changes. `None` if it does so more than once.
-fn driver_position(flags: &[u16]) -> Option<Position> {
-    let first = lap(*flags.first()?);
-    let change = flags.iter().position(|&flags| lap(flags) != first);
-    match change {
+fn driver_position(seen: &[Seen]) -> Option<Position> {
+    let first = lap(seen.first()?.flags);
+    let is_other = |seen: &Seen| lap(seen.flags) != first;
+    match seen.iter().position(is_other) {
         None => Some(Position { index: 0, wrap: !first }),
-        Some(at) if flags[at..].iter().all(|&flags| lap(flags) != first) => {
-            Some(Position { index: at as u16, wrap: first })
-        }
+        Some(at) if seen[at..].iter().all(is_other) => Some(Position { index: at as u16, wrap: first }),
         Some(_) => None,
     }
 }
@@ -175,6 +203,10 @@ mod tests {
     const U1: u16 = 0x8080;
     const A0: u16 = 0x8000;
     const A1: u16 = 0x80;
+
+    fn find(flags: &[u16]) -> Option<Found> {
+        super::find(&flags.iter().map(|&flags| Seen { flags, batch: 0 }).collect::<Vec<_>>())
+    }
 
     fn at(index: u16, wrap: bool) -> Option<Found> {
         Some(Found { position: Position { index, wrap }, interrupted: 0 })

@@ -17,6 +17,7 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
 pub(crate) const F_MERGEABLE: u64 = 1 << 15;
+pub(crate) const F_IN_ORDER: u64 = 1 << 35;
 pub(crate) const F_INDIRECT: u64 = 1 << 28;
 pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 pub(crate) const F_VERSION_1: u64 = 1 << 32;
