@@ -205,8 +205,13 @@ impl Driver {
 fn resumed(ring: Ring, driver: &Driver) -> Result<Ring, TestCaseError> {
     let position = ring.next_avail();
     let stale = RingSetup { next_avail: driver.packed.first.bits(), ..ring.into_setup() };
+    let table = || {
+        driver.packed.guest.read(driver.packed.descriptors, DESCRIPTOR_BYTES as usize * usize::from(driver.packed.size))
+    };
+    let before = table();
     let ring = Ring::resume(stale).expect("a sound ring");
     prop_assert_eq!(ring.next_avail(), position);
+    prop_assert!(table() == before, "descriptors are written that are the driver's");
     Ok(ring)
 }
 
