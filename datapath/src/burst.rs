@@ -62,6 +62,22 @@ impl Burst {
         self.egress[..self.length].fill(Stand::Unasked);
         self.ingress[..self.length].fill(Stand::Unasked);
     }
+
+    /// The end of the frames in a row from `first` on that go to a port.
+    #[inline]
+    pub(crate) fn end_of_port(&self, first: usize, port: PortId) -> usize {
+        let rest = &self.next_hops[first + 1..self.length];
+        first + 1 + rest.iter().take_while(|next| matches!(next, NextHop::Port(next) if *next == port)).count()
+    }
+
+    /// The end of the frames in a row from `first` on that go to a VTEP, all in one network.
+    #[inline]
+    pub(crate) fn end_of_vtep(&self, first: usize, vtep: &IpAddr) -> usize {
+        let network = self.networks[first];
+        let rest = self.next_hops[first + 1..self.length].iter().zip(&self.networks[first + 1..]);
+        let same = |(next, other): &(&NextHop, &NetworkId)| **next == NextHop::Vtep(*vtep) && **other == network;
+        first + 1 + rest.take_while(same).count()
+    }
 }
 
 impl Default for Burst {

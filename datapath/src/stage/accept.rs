@@ -20,17 +20,16 @@ pub(crate) fn accept(parcel: &Parcel, snapshot: &Snapshot, perimeters: &mut Peri
         let first = index;
         index += 1;
         let id = burst.networks[first];
+        // As the transmit stage: a run shares what has to be looked up.
         match next_hop {
             &NextHop::Port(port) => {
-                // As the transmit stage: a run shares what has to be looked up.
-                while index < burst.length && burst.next_hops[index] == *next_hop {
-                    index += 1;
-                }
+                index = burst.end_of_port(first, port);
                 outlets.deliver_to_port(snapshot, port, (first..index).map(frame));
             }
             NextHop::Vtep(vtep) => {
-                if !outlets.deliver_to_vtep(snapshot, vtep, frame(first)) {
-                    outlets.count_removed(snapshot, id);
+                index = burst.end_of_vtep(first, vtep);
+                if !outlets.deliver_to_vtep(snapshot, vtep, id, (first..index).map(frame)) {
+                    (first..index).for_each(|_| outlets.count_removed(snapshot, id));
                 }
             }
             NextHop::Flood => {

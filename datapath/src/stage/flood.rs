@@ -29,7 +29,7 @@ pub(super) fn flood_here(
         }
     }
     for vtep in flood_list(network, origin, snapshot) {
-        outlets.send_to_vtep(snapshot, vtep, frame);
+        outlets.send_to_vtep(snapshot, vtep, frame.network(), std::iter::once(frame));
         copies += 1;
     }
     copies

@@ -55,15 +55,16 @@ pub(crate) fn transmit(
         let next_hop = &burst.next_hops[index];
         let first = index;
         index += 1;
+        // Frames in a row for one port or host share what has to be looked up for it.
         match next_hop {
             &NextHop::Port(port) => {
-                // Frames in a row for one port share what has to be looked up for it.
-                while index < burst.length && burst.next_hops[index] == *next_hop {
-                    index += 1;
-                }
+                index = burst.end_of_port(first, port);
                 outlets.send_to_port(snapshot, port, (first..index).map(frame));
             }
-            NextHop::Vtep(vtep) => outlets.send_to_vtep(snapshot, vtep, frame(first)),
+            NextHop::Vtep(vtep) => {
+                index = burst.end_of_vtep(first, vtep);
+                outlets.send_to_vtep(snapshot, vtep, burst.networks[first], (first..index).map(frame));
+            }
             NextHop::Flood => flood(frame(first), snapshot, perimeters, outlets),
             NextHop::Gone => {}
             &NextHop::Drop(reason) => count_drop(snapshot, perimeters, burst, first, reason),

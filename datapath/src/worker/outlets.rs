@@ -344,53 +344,81 @@ impl Outlets {
         tally.settle(port, 0);
     }
 
-    /// Sends one frame to another host, or hands it to the worker that has the underlay.
+    /// Sends frames of one network to another host, or hands them to the worker that has the underlay.
     #[inline]
-    pub(crate) fn send_to_vtep(&mut self, snapshot: &Snapshot, vtep: &IpAddr, frame: Outgoing<'_>) {
-        if !self.deliver_to_vtep(snapshot, vtep, frame) {
-            self.hand_off_to_vtep(snapshot, vtep, frame);
+    pub(crate) fn send_to_vtep<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        vtep: &IpAddr,
+        network: NetworkId,
+        frames: impl Iterator<Item = Outgoing<'a>> + Clone,
+    ) {
+        if !self.deliver_to_vtep(snapshot, vtep, network, frames.clone()) {
+            self.hand_off_to_vtep(snapshot, vtep, network, frames);
         }
     }
 
     #[cold]
-    fn hand_off_to_vtep(&mut self, snapshot: &Snapshot, vtep: &IpAddr, frame: Outgoing<'_>) {
-        let tunnel = snapshot.network(frame.network()).and_then(|network| network.tunnel.as_ref());
+    fn hand_off_to_vtep<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        vtep: &IpAddr,
+        network: NetworkId,
+        frames: impl Iterator<Item = Outgoing<'a>>,
+    ) {
+        let tunnel = snapshot.network(network).and_then(|network| network.tunnel.as_ref());
         let worker = tunnel.map(|tunnel| snapshot.uplink_worker(tunnel.underlay));
         match worker.filter(|worker| *worker != snapshot.worker) {
-            Some(worker) => self.hand_off(snapshot, worker, NextHop::Vtep(*vtep), std::iter::once(frame)),
-            None => self.count_removed(snapshot, frame.network()),
+            Some(worker) => self.hand_off(snapshot, worker, NextHop::Vtep(*vtep), frames),
+            None => frames.for_each(|_| self.count_removed(snapshot, network)),
         }
     }
 
-    /// Sends one frame to another host, or counts at the network why not; false, with nothing counted, if its underlay is
+    /// Sends frames of one network to another host, or counts there why not; false, with nothing counted, if its underlay is
     /// not here. A tunnel carries finished frames only.
     #[inline]
     #[must_use]
-    pub(crate) fn deliver_to_vtep(&mut self, snapshot: &Snapshot, vtep: &IpAddr, frame: Outgoing<'_>) -> bool {
-        let Some(network) = snapshot.network(frame.network()) else { return false };
+    pub(crate) fn deliver_to_vtep<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        vtep: &IpAddr,
+        network: NetworkId,
+        frames: impl Iterator<Item = Outgoing<'a>>,
+    ) -> bool {
+        let id = network;
+        let Some(network) = snapshot.network(id) else { return false };
         let tunnel = network.tunnel.as_ref();
         let uplink = tunnel.and_then(|tunnel| Some((tunnel, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
-        let now_ns = self.now_ns;
         let Some((tunnel, uplink)) = uplink else { return false };
-        let group = if tunnel.carries_group { frame.group(snapshot) } else { 0 };
-        let tunnel = vxlan::Header::new(tunnel.vni, group);
-        let flow_hash = flow_hash(&self.hasher, frame.header());
-        let mut send = |header: &[u8], payload: Payload<'_>| {
-            if uplink.tx.is_full() {
-                uplink.flush(snapshot);
+        let now_ns = self.now_ns;
+        let (mut sent, mut bytes) = (0, 0);
+        for frame in frames {
+            let group = if tunnel.carries_group { frame.group(snapshot) } else { 0 };
+            let tunnel = vxlan::Header::new(tunnel.vni, group);
+            let flow_hash = flow_hash(&self.hasher, frame.header());
+            let mut send = |header: &[u8], payload: Payload<'_>| {
+                if uplink.tx.is_full() {
+                    uplink.flush(snapshot);
+                }
+                let inner = Inner { network: id, tunnel, vtep, flow_hash, header, payload };
+                match uplink.tx.stage(inner, now_ns) {
+                    Ok(Staged::Waiting) => {}
+                    Ok(Staged::Sent) => {
+                        sent += 1;
+                        bytes += inner.bytes() as u64;
+                    }
+                    Err(reason) => network.counters.drops.add(reason, 1),
+                }
+            };
+            if frame.offload().is_none() {
+                send(frame.header(), frame.payload());
+            } else {
+                let count = self.pieces.cut(*frame.offload(), frame.header(), frame.payload(), send);
+                network.counters.cut_copies.add(count - 1);
             }
-            let inner = Inner { network: frame.network(), tunnel, vtep, flow_hash, header, payload };
-            match uplink.tx.stage(inner, now_ns) {
-                Ok(Staged::Waiting) => {}
-                Ok(Staged::Sent) => network.counters.tunnel_tx.add(1, inner.bytes() as u64),
-                Err(reason) => network.counters.drops.add(reason, 1),
-            }
-        };
-        if frame.offload().is_none() {
-            send(frame.header(), frame.payload());
-        } else {
-            let count = self.pieces.cut(*frame.offload(), frame.header(), frame.payload(), send);
-            network.counters.cut_copies.add(count - 1);
+        }
+        if sent > 0 {
+            network.counters.tunnel_tx.add(sent, bytes);
         }
         true
     }
