@@ -2,12 +2,13 @@
 
 use std::net::IpAddr;
 
+use dreamwire_policy::Parsed;
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
 
 use crate::drop_reason::DropReason;
 use crate::offload::Offload;
-use crate::perimeter::Stand;
+use crate::perimeter::{Stand, parse_frame};
 use crate::snapshot::{NetworkId, PortId};
 
 /// Where a frame goes. Set to its final value by the switch stage at the latest.
@@ -52,15 +53,36 @@ pub struct Burst {
     /// What the perimeters on its way have said, by direction. Kept up where the snapshot has policies.
     pub(crate) egress: [Stand; BURST],
     pub(crate) ingress: [Stand; BURST],
+    /// What policy sees of each frame whose bit is set in `is_parsed`.
+    parsed: Box<[Parsed]>,
+    is_parsed: u32,
     pub(crate) length: usize,
 }
 
+const _: () = assert!(BURST <= u32::BITS as usize);
+
 impl Burst {
-    /// No perimeter has said anything yet.
+    /// No perimeter has looked at the frames, or said anything, yet.
     #[inline]
     pub(crate) fn unask(&mut self) {
+        self.is_parsed = 0;
         self.egress[..self.length].fill(Stand::Unasked);
         self.ingress[..self.length].fill(Stand::Unasked);
+    }
+
+    /// Has policy look at frame `index`, once.
+    #[inline]
+    pub(crate) fn parse(&mut self, index: usize) {
+        if self.is_parsed & 1 << index == 0 {
+            self.parsed[index] = parse_frame(&self.frames[index]);
+            self.is_parsed |= 1 << index;
+        }
+    }
+
+    /// What policy sees of frame `index`; of one that was not parsed nothing, and that is not allowed.
+    #[inline]
+    pub(crate) fn parsed(&self, index: usize) -> &Parsed {
+        if self.is_parsed & 1 << index == 0 { &Parsed::Unreadable } else { &self.parsed[index] }
     }
 
     /// The end of the frames in a row from `first` on that go to a port.
@@ -92,6 +114,8 @@ impl Default for Burst {
             groups: [0; BURST],
             egress: [Stand::Unasked; BURST],
             ingress: [Stand::Unasked; BURST],
+            parsed: vec![Parsed::Unreadable; BURST].into_boxed_slice(),
+            is_parsed: 0,
             length: 0,
         }
     }

@@ -8,7 +8,8 @@
 //! known by its id.
 //!
 //! With IN_ORDER the device may use a batch with one descriptor, which has the id of the last chain: all that were offered
-//! before are used with it.
+//! before are used with it. They get length 0, as chains for sending do: a device that does so with a receiveq is not
+//! understood.
 //!
 //! Nothing that the device writes is trusted, as in split.rs.
 

@@ -125,7 +125,8 @@ impl Target {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
     }
 
-    /// Resident memory of its own, KiB: what guests share with it is theirs.
+    /// Resident memory of its own in small pages, KiB. What guests share with it is theirs; huge pages are those of tables that
+    /// the daemon gathers when they are in use.
     pub fn private_kib(&self) -> u64 {
         let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid())).unwrap_or_default();
         let kib = |name: &str| {

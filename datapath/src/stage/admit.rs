@@ -23,7 +23,8 @@ pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
             && burst.ingress[index] == Stand::Unasked
             && snapshot.port(to).is_some_and(|port| is_judged_here(port, snapshot))
         {
-            perimeters.look_ahead(to, Direction::Ingress, &parse_frame(&burst.frames[index]));
+            burst.parse(index);
+            perimeters.look_ahead(to, Direction::Ingress, burst.parsed(index));
         }
     }
     for index in 0..burst.length {
@@ -99,7 +100,7 @@ fn ingress(
     {
         return Ok(Stand::Leased);
     }
-    perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, &parse_frame(frame))
+    perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, burst.parsed(index))
 }
 
 /// Gives frame `index` a lease if both ends have let it pass, and one of them only now.

@@ -1,12 +1,11 @@
 //! The police stage: what a port may not send ends here.
 
 use dreamwire_policy::Direction;
-use dreamwire_vhost::ring::BURST;
 
 use crate::burst::{Burst, NextHop};
 use crate::claim::claim;
 use crate::drop_reason::DropReason;
-use crate::perimeter::{Perimeters, parse_frame};
+use crate::perimeter::Perimeters;
 use crate::snapshot::{Port, PortId, Snapshot};
 use crate::stage::parse;
 
@@ -25,16 +24,16 @@ pub(crate) fn police(burst: &mut Burst, id: PortId, port: &Port, snapshot: &Snap
     }
     if port.policy.is_some() {
         // First the headers and the places of all, so that memory is waited for once.
-        let parsed: [_; BURST] = std::array::from_fn(|index| {
-            (index < burst.length && burst.next_hops[index] == NextHop::Undecided).then(|| {
-                let parsed = parse_frame(&burst.frames[index]);
-                perimeters.look_ahead(id, Direction::Egress, &parsed);
-                parsed
-            })
-        });
-        for (index, parsed) in parsed.iter().enumerate() {
-            if let Some(parsed) = parsed {
-                match perimeters.judge(snapshot, id, Direction::Egress, None, &burst.frames[index], parsed) {
+        for index in 0..burst.length {
+            if burst.next_hops[index] == NextHop::Undecided {
+                burst.parse(index);
+                perimeters.look_ahead(id, Direction::Egress, burst.parsed(index));
+            }
+        }
+        for index in 0..burst.length {
+            if burst.next_hops[index] == NextHop::Undecided {
+                let (frame, parsed) = (&burst.frames[index], burst.parsed(index));
+                match perimeters.judge(snapshot, id, Direction::Egress, None, frame, parsed) {
                     Ok(stand) => burst.egress[index] = stand,
                     Err(reason) => burst.next_hops[index] = NextHop::Drop(reason),
                 }

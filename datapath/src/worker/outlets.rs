@@ -374,7 +374,7 @@ impl Outlets {
         }
     }
 
-    /// Sends frames of one network to another host, or counts there why not; false, with nothing counted, if its underlay is
+    /// Sends frames of network `id` to another host, or counts at the network why not; false, with nothing counted, if its underlay is
     /// not here. A tunnel carries finished frames only.
     #[inline]
     #[must_use]
@@ -382,10 +382,9 @@ impl Outlets {
         &mut self,
         snapshot: &Snapshot,
         vtep: &IpAddr,
-        network: NetworkId,
+        id: NetworkId,
         frames: impl Iterator<Item = Outgoing<'a>>,
     ) -> bool {
-        let id = network;
         let Some(network) = snapshot.network(id) else { return false };
         let tunnel = network.tunnel.as_ref();
         let uplink = tunnel.and_then(|tunnel| Some((tunnel, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));

@@ -10,10 +10,10 @@
 //! torn descriptor ever exists. All used descriptors of a burst are written when they are staged, except the first:
 //! [`PackedRing::publish`] writes that one last, with release, and the driver, which looks at it first, sees the whole
 //! burst or nothing of it (§5.1.6.4 wants that of a frame in several buffers). With IN_ORDER the chains of a transmitq's
-//! burst, whose lengths nobody wants, get one used descriptor together (§2.8.9): the driver's cache lines are not touched.
+//! burst, whose lengths nobody wants, get one used descriptor together (§2.8.8): of the driver's cache lines two are written.
 //!
 //! A chain of several descriptors gets one used descriptor, in the place of its first; the driver skips the others
-//! (§2.8.3). Those are marked used as well, while they are still ours: then every descriptor in memory is either
+//! (§2.8.6). Those are marked used as well, while they are still ours: then every descriptor in memory is either
 //! available or used, and whoever finds the ring later can tell where it stands (`recover.rs`). Of a batch with one used
 //! descriptor the last is marked, with the number of all.
 //!
@@ -52,6 +52,9 @@ const EVENT_DISABLE: u16 = VRING_PACKED_EVENT_FLAG_DISABLE as u16;
 const EVENT_DESC: u16 = VRING_PACKED_EVENT_FLAG_DESC as u16;
 /// §2.8.10: two bits of flags, the others are reserved.
 const EVENT_FLAGS: u16 = 3;
+/// Descriptors of a cache line.
+const LINE_DESCRIPTORS: u16 = CACHE_LINE_BYTES as u16 / DESCRIPTOR_BYTES as u16;
+
 /// A chain of one descriptor and its buffer in one region, seen before it is needed.
 #[derive(Debug, Clone, Copy)]
 struct Simple {
@@ -257,14 +260,15 @@ impl PackedRing {
         };
         // No descriptor twice: a small ring could lap. What was resumed goes the general way.
         let most = if self.resumed.is_some() { 0 } else { most.min(usize::from(self.table.size)) };
-        if direction == Direction::DeviceWrites || !self.in_order {
-            // They are given back one by one: asked for once, to be written.
-            let first = self.table.host + usize::from(at.index) * DESCRIPTOR_BYTES as usize;
-            for line in (0..most).step_by(CACHE_LINE_BYTES / DESCRIPTOR_BYTES as usize) {
-                prefetch(first + line * DESCRIPTOR_BYTES as usize, Wish::Write);
-            }
+        if self.available(at).is_none() {
+            return 0;
         }
+        // What is given back one by one is asked for to be written, once.
+        let is_rewritten = direction == Direction::DeviceWrites || !self.in_order;
         for index in 0..most {
+            if is_rewritten && at.index.is_multiple_of(LINE_DESCRIPTORS) {
+                prefetch(self.second_word_at(at.index).as_ptr() as usize, Wish::Write);
+            }
             let simple = self.available(at).and_then(|descriptor| {
                 let buffer = descriptor.single(&self.buffers.memory, direction)?;
                 (buffer.bytes() >= least).then_some(Simple { id: descriptor.id, buffer })

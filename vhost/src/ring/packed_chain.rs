@@ -14,7 +14,7 @@ pub(super) const FLAG_NEXT: u16 = VRING_DESC_F_NEXT as u16;
 pub(super) const FLAG_WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const FLAG_INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 /// Ours, on the last descriptor of a batch that has one used descriptor: its length is the batch's number of descriptors.
-/// The driver, which skips it, does not look, and means nothing by it in a used one (§2.8.5).
+/// The driver, which skips it, does not look, and to which it means nothing in a used one (§2.8.7).
 pub(super) const FLAG_BATCH_END: u16 = FLAG_INDIRECT;
 
 /// Length, buffer id and flags of a descriptor, as its second word has them.

@@ -30,8 +30,9 @@
 //! then the laps change more than once, and the ring is read again.
 //!
 //! The front-end's word counts only where the ring says nothing. Limit: a ring that was served by another back-end
-//! before, with chains of several descriptors that are not in tables of their own, has old descriptors in it that look
-//! available. DPDK and Linux make such chains only where INDIRECT_DESC was refused.
+//! before, with chains of several descriptors that are not in tables of their own or with IN_ORDER's batches, has old
+//! descriptors in it that look available, and may be taken up in the wrong place. DPDK and Linux make such chains only where
+//! INDIRECT_DESC was refused; DPDK's back-end makes such batches.
 
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -166,17 +167,13 @@ fn find(seen: &[Seen]) -> Option<Found> {
     let oldest = Position { wrap: !driver.wrap, ..driver };
     let place = |ahead| oldest.after(ahead, size);
     let seen = |ahead: u16| seen[usize::from(place(ahead).index)];
-    // Batches that the driver knows to be used: all up to the end of the last one.
-    let mut done = 0;
-    for ahead in (0..size).filter(|&ahead| seen(ahead).batch > 0) {
-        let start = (u32::from(ahead) + 1).checked_sub(seen(ahead).batch);
-        // Overwritten by the driver, which therefore knows; or used in sight of it.
-        if start.is_none_or(|start| is_used(seen(start as u16).flags)) {
-            done = ahead + 1;
-        } else {
-            break;
-        }
-    }
+    // Behind the last batch that the driver knows to be used: it has overwritten the start, or sees it used.
+    let is_done = |&ahead: &u16| {
+        let Seen { batch, .. } = seen(ahead);
+        let start = (u32::from(ahead) + 1).checked_sub(batch);
+        batch > 0 && start.is_none_or(|start| is_used(seen(start as u16).flags))
+    };
+    let done = (0..size).rev().find(is_done).map_or(0, |last| last + 1);
     let Some(first) = (done..size).find(|&ahead| place(ahead).is_available(seen(ahead).flags)) else {
         return Some(Found { position: driver, interrupted: 0 });
     };
@@ -238,6 +235,28 @@ mod tests {
         // Descriptor 2 is the second of a chain whose first, 1, is still to come.
         assert_eq!(find(&[U1, U0, A1, U0]), None);
         assert_eq!(find(&[]), None);
+    }
+
+    #[test]
+    fn what_a_batch_left_behind_is_not_available() {
+        // Each in a ring of six; the number is a batch's that ends there.
+        let found = |seen: [(u16, u32); 6]| super::find(&seen.map(|(flags, batch)| Seen { flags, batch }));
+        let (free, left, wait) = ((U0, 0), (A1, 0), (A1, 0));
+        let (used, end) = ((U1, 0), |batch| (U1, batch));
+        assert_eq!(found([used, left, end(3), free, free, free]), at(3, true));
+        assert_eq!(found([used, left, end(3), wait, wait, free]), at(3, true));
+        assert_eq!(found([used, left, end(3), used, end(2), wait]), at(5, true));
+        assert_eq!(found([used, left, left, left, left, end(6)]), at(0, false));
+        // The driver has written 0 and 1 in the lap after: of the batch of four its start is gone.
+        assert_eq!(found([(A0, 0), (A0, 0), left, end(4), used, used]), at(0, false));
+        assert_eq!(found([(A0, 0), (A0, 0), left, end(4), wait, wait]), at(4, true));
+        // The lap ends inside a batch.
+        assert_eq!(found([(A0, 0), (U0, 3), used, used, used, used]), at(2, false));
+        // Marked and not published.
+        let unpublished = Some(Found { position: Position { index: 1, wrap: true }, interrupted: 3 });
+        assert_eq!(found([used, wait, wait, end(3), wait, free]), unpublished);
+        // A guest's own: longer than the ring.
+        assert_eq!(found([wait, end(u32::MAX), wait, free, free, free]), at(2, true));
     }
 
     #[test]
