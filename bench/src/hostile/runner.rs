@@ -152,6 +152,7 @@ fn settle(target: &Target) {
 
 fn put_to(case: &Case, scene: &mut Scene) -> Row {
     let began = Instant::now();
+    forget_quarantine(&scene.target, case.port);
     let before = scene.target.view(case.port).map(|view| view.connections).unwrap_or(0);
     let counted = case.tally.map(|_| count(&scene.target, case.port));
     let mut attack = Attack::new(scene.target.socket(case.port), &mut scene.friend);
@@ -190,6 +191,14 @@ fn put_to(case: &Case, scene: &mut Scene) -> Row {
         verdict = Verdict::Crashed(how);
     }
     Row { name: case.name.clone(), class: case.class, verdict, problem, took: began.elapsed() }
+}
+
+/// Until the port is said to be sound, as it is: what the case before did must not be taken for what this one does.
+fn forget_quarantine(target: &Target, port: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while target.view(port).is_ok_and(|view| !view.quarantined.is_empty()) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// A process that dies is not gone at once.
