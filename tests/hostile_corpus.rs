@@ -5,9 +5,8 @@ use std::path::Path;
 
 use dreamwire_bench::hostile::{self, Target, Verdict};
 
-/// Allocators keep some of what they get, and tables that are searched come to be in memory; a leak of one page in each of 400
-/// of the 700 cases would be more.
-const GROWTH_MAX_KIB: u64 = 1536;
+/// Allocators keep some of what they get; a leak of one page in each of 300 cases would be more.
+const GROWTH_MAX_KIB: u64 = 1024;
 
 #[test]
 fn every_case_is_contained_and_the_others_lose_nothing() {

@@ -17,9 +17,8 @@ const VXLAN: &str = "vxlan0";
 
 /// Builds it: the namespace that holds it, and both ends.
 pub(super) fn start(case: &Case, site: &Site) -> Result<(Netns, [Tap; 2]), CompareError> {
-    if case.stateful || case.guard || case.ports > 2 || case.packed {
-        let what =
-            "taps have no packed rings, and neither rules, a source guard nor idle ports are set up for it".into();
+    if case.stateful || case.guard || case.ports > 2 || case.packed || case.rewrite {
+        let what = "taps have no rings, and neither rules, a source guard nor idle ports are set up for it".into();
         return Err(CompareError::Cannot { device: "kernel".into(), what });
     }
     let netns = Netns::new("kernel")?;

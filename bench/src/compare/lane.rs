@@ -150,6 +150,9 @@ impl Case {
         if !self.ring.is_power_of_two() || !(2..=RING_SIZE_MAX).contains(&self.ring) {
             return Err(format!("ring {}: a power of two up to {RING_SIZE_MAX}", self.ring));
         }
+        if self.rewrite && self.packed {
+            return Err("descriptors of packed rings are written anew as it is".into());
+        }
         if self.latency.is_some() && self.new_flows {
             return Err("latency is that of flows that are known".into());
         }
@@ -197,6 +200,7 @@ mod tests {
             "io,rules=0",
             "io,latency,new-flows",
             "io,guard,new-flows",
+            "io,packed,rewrite",
             "io,wake-up,encap",
         ] {
             assert!(text.parse::<Lane>().is_err(), "{text}");

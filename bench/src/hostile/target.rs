@@ -125,15 +125,11 @@ impl Target {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
     }
 
-    /// Resident memory of its own in small pages, KiB. What guests share with it is theirs; huge pages are those of tables that
-    /// the daemon gathers when they are in use.
+    /// Resident memory of its own, KiB: what guests share with it is theirs.
     pub fn private_kib(&self) -> u64 {
-        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid())).unwrap_or_default();
-        let kib = |name: &str| {
-            let line = rollup.lines().find_map(|line| line.strip_prefix(name));
-            line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()).unwrap_or(0)
-        };
-        kib("Anonymous:").saturating_sub(kib("AnonHugePages:"))
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok()).unwrap_or(0)
     }
 
     /// What dreamwire says about the attacked port, on the API and on the statistics socket, which must agree about

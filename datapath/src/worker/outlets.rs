@@ -374,8 +374,8 @@ impl Outlets {
         }
     }
 
-    /// Sends frames of network `id` to another host, or counts at the network why not; false, with nothing counted, if its underlay is
-    /// not here. A tunnel carries finished frames only.
+    /// Sends frames of network `id` to another host, or counts at the network why not; false, with nothing counted, if its
+    /// underlay is not here. A tunnel carries finished frames only.
     #[inline]
     #[must_use]
     pub(crate) fn deliver_to_vtep<'a>(
