@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use dreamwire_policy::Parsed;
+use dreamwire_policy::{Parsed, Sought};
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
 
@@ -56,6 +56,8 @@ pub struct Burst {
     /// What policy sees of each frame whose bit is set in `is_parsed`.
     parsed: Box<[Parsed]>,
     is_parsed: u32,
+    /// Where the perimeter that looks at them next seeks their connections: see [`Perimeters::look_ahead`](crate::perimeter::Perimeters::look_ahead).
+    pub(crate) sought: [Option<Sought>; BURST],
     pub(crate) length: usize,
 }
 
@@ -116,6 +118,7 @@ impl Default for Burst {
             ingress: [Stand::Unasked; BURST],
             parsed: vec![Parsed::Unreadable; BURST].into_boxed_slice(),
             is_parsed: 0,
+            sought: [None; BURST],
             length: 0,
         }
     }

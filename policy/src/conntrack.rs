@@ -37,7 +37,7 @@ const REFRESH_NS: u64 = SECOND_NS;
 /// Size and strictness of a port's connection tracking.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConntrackLimits {
-    /// Connections at most: 128 bytes each and up to 24 more to find them, once used.
+    /// Connections at most: 128 bytes each and up to 36 more to find them, once used.
     pub connections: u32,
     /// Fragmented datagrams at once.
     pub datagrams: u32,
@@ -108,6 +108,10 @@ pub struct Track {
     pub connection: Option<Connection>,
 }
 
+/// Where the connection of a packet that goes one way is looked for, by one [`Conntrack`] that said so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sought(u64);
+
 /// What the rules said about a connection's first packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grant {
@@ -167,27 +171,47 @@ impl Conntrack {
         }
     }
 
-    /// The memory that [`Self::track`] reads first for such a packet: a cache line for the caller to ask for early.
+    /// Where such a packet's connection is looked for, so that it can be asked for early and need not be found out twice. `None`:
+    /// ICMP that belongs to none.
     #[inline]
     #[must_use]
-    pub fn bucket(&self, key: &Key, direction: Direction) -> Option<&[u64; 8]> {
-        conn_key(key, direction).map(|(key, _)| self.table.bucket(&key))
+    pub fn seek(&self, key: &Key, direction: Direction) -> Option<Sought> {
+        conn_key(key, direction).map(|(key, _)| Sought(self.table.hash(&key)))
+    }
+
+    /// The memory that is read first for what is sought: a cache line for the caller to ask for early.
+    #[inline]
+    #[must_use]
+    pub fn bucket(&self, sought: Sought) -> &[u64; 8] {
+        self.table.bucket(sought.0)
     }
 
     /// What a packet is. Moves the state of a connection that it belongs to; begins none.
     ///
     /// A later fragment is [`ConnState::Invalid`] here: [`crate::decide()`] judges it by its first.
     pub fn track(&mut self, packet: &Packet, direction: Direction, now_ns: u64) -> Track {
+        self.track_sought(packet, direction, self.seek(&packet.key, direction), now_ns)
+    }
+
+    /// The same with what [`Self::seek`] says of the packet.
+    pub(crate) fn track_sought(
+        &mut self,
+        packet: &Packet,
+        direction: Direction,
+        sought: Option<Sought>,
+        now_ns: u64,
+    ) -> Track {
         if matches!(packet.fragment, Fragment::Later { .. }) {
             return Track { state: ConnState::Invalid, connection: None };
         }
         if let Transport::IcmpError(quoted) = &packet.transport {
             return self.related(&packet.key, quoted.as_ref(), direction, now_ns);
         }
-        let Some((key, role)) = conn_key(&packet.key, direction) else {
+        let (Some((key, role)), Some(Sought(hash))) = (conn_key(&packet.key, direction), sought) else {
             return Track { state: ConnState::Untracked, connection: None };
         };
-        if let Some(slot) = self.table.find(&key, now_ns) {
+        debug_assert_eq!(hash, self.table.hash(&key), "sought for another packet");
+        if let Some(slot) = self.table.find(&key, hash, now_ns) {
             match self.advance(slot, packet, direction, now_ns) {
                 Advanced::Belongs(state) => return self.known(state, slot),
                 Advanced::Invalid => return Track { state: ConnState::Invalid, connection: None },
@@ -212,7 +236,21 @@ impl Conntrack {
         grant: Grant,
         now_ns: u64,
     ) -> Result<Connection, Refused> {
+        self.admit_sought(packet, direction, self.seek(&packet.key, direction), grant, now_ns)
+    }
+
+    /// The same with what [`Self::seek`] says of the packet.
+    pub(crate) fn admit_sought(
+        &mut self,
+        packet: &Packet,
+        direction: Direction,
+        sought: Option<Sought>,
+        grant: Grant,
+        now_ns: u64,
+    ) -> Result<Connection, Refused> {
         let (key, _) = conn_key(&packet.key, direction).ok_or(Refused::Invalid)?;
+        let Sought(hash) = sought.ok_or(Refused::Invalid)?;
+        debug_assert_eq!(hash, self.table.hash(&key), "sought for another packet");
         let (tracked, timeout_ns) = match (&packet.transport, packet.key.protocol) {
             (Transport::Tcp(segment), _) => {
                 let tracker = Tracker::begin(segment, self.limits.pick_up).ok_or(Refused::Invalid)?;
@@ -229,7 +267,7 @@ impl Conntrack {
         {
             return Err(Refused::Rate);
         }
-        let slot = self.table.insert(key, now_ns).ok_or(Refused::Full)?;
+        let slot = self.table.insert(key, hash, now_ns).ok_or(Refused::Full)?;
         let entry = self.table.entry_mut(slot);
         entry.initiator = direction;
         entry.tracked = tracked;
@@ -303,7 +341,7 @@ impl Conntrack {
     #[must_use]
     pub fn peek(&self, key: &Key, direction: Direction, now_ns: u64) -> Option<ConnectionRow> {
         let (key, _) = conn_key(key, direction)?;
-        let entry = self.table.entry(self.table.peek(&key)?);
+        let entry = self.table.entry(self.table.peek(&key, self.table.hash(&key))?);
         (entry.expires_ns > now_ns && !entry.has(Entry::REVOKED)).then(|| ConnectionRow::new(entry, now_ns))
     }
 
@@ -410,7 +448,8 @@ impl Conntrack {
         let Some(quoted) = quoted.filter(|quoted| quoted.key.source == outer.destination) else { return invalid };
         let sent = direction.opposite();
         let Some((key, _)) = conn_key(&quoted.key, sent) else { return invalid };
-        let Some(slot) = self.table.find(&key, now_ns) else { return invalid };
+        let hash = self.table.hash(&key);
+        let Some(slot) = self.table.find(&key, hash, now_ns) else { return invalid };
         let entry = self.table.entry(slot);
         let plausible = match (&entry.tracked, quoted.sequence) {
             (Tracked::Tcp(tracker), Some(sequence)) => {

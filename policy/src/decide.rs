@@ -6,7 +6,7 @@
 //! its state, or ends. What either end of a TCP connection that has ended so goes on sending begins none.
 
 use crate::classifier::{Classifier, Verdict};
-use crate::conntrack::{ConnState, Connection, Conntrack, Grant, Refused};
+use crate::conntrack::{ConnState, Connection, Conntrack, Grant, Refused, Sought};
 use crate::model::{Direction, RuleId};
 use crate::parse::{Fragment, Packet, Parsed};
 
@@ -69,6 +69,25 @@ pub fn decide(
     policy_generation: u32,
     now_ns: u64,
 ) -> Decision {
+    let sought = match parsed {
+        Parsed::Ip(packet) => conntrack.seek(&packet.key, direction),
+        _ => None,
+    };
+    decide_sought(classifier, conntrack, parsed, sought, direction, identity, policy_generation, now_ns)
+}
+
+/// The same with what [`Conntrack::seek`] says of the packet in this direction, if it is one.
+#[allow(clippy::too_many_arguments, reason = "a packet, where it is judged, and what is known of it")]
+pub fn decide_sought(
+    classifier: &Classifier,
+    conntrack: &mut Conntrack,
+    parsed: &Parsed,
+    sought: Option<Sought>,
+    direction: Direction,
+    identity: Option<u16>,
+    policy_generation: u32,
+    now_ns: u64,
+) -> Decision {
     if classifier.allows_all() {
         return Decision { cache: true, ..stateless(true, Reason::Posture, None, false) };
     }
@@ -93,23 +112,25 @@ pub fn decide(
             ..stateless(true, Reason::Necessary, None, false)
         };
     }
-    let decision = tracked(classifier, conntrack, packet, direction, identity, policy_generation, now_ns);
+    let decision = tracked(classifier, conntrack, packet, sought, direction, identity, policy_generation, now_ns);
     if decision.allow {
         conntrack.allow_fragments(packet, direction, policy_generation, now_ns);
     }
     decision
 }
 
+#[allow(clippy::too_many_arguments, reason = "as above")]
 fn tracked(
     classifier: &Classifier,
     conntrack: &mut Conntrack,
     packet: &Packet,
+    sought: Option<Sought>,
     direction: Direction,
     identity: Option<u16>,
     policy_generation: u32,
     now_ns: u64,
 ) -> Decision {
-    let track = conntrack.track(packet, direction, now_ns);
+    let track = conntrack.track_sought(packet, direction, sought, now_ns);
     if let Some(connection) = track.connection {
         // An error comes from anybody on the way.
         let shown = (track.state != ConnState::Related).then_some((direction, identity));
@@ -132,7 +153,7 @@ fn tracked(
         return Decision { cache: whole, ..judged };
     }
     let grant = Grant { policy_generation, rule: verdict.rule, log: verdict.log, identity };
-    match conntrack.admit(packet, direction, grant, now_ns) {
+    match conntrack.admit_sought(packet, direction, sought, grant, now_ns) {
         Ok(connection) => Decision { connection: Some(connection), cache: whole, ..judged },
         Err(refused) => {
             let reason = match refused {

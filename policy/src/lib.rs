@@ -28,8 +28,8 @@ mod tcp_state;
 pub use bucket::{Meter, MeterLimits, TokenBucket};
 pub use classifier::{Classifier, Verdict};
 pub use connection_row::ConnectionRow;
-pub use conntrack::{ConnState, Connection, Conntrack, ConntrackLimits, Grant, Refused, Touched, Track};
-pub use decide::{Decision, Reason, decide};
+pub use conntrack::{ConnState, Connection, Conntrack, ConntrackLimits, Grant, Refused, Sought, Touched, Track};
+pub use decide::{Decision, Reason, decide, decide_sought};
 pub use explain::{Explanation, explain};
 pub use key::{Family, Key};
 pub use model::{

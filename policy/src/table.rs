@@ -21,7 +21,7 @@ use crate::tcp::{TcpState, Tracker};
 const WAYS: usize = 8;
 
 /// Free places that leave a bucket to those who have it as their first. Beyond, the emptier of two is taken.
-const CROWDED: usize = 5;
+const CROWDED: usize = 3;
 
 /// The part of a bucket's word that says where a connection is. What is above it in the bucket's first word counts those
 /// who went to their second bucket from here.
@@ -249,15 +249,15 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Room for `limit` connections: a quarter more places, or up to twice that. With four fifths of them taken, one connection in
-    /// 3,000 has found both of its buckets full.
+    /// Room for `limit` connections: twice as many places, or up to twice that. With half of them taken, one connection in 20 has
+    /// found its first bucket crowded, and none (of 800,000) both of them full.
     pub(crate) fn new(limit: u32, seed: u64) -> Self {
         Self::with_hasher(limit, SeedableRandomState::with_seed(seed, SharedSeed::global_random()))
     }
 
     fn with_hasher(limit: u32, hasher: SeedableRandomState) -> Self {
         let limit = limit.max(WAYS as u32);
-        let buckets = (limit as usize * 5 / 4).div_ceil(WAYS).next_power_of_two();
+        let buckets = (limit as usize * 2).div_ceil(WAYS).next_power_of_two();
         Self {
             hasher,
             buckets: Buckets::new(buckets),
@@ -309,24 +309,29 @@ impl Table {
         self.entries.get(slot).is_some_and(|entry| entry.generation == generation).then_some(slot)
     }
 
+    /// What [`Table::find`] and [`Table::insert`] want beside a key.
+    #[inline]
+    pub(crate) fn hash(&self, key: &ConnKey) -> u64 {
+        self.hasher.hash_one(key)
+    }
+
     /// The two buckets of a connection, and its part of the hash in its place.
     #[inline]
-    fn places(&self, key: &ConnKey) -> ([usize; 2], u64) {
-        let hash = self.hasher.hash_one(key);
+    fn places(&self, hash: u64) -> ([usize; 2], u64) {
         let mask = self.buckets.count() - 1;
         ([hash as usize & mask, (hash >> 24) as usize & mask], ((hash >> 48) | 1) << 32)
     }
 
     /// Where a connection's slot is looked for first.
     #[inline]
-    pub(crate) fn bucket(&self, key: &ConnKey) -> &[u64; WAYS] {
-        &self.buckets[self.places(key).0[0]]
+    pub(crate) fn bucket(&self, hash: u64) -> &[u64; WAYS] {
+        &self.buckets[self.places(hash).0[0]]
     }
 
     /// The slot of a connection that has not expired.
     #[inline]
-    pub(crate) fn find(&mut self, key: &ConnKey, now_ns: u64) -> Option<usize> {
-        let slot = self.peek(key)?;
+    pub(crate) fn find(&mut self, key: &ConnKey, hash: u64, now_ns: u64) -> Option<usize> {
+        let slot = self.peek(key, hash)?;
         if self.entries[slot].expires_ns <= now_ns {
             self.free(slot);
             return None;
@@ -336,8 +341,8 @@ impl Table {
 
     /// As [`Self::find`], expired or not.
     #[inline]
-    pub(crate) fn peek(&self, key: &ConnKey) -> Option<usize> {
-        let ([first, second], tag) = self.places(key);
+    pub(crate) fn peek(&self, key: &ConnKey, hash: u64) -> Option<usize> {
+        let ([first, second], tag) = self.places(hash);
         let found = self.search(first, tag, key);
         if found.is_some() || self.buckets[first][0] < AWAY {
             return found;
@@ -352,8 +357,8 @@ impl Table {
     }
 
     /// Takes a slot for a connection that is not in the table. `None`: there is no room, and nobody less useful.
-    pub(crate) fn insert(&mut self, key: ConnKey, now_ns: u64) -> Option<usize> {
-        let (buckets, tag) = self.places(&key);
+    pub(crate) fn insert(&mut self, key: ConnKey, hash: u64, now_ns: u64) -> Option<usize> {
+        let (buckets, tag) = self.places(hash);
         let (choice, way) = self.room(buckets, now_ns)?;
         if self.count() >= self.limit {
             self.make_room(now_ns)?;
@@ -429,8 +434,8 @@ impl Table {
         let entry = &mut self.entries[slot];
         assert!(entry.generation % 2 == 1, "slot {slot} is free already");
         entry.generation = entry.generation.wrapping_add(1);
-        let key = entry.key;
-        let ([first, second], tag) = self.places(&key);
+        let hash = self.hasher.hash_one(entry.key);
+        let ([first, second], tag) = self.places(hash);
         let own = |place: &&mut u64| **place & PLACE == tag | slot as u64;
         if let Some(place) = self.buckets[first].iter_mut().find(own) {
             *place &= !PLACE;
@@ -485,6 +490,14 @@ mod tests {
         }
     }
 
+    fn insert(table: &mut Table, port: u16) -> Option<usize> {
+        table.insert(key(port), table.hash(&key(port)), 0)
+    }
+
+    fn peek(table: &Table, port: u16) -> Option<usize> {
+        table.peek(&key(port), table.hash(&key(port)))
+    }
+
     proptest! {
         #[test]
         fn what_is_in_the_table_is_found_and_what_is_not_is_not(
@@ -495,10 +508,10 @@ mod tests {
             for (inserts, port) in steps {
                 match (inserts, model.get(&port).copied()) {
                     (true, None) => {
-                        let slot = table.insert(key(port), 0).expect("none is assured");
+                        let slot = insert(&mut table, port).expect("none is assured");
                         table.entry_mut(slot).expires_ns = 1;
                         // It may have taken another's place.
-                        model.retain(|&port, _| table.peek(&key(port)).is_some());
+                        model.retain(|&port, _| peek(&table, port).is_some());
                         model.insert(port, slot);
                     }
                     (false, Some(slot)) => {
@@ -510,12 +523,12 @@ mod tests {
                 prop_assert_eq!(table.count() as usize, model.len());
             }
             for port in 0..400 {
-                prop_assert_eq!(table.peek(&key(port)), model.get(&port).copied(), "port {}", port);
+                prop_assert_eq!(peek(&table, port), model.get(&port).copied(), "port {}", port);
             }
             // Each bucket knows how many went elsewhere from it.
             let mut away = vec![0; table.buckets.count()];
             for &port in model.keys() {
-                let ([first, second], tag) = table.places(&key(port));
+                let ([first, second], tag) = table.places(table.hash(&key(port)));
                 let own = table.buckets[first].iter().any(|place| place & PLACE == tag | model[&port] as u64);
                 prop_assert!(own || first != second);
                 away[first] += u64::from(!own);
@@ -530,23 +543,22 @@ mod tests {
     fn a_bucket_is_one_cache_line() {
         for limit in [8, 1000, 100_000] {
             let table = Table::new(limit, 1);
-            assert_eq!(table.bucket(&key(1)).as_ptr() as usize % 64, 0);
+            assert_eq!(table.bucket(table.hash(&key(1))).as_ptr() as usize % 64, 0);
         }
     }
 
     #[test]
     fn ports_that_count_up_have_room_whatever_the_seed() {
-        // Half of the places taken: all have room. Four fifths, the most there may be: all but a few.
-        for (seed, limit) in (0..200).flat_map(|seed| [(seed, 4096), (seed, 3276)]) {
+        // Half of the places are taken, the most there may be.
+        for seed in 0..200 {
+            let limit = 4096;
             let shared = Box::leak(Box::new(SharedSeed::from_u64(seed)));
             let mut table = Table::with_hasher(limit, SeedableRandomState::with_seed(seed, shared));
             for port in 0..limit as u16 {
-                let slot = table.insert(key(1024 + port), 0).expect("none is assured");
+                let slot = insert(&mut table, 1024 + port).expect("none is assured");
                 table.entry_mut(slot).expires_ns = 1;
             }
-            let most = if limit == 4096 { 0 } else { 8 };
-            assert!(table.dropped_early <= most, "seed {seed}: {}", table.dropped_early);
-            assert_eq!(u64::from(table.count()) + table.dropped_early, limit.into(), "seed {seed}");
+            assert_eq!((table.count(), table.dropped_early), (limit, 0), "seed {seed}");
         }
     }
 }

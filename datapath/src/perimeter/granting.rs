@@ -67,8 +67,10 @@ impl Perimeters {
             }
             match FlowKey::ipv4(frame.headers(), frame.frame_bytes) {
                 Some(key) => {
-                    self.asked[asked] = Asked { index, place: own.leases.place(&key), key };
-                    asked += 1;
+                    if let Some(place) = own.leases.place(&key) {
+                        self.asked[asked] = Asked { index, place, key };
+                        asked += 1;
+                    }
                 }
                 None => others = true,
             }
@@ -125,7 +127,7 @@ impl Perimeters {
             }
             let Some(key) = FlowKey::ipv6(frame.headers(), frame.frame_bytes) else { continue };
             let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return };
-            let Some(lease) = own.leases6.get(own.leases6.place(&key), &key) else { continue };
+            let Some(lease) = own.leases6.find(&key) else { continue };
             let Some(next_hop) = self.hops.next_hop(lease.hop()) else { continue };
             if lease.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop) {
                 continue;
@@ -158,9 +160,9 @@ impl Perimeters {
         let (header, bytes) = (burst.frames[index].headers(), burst.frames[index].frame_bytes);
         let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return false };
         let held = if let Some(key) = FlowKey::ipv4(header, bytes) {
-            own.leases.get(own.leases.place(&key), &key)
+            own.leases.find(&key)
         } else {
-            FlowKey::ipv6(header, bytes).and_then(|key| own.leases6.get(own.leases6.place(&key), &key))
+            FlowKey::ipv6(header, bytes).and_then(|key| own.leases6.find(&key))
         };
         let Some(held) = held else { return false };
         if self.hops.next_hop(held.hop()) != Some(next_hop)
@@ -236,11 +238,11 @@ impl Perimeters {
         let Some(leases) = self.slots[usize::from(to.0)].as_deref() else { return false };
         let (is_tcp, lease) = if let Some(key) = FlowKey::ipv4(header, frame.frame_bytes) {
             let (key, leases) = (key.inbound(identity), &leases.leases);
-            let lease = leases.get(leases.place(&key), &key);
+            let lease = leases.find(&key);
             (key.is_tcp(), lease.filter(|lease| self.now_ns < lease.until_ns()))
         } else if let Some(key) = FlowKey::ipv6(header, frame.frame_bytes) {
             let (key, leases) = (key.inbound(identity), &leases.leases6);
-            let lease = leases.get(leases.place(&key), &key);
+            let lease = leases.find(&key);
             (key.is_tcp(), lease.filter(|lease| self.now_ns < lease.until_ns()))
         } else {
             return false;

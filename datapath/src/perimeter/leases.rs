@@ -7,7 +7,9 @@
 //! for [`LEASE_NS`](super::LEASE_NS) at most: then it is renewed, and tables hear that the flow is alive.
 //!
 //! Eight places for each key, the first of which is nearly always its own; 64 bytes for IPv4; zeroed pages, so that what is
-//! not used costs nothing. Only the port's own guest and those who speak to it fill it.
+//! not used costs nothing. A bit says of each eight whether any of them was ever taken: flows that never got a lease are told
+//! from those by a small table alone, and no page is touched for them. Only the port's own guest and those who speak to it
+//! fill it.
 
 use std::hash::BuildHasher;
 use std::ops::Range;
@@ -30,6 +32,12 @@ const LINE_WORDS: usize = 8;
 /// What an entry says behind its key: the connections at the sender's and the receiver's perimeter
 /// ([`Connection::to_bits`]), the sum of epochs << 16 | hop, and until when (ns).
 type Said = [u64; 4];
+
+/// Which bit stands for a place and the others that have the same keys: its word, and the bit in it.
+#[inline]
+const fn group(place: usize) -> (usize, u64) {
+    (place / WAYS / 64, 1 << (place / WAYS % 64))
+}
 
 /// Until when an entry holds whose lease was ended.
 const OVER_NS: u64 = 1;
@@ -90,6 +98,8 @@ pub(crate) struct Leases<const WORDS: usize> {
     /// allocator, not those of a type that asks for an alignment.
     words: Box<[u64]>,
     first: usize,
+    /// A bit for each [`WAYS`] places that have the same keys.
+    ever_taken: Box<[u64]>,
     /// Number of entries less one.
     mask: usize,
     /// Seeded: which flows share a place cannot be foreseen.
@@ -104,10 +114,11 @@ impl<const WORDS: usize> Leases<WORDS> {
     /// Room for `flows`, and as much again, so that few find their first place taken.
     pub(crate) fn new(flows: u32) -> Self {
         let entries = (flows.max(4) as usize * 2).next_power_of_two();
+        let ever_taken = vec![0u64; (entries / WAYS).div_ceil(64)].into_boxed_slice();
         let words = vec![0u64; entries * Self::STRIDE + LINE_WORDS].into_boxed_slice();
         // Entries begin where a cache line does.
         let first = (words.as_ptr() as usize / 8).wrapping_neg() % LINE_WORDS;
-        Self { words, first, mask: entries - 1, hasher: RandomState::default() }
+        Self { words, first, ever_taken, mask: entries - 1, hasher: RandomState::default() }
     }
 
     /// Its addresses.
@@ -116,12 +127,21 @@ impl<const WORDS: usize> Leases<WORDS> {
         words.start as usize..words.end as usize
     }
 
-    /// Where a flow's lease should be; asks for its cache line.
+    /// Where a flow's lease should be; asks for its cache line. `None`: it has none.
     #[inline]
-    pub(crate) fn place(&self, key: &FlowKey<WORDS>) -> usize {
-        let place = self.hasher.hash_one(key) as usize & self.mask;
+    pub(crate) fn place(&self, key: &FlowKey<WORDS>) -> Option<usize> {
+        let place = self.first_place(key);
+        let (word, bit) = group(place);
+        if self.ever_taken[word] & bit == 0 {
+            return None;
+        }
         prefetch(&raw const self.words[self.first + place * Self::STRIDE] as usize, Wish::Read);
-        place
+        Some(place)
+    }
+
+    #[inline]
+    fn first_place(&self, key: &FlowKey<WORDS>) -> usize {
+        self.hasher.hash_one(key) as usize & self.mask
     }
 
     /// Asks for the lines where it is likely to be, if its place is another's.
@@ -156,7 +176,11 @@ impl<const WORDS: usize> Leases<WORDS> {
     /// Where a flow's lease is to be kept: in the first place if that is free or its own; else in that of its last lease, or of the
     /// lease which ends first. (Another one of it may be left where it was: it says what it said, and ends like any.)
     fn place_for(&self, key: &FlowKey<WORDS>) -> usize {
-        let places = self.places(self.place(key));
+        let places = self.places(self.first_place(key));
+        let (word, bit) = group(places[0]);
+        if self.ever_taken[word] & bit == 0 {
+            return places[0];
+        }
         let (first, said) = self.entry(places[0]);
         if is_free(said) || key.is(first) {
             return places[0];
@@ -166,7 +190,13 @@ impl<const WORDS: usize> Leases<WORDS> {
         own.or_else(|| places.into_iter().min_by_key(|&place| self.until_ns(place))).unwrap_or(places[0])
     }
 
-    /// The lease of a flow. `place` is its [`Leases::place`]. Whether its epoch is still right and its time is not over is for
+    /// The lease of a flow, if it has one.
+    #[inline]
+    pub(crate) fn find(&self, key: &FlowKey<WORDS>) -> Option<Held<'_>> {
+        self.get(self.place(key)?, key)
+    }
+
+    /// The lease of a flow, `place` being its [`Leases::place`]. Whether its epoch is still right and its time is not over is for
     /// the caller to see.
     #[inline(always)]
     pub(crate) fn get(&self, place: usize, key: &FlowKey<WORDS>) -> Option<Held<'_>> {
@@ -187,6 +217,8 @@ impl<const WORDS: usize> Leases<WORDS> {
     /// Keeps a lease.
     pub(crate) fn put(&mut self, key: FlowKey<WORDS>, lease: Lease) {
         let place = self.place_for(&key);
+        let (word, bit) = group(place);
+        self.ever_taken[word] |= bit;
         let [egress, ingress] = lease.connections.map(|connection| connection.map_or(0, Connection::to_bits));
         let said: Said = [egress, ingress, lease.epoch << 16 | u64::from(lease.hop), lease.until_ns];
         let at = self.first + place * Self::STRIDE;
@@ -197,7 +229,8 @@ impl<const WORDS: usize> Leases<WORDS> {
 
     /// Ends a flow's lease.
     pub(crate) fn end(&mut self, key: &FlowKey<WORDS>) {
-        for place in self.places(self.place(key)) {
+        let Some(place) = self.place(key) else { return };
+        for place in self.places(place) {
             if key.is(self.entry(place).0) {
                 let entry = &mut self.words[self.first + place * Self::STRIDE..][..Self::STRIDE];
                 entry.fill(0);
@@ -225,7 +258,7 @@ mod tests {
     }
 
     fn get(leases: &Leases<1>, port: u16) -> Option<Lease> {
-        let found = leases.get(leases.place(&key(port)), &key(port))?;
+        let found = leases.get(leases.place(&key(port))?, &key(port))?;
         let (hop, connections, epoch) = (found.hop(), found.connections(), found.epoch());
         Some(Lease { hop, connections, epoch, until_ns: found.0[3] })
     }

@@ -18,8 +18,8 @@ mod leases;
 use std::net::IpAddr;
 
 use dreamwire_policy::{
-    Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Key, Meter, MeterLimits, Parsed,
-    Reason, decide, parse,
+    ConnState, Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Key, Meter, MeterLimits, Parsed,
+    Reason, Sought, decide_sought, parse,
 };
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::memory::{Wish, prefetch};
@@ -27,7 +27,7 @@ use dreamwire_vhost::ring::BURST;
 
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
-use crate::huge_pages::HugePages;
+use crate::huge_pages::{self, HugePages};
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, PortPolicy, Snapshot};
 use events::{Events, Story};
 use granting::Asked;
@@ -42,6 +42,9 @@ const SWEEP_NS: u64 = 100_000;
 /// In how many of its turns a table is swept once: 10 s with the above. Where there are fewer ports, or the worker sleeps, a
 /// connection is forgotten sooner or later than that; look-ups see to expiry by themselves.
 const SWEEP_PARTS: u32 = 96;
+/// Connections of a table whose index is worth a huge page or more (2 MiB; 1.6 % of what its connections take). They are spread
+/// over it from the first on, so it would soon be in memory whole.
+const LARGE: u32 = 1 << 17;
 /// Connections in a bucket of the table.
 const WAYS: u32 = 8;
 
@@ -82,8 +85,13 @@ impl Perimeter {
     /// Allocates; what is not used takes no memory. `seed` is a random number that no guest knows.
     pub fn new(limits: PerimeterLimits, seed: u64) -> Self {
         let connections = limits.conntrack.connections;
+        let conntrack = Conntrack::new(limits.conntrack, seed);
+        if connections >= LARGE {
+            let [index, _] = conntrack.memory();
+            huge_pages::from_start(index);
+        }
         Self {
-            conntrack: Conntrack::new(limits.conntrack, seed),
+            conntrack,
             leases: Leases::new(connections),
             leases6: Leases::new(connections),
             meters: Default::default(),
@@ -221,16 +229,17 @@ impl Perimeters {
         receiver + from.map_or(0, |port| self.epoch(port))
     }
 
-    /// Asks for the memory that [`Self::judge`] will read first.
+    /// Where a frame's connection is sought at a port; asks for the memory that [`Self::judge`] will read first.
     #[inline]
-    pub(crate) fn look_ahead(&self, id: PortId, direction: Direction, parsed: &Parsed) {
-        if let (Some(perimeter), Parsed::Ip(packet)) = (&self.slots[usize::from(id.0)], parsed) {
-            let bucket = perimeter.conntrack.bucket(&packet.key, direction);
-            bucket.iter().for_each(|bucket| prefetch(bucket.as_ptr() as usize, Wish::Write));
-        }
+    pub(crate) fn look_ahead(&self, id: PortId, direction: Direction, parsed: &Parsed) -> Option<Sought> {
+        let (Some(perimeter), Parsed::Ip(packet)) = (&self.slots[usize::from(id.0)], parsed) else { return None };
+        let sought = perimeter.conntrack.seek(&packet.key, direction)?;
+        prefetch(perimeter.conntrack.bucket(sought).as_ptr() as usize, Wish::Write);
+        Some(sought)
     }
 
-    /// Judges a frame at a port that has a policy. `identity` is its sender's, `parsed` what [`parse`] says of it.
+    /// Judges a frame at a port that has a policy. `identity` is its sender's, `parsed` what [`parse`] says of it, `sought`
+    /// what [`Self::look_ahead`] does.
     #[allow(clippy::too_many_arguments, reason = "a frame, where it is judged, and what is known of it")]
     pub(crate) fn judge(
         &mut self,
@@ -240,6 +249,7 @@ impl Perimeters {
         identity: Option<u16>,
         frame: &RawFrame,
         parsed: &Parsed,
+        sought: Option<Sought>,
     ) -> Result<Stand, DropReason> {
         let Some(port) = snapshot.port(id) else { return Ok(Stand::Unasked) };
         let Some(policy) = &port.policy else { return Ok(Stand::Unasked) };
@@ -249,10 +259,12 @@ impl Perimeters {
         };
         let (classifier, generation) = (&policy.classifier, snapshot.policy_generation);
         let conntrack = &mut perimeter.conntrack;
-        let decision = decide(classifier, conntrack, parsed, direction, identity, generation, now_ns);
+        let decision = decide_sought(classifier, conntrack, parsed, sought, direction, identity, generation, now_ns);
         self.note(snapshot, port.network, id, direction, &decision, frame);
         match decision {
             Decision { allow: false, reason, .. } => Err(drop_reason(reason, direction)),
+            // Its first frame. A flow that has no other needs no lease.
+            Decision { judged: true, state: ConnState::New, .. } => Ok(Stand::Once),
             Decision { cache: true, connection, .. } => Ok(Stand::Kept(connection)),
             _ => Ok(Stand::Once),
         }

@@ -24,7 +24,7 @@ pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
             && snapshot.port(to).is_some_and(|port| is_judged_here(port, snapshot))
         {
             burst.parse(index);
-            perimeters.look_ahead(to, Direction::Ingress, burst.parsed(index));
+            burst.sought[index] = perimeters.look_ahead(to, Direction::Ingress, burst.parsed(index));
         }
     }
     for index in 0..burst.length {
@@ -69,7 +69,8 @@ impl<'a> Flooded<'a> {
     pub(crate) fn may_enter(&self, to: PortId, snapshot: &Snapshot, perimeters: &mut Perimeters) -> bool {
         let &Self { burst, index, identity, ref parsed } = self;
         let frame = &burst.frames[index];
-        let admitted = perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, parsed).and_then(|_| {
+        let sought = perimeters.look_ahead(to, Direction::Ingress, parsed);
+        let admitted = perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, parsed, sought).and_then(|_| {
             let keeps = perimeters.meter(to, Direction::Ingress, frame.frame_bytes);
             if keeps { Ok(()) } else { Err(DropReason::RateLimit) }
         });
@@ -100,7 +101,7 @@ fn ingress(
     {
         return Ok(Stand::Leased);
     }
-    perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, burst.parsed(index))
+    perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, burst.parsed(index), burst.sought[index])
 }
 
 /// Gives frame `index` a lease if both ends have let it pass, and one of them only now.

@@ -27,13 +27,13 @@ pub(crate) fn police(burst: &mut Burst, id: PortId, port: &Port, snapshot: &Snap
         for index in 0..burst.length {
             if burst.next_hops[index] == NextHop::Undecided {
                 burst.parse(index);
-                perimeters.look_ahead(id, Direction::Egress, burst.parsed(index));
+                burst.sought[index] = perimeters.look_ahead(id, Direction::Egress, burst.parsed(index));
             }
         }
         for index in 0..burst.length {
             if burst.next_hops[index] == NextHop::Undecided {
-                let (frame, parsed) = (&burst.frames[index], burst.parsed(index));
-                match perimeters.judge(snapshot, id, Direction::Egress, None, frame, parsed) {
+                let (frame, parsed, sought) = (&burst.frames[index], burst.parsed(index), burst.sought[index]);
+                match perimeters.judge(snapshot, id, Direction::Egress, None, frame, parsed, sought) {
                     Ok(stand) => burst.egress[index] = stand,
                     Err(reason) => burst.next_hops[index] = NextHop::Drop(reason),
                 }
