@@ -150,12 +150,12 @@ fn a_lease_ends_with_its_time_its_station_and_its_perimeter() {
     assert_eq!((received, hits(&lan, 3)), (usize::from(RING_SIZE), 1), "one connection");
     lan.stations[1].fill();
     lan.now_ns += 31 * SECOND_NS;
-    lan.send(0, &frame);
+    (0..2).for_each(|_| lan.send(0, &frame));
     assert_eq!(hits(&lan, 3), 2, "silent for too long: a connection anew");
     // Another perimeter: what the last one knew is over, whatever the sums.
     let fresh = Box::new(Perimeter::new(PerimeterLimits::default(), 9));
     assert_eq!(lan.worker.guard(PortId(1), Some(fresh)).map(|_| ()), Some(()));
-    lan.send(0, &frame);
+    (0..2).for_each(|_| lan.send(0, &frame));
     assert_eq!(hits(&lan, 3), 3);
     // None: closed.
     lan.worker.guard(PortId(1), None);
@@ -346,7 +346,8 @@ fn a_network_that_gets_another_number_leaves_no_lease() {
     for station in 10..40 {
         lan.send(0, &common::frame(mac(2), mac(station), 60, 0));
     }
-    lan.send(0, &frame);
+    // The second of them gets a lease.
+    (0..2).for_each(|_| lan.send(0, &frame));
     assert_eq!(lan.received(1).last(), Some(&frame));
     // The same ports in network 1, and no rule any more.
     let mut moved = network("blue", &[0, 1, 2]);

@@ -393,6 +393,13 @@ impl Conntrack {
         self.table.memory()
     }
 
+    /// Addresses of the entries among [`Self::memory`] that have been used so far: they are used in order.
+    #[inline]
+    #[must_use]
+    pub fn used(&self) -> Range<usize> {
+        self.table.used()
+    }
+
     /// Places that the table has used so far.
     #[must_use]
     pub fn places(&self) -> usize {

@@ -278,6 +278,13 @@ impl Table {
         [self.buckets.memory(), entries..entries_end]
     }
 
+    /// Addresses of entries that were ever taken.
+    #[inline]
+    pub(crate) fn used(&self) -> Range<usize> {
+        let used = self.entries.as_ptr_range();
+        used.start as usize..used.end as usize
+    }
+
     pub(crate) fn count(&self) -> u32 {
         (self.entries.len() - self.freed.len()) as u32
     }

@@ -244,6 +244,7 @@ impl<const WORDS: usize> Leases<WORDS> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::huge_pages::{HUGE_BYTES, resident_pages};
 
     fn key(port: u16) -> FlowKey<1> {
         let mut frame = [0; 60];
@@ -287,6 +288,20 @@ mod tests {
         assert!(tables.iter().all(|(four, six)| four.words.len() * 8 > 4 << 20 && six.words.len() * 8 > 8 << 20));
         // 96 MiB of address space; other tests run beside this one.
         assert!(grown < 16 << 20, "{grown} bytes");
+    }
+
+    #[test]
+    fn flows_without_a_lease_touch_no_page() {
+        let mut leases = Leases::<1>::new(1 << 17);
+        leases.put(key(1), lease(5, 100));
+        assert_eq!((2..=u16::MAX).filter(|&port| get(&leases, port).is_some()).count(), 0);
+        leases.end(&key(2));
+        assert_eq!(get(&leases, 1), Some(lease(5, 100)));
+        let memory = leases.memory();
+        let huge = memory.start.next_multiple_of(HUGE_BYTES)..memory.end - HUGE_BYTES;
+        let touched: usize = huge.step_by(HUGE_BYTES).map(resident_pages).sum();
+        // Of 3,584 or so; where the system makes all pages huge ones, that of the one lease has 512.
+        assert!(touched <= 512, "{touched} pages");
     }
 
     #[test]

@@ -70,10 +70,11 @@ impl<'a> Flooded<'a> {
         let &Self { burst, index, identity, ref parsed } = self;
         let frame = &burst.frames[index];
         let sought = perimeters.look_ahead(to, Direction::Ingress, parsed);
-        let admitted = perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, parsed, sought).and_then(|_| {
-            let keeps = perimeters.meter(to, Direction::Ingress, frame.frame_bytes);
-            if keeps { Ok(()) } else { Err(DropReason::RateLimit) }
-        });
+        let admitted =
+            perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, parsed, sought).and_then(|_| {
+                let keeps = perimeters.meter(to, Direction::Ingress, frame.frame_bytes);
+                if keeps { Ok(()) } else { Err(DropReason::RateLimit) }
+            });
         admitted.inspect_err(|&reason| end(burst, index, to, reason, snapshot, perimeters)).is_ok()
     }
 }
