@@ -37,7 +37,7 @@ const REFRESH_NS: u64 = SECOND_NS;
 /// Size and strictness of a port's connection tracking.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConntrackLimits {
-    /// Connections at most: 128 bytes each and up to 36 more to find them, once used.
+    /// Connections at most: a million at most; 128 bytes each and up to 16 more to find them, once used.
     pub connections: u32,
     /// Fragmented datagrams at once.
     pub datagrams: u32,
@@ -182,7 +182,7 @@ impl Conntrack {
     /// The memory that is read first for what is sought: a cache line for the caller to ask for early.
     #[inline]
     #[must_use]
-    pub fn bucket(&self, sought: Sought) -> &[u64; 8] {
+    pub fn bucket(&self, sought: Sought) -> &[u32; 16] {
         self.table.bucket(sought.0)
     }
 
@@ -345,10 +345,10 @@ impl Conntrack {
         (entry.expires_ns > now_ns && !entry.has(Entry::REVOKED)).then(|| ConnectionRow::new(entry, now_ns))
     }
 
-    /// Forgets what has expired in the next `buckets` of the table. Called now and then, so that [`Self::len`] is right and
+    /// Forgets what has expired among the next `count` entries of the table. Called now and then, so that [`Self::len`] is right and
     /// the quota is not taken by the dead; lookups see to expiry by themselves.
-    pub fn sweep(&mut self, buckets: usize, now_ns: u64) {
-        self.table.sweep(buckets, now_ns);
+    pub fn sweep(&mut self, count: usize, now_ns: u64) {
+        self.table.sweep(count, now_ns);
     }
 
     /// Connections, among them some that have expired since the last sweep.

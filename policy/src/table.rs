@@ -1,4 +1,4 @@
-//! The connection table of one port: fixed size, two choices of an 8-way bucket, seeded hash.
+//! The connection table of one port: fixed size, two choices of a 15-way bucket, seeded hash.
 //!
 //! A connection is in one of two buckets that its hash names, or nowhere, so every operation is bounded. It is in the first
 //! unless that was crowded, and each bucket knows how many of its own went to their second: mostly none, so one cache line says
@@ -17,16 +17,28 @@ use crate::key::{Family, Key};
 use crate::model::Direction;
 use crate::tcp::{TcpState, Tracker};
 
-/// Connections in a bucket: one cache line says where they are.
-const WAYS: usize = 8;
+/// Connections in a bucket: with the count of those who went elsewhere, one cache line.
+const WAYS: usize = 15;
 
 /// Free places that leave a bucket to those who have it as their first. Beyond, the emptier of two is taken.
-const CROWDED: usize = 3;
+const CROWDED: u32 = 4;
 
-/// The part of a bucket's word that says where a connection is. What is above it in the bucket's first word counts those
-/// who went to their second bucket from here.
-const PLACE: u64 = AWAY - 1;
-const AWAY: u64 = 1 << 48;
+/// Four fifths of the places may be taken.
+const TAKEN_MAX: usize = 12;
+
+/// A place: part of the hash, never 0, above the connection's slot. 0: free.
+const SLOT_BITS: u32 = 20;
+const SLOT: u32 = (1 << SLOT_BITS) - 1;
+const TAG: u32 = !SLOT;
+
+/// Connections that slots can tell apart.
+const CONNECTIONS_MAX: u32 = 1 << SLOT_BITS;
+
+/// The word of a bucket that counts those who went to their second bucket from here.
+const AWAY: usize = WAYS;
+
+/// A large index begins where a huge page of the processor's could.
+const HUGE_BYTES: usize = 2 << 20;
 
 /// Buckets searched for a victim when the quota is reached and both buckets hold assured connections only.
 const SEARCHED_BUCKETS_MAX: usize = 16;
@@ -188,47 +200,63 @@ impl Entry {
     }
 }
 
-/// Where entries are: words of part of the hash << 32 | slot; 0: free; see [`PLACE`] for the rest.
+/// Where entries are.
 #[derive(Debug)]
 struct Buckets {
-    /// Plain words, so that the allocator's zeroed pages are taken as they are; buckets begin at `first`, where a cache line
-    /// does.
-    words: Box<[u64]>,
+    /// Plain words, so that the allocator's zeroed pages are taken as they are.
+    words: Box<[u32]>,
     first: usize,
+    count: usize,
 }
+
+type Bucket = [u32; WAYS + 1];
 
 impl Buckets {
     fn new(count: usize) -> Self {
-        let words = vec![0u64; count * WAYS + WAYS].into_boxed_slice();
-        let first = (words.as_ptr() as usize / size_of::<u64>()).wrapping_neg() % WAYS;
-        Self { words, first }
-    }
-
-    #[inline]
-    fn count(&self) -> usize {
-        self.words.len() / WAYS - 1
+        let bytes = count * size_of::<Bucket>();
+        let aligned_to = if bytes < HUGE_BYTES { size_of::<Bucket>() } else { HUGE_BYTES } / size_of::<u32>();
+        let words = vec![0u32; bytes / size_of::<u32>() + aligned_to].into_boxed_slice();
+        let first = (words.as_ptr() as usize / size_of::<u32>()).wrapping_neg() % aligned_to;
+        Self { words, first, count }
     }
 
     fn memory(&self) -> Range<usize> {
-        let words = self.words.as_ptr_range();
-        words.start as usize..words.end as usize
+        let first = &raw const self.words[self.first] as usize;
+        first..first + self.count * size_of::<Bucket>()
     }
 }
 
 impl Index<usize> for Buckets {
-    type Output = [u64; WAYS];
+    type Output = Bucket;
 
     #[inline]
-    fn index(&self, bucket: usize) -> &[u64; WAYS] {
-        self.words[self.first + bucket * WAYS..].first_chunk().expect("whole buckets behind the first")
+    fn index(&self, bucket: usize) -> &Bucket {
+        self.words[self.first + bucket * (WAYS + 1)..].first_chunk().expect("whole buckets behind the first")
     }
 }
 
 impl IndexMut<usize> for Buckets {
     #[inline]
-    fn index_mut(&mut self, bucket: usize) -> &mut [u64; WAYS] {
-        self.words[self.first + bucket * WAYS..].first_chunk_mut().expect("whole buckets behind the first")
+    fn index_mut(&mut self, bucket: usize) -> &mut Bucket {
+        self.words[self.first + bucket * (WAYS + 1)..].first_chunk_mut().expect("whole buckets behind the first")
     }
+}
+
+/// A bit for each way of a bucket whose place, as far as `mask` goes, is `place`.
+#[inline]
+fn ways(bucket: &Bucket, mask: u32, place: u32) -> u32 {
+    (0..WAYS).fold(0, |ways, way| ways | u32::from(bucket[way] & mask == place) << way)
+}
+
+/// The places of a bucket.
+#[inline]
+fn places(bucket: &Bucket) -> &[u32; WAYS] {
+    bucket.first_chunk().expect("shorter than a bucket")
+}
+
+#[inline]
+fn places_mut(bucket: &mut Bucket) -> &mut [u32; WAYS] {
+    bucket.first_chunk_mut().expect("shorter than a bucket")
 }
 
 /// The table.
@@ -249,15 +277,15 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Room for `limit` connections: twice as many places, or up to twice that. With half of them taken, one connection in 20 has
-    /// found its first bucket crowded, and none (of 800,000) both of them full.
+    /// Room for `limit` connections, 2^20 at most: a quarter more places, or up to twice that. With half of them taken, one
+    /// connection in 60 has found its first bucket crowded; with four fifths, one in 7, and one in 300,000 both of them full.
     pub(crate) fn new(limit: u32, seed: u64) -> Self {
         Self::with_hasher(limit, SeedableRandomState::with_seed(seed, SharedSeed::global_random()))
     }
 
     fn with_hasher(limit: u32, hasher: SeedableRandomState) -> Self {
-        let limit = limit.max(WAYS as u32);
-        let buckets = (limit as usize * 2).div_ceil(WAYS).next_power_of_two();
+        let limit = limit.clamp(WAYS as u32, CONNECTIONS_MAX);
+        let buckets = (limit as usize).div_ceil(TAKEN_MAX).next_power_of_two();
         Self {
             hasher,
             buckets: Buckets::new(buckets),
@@ -324,14 +352,15 @@ impl Table {
 
     /// The two buckets of a connection, and its part of the hash in its place.
     #[inline]
-    fn places(&self, hash: u64) -> ([usize; 2], u64) {
-        let mask = self.buckets.count() - 1;
-        ([hash as usize & mask, (hash >> 24) as usize & mask], ((hash >> 48) | 1) << 32)
+    fn places(&self, hash: u64) -> ([usize; 2], u32) {
+        let mask = self.buckets.count - 1;
+        let tag = ((hash >> 52) as u32).max(1) << SLOT_BITS;
+        ([hash as usize & mask, (hash >> 24) as usize & mask], tag)
     }
 
     /// Where a connection's slot is looked for first.
     #[inline]
-    pub(crate) fn bucket(&self, hash: u64) -> &[u64; WAYS] {
+    pub(crate) fn bucket(&self, hash: u64) -> &[u32; WAYS + 1] {
         &self.buckets[self.places(hash).0[0]]
     }
 
@@ -351,16 +380,24 @@ impl Table {
     pub(crate) fn peek(&self, key: &ConnKey, hash: u64) -> Option<usize> {
         let ([first, second], tag) = self.places(hash);
         let found = self.search(first, tag, key);
-        if found.is_some() || self.buckets[first][0] < AWAY {
+        if found.is_some() || self.buckets[first][AWAY] == 0 {
             return found;
         }
         self.search(second, tag, key)
     }
 
     #[inline]
-    fn search(&self, bucket: usize, tag: u64, key: &ConnKey) -> Option<usize> {
-        let slots = self.buckets[bucket].iter().filter(|&place| (place & PLACE) ^ tag == slot_of(*place) as u64);
-        slots.map(|&place| slot_of(place)).find(|&slot| self.entries.get(slot).is_some_and(|entry| entry.key == *key))
+    fn search(&self, bucket: usize, tag: u32, key: &ConnKey) -> Option<usize> {
+        let bucket = &self.buckets[bucket];
+        let mut likely = ways(bucket, TAG, tag);
+        while likely != 0 {
+            let slot = slot_of(bucket[likely.trailing_zeros() as usize]);
+            if self.entries.get(slot).is_some_and(|entry| entry.key == *key) {
+                return Some(slot);
+            }
+            likely &= likely - 1;
+        }
+        None
     }
 
     /// Takes a slot for a connection that is not in the table. `None`: there is no room, and nobody less useful.
@@ -382,9 +419,9 @@ impl Table {
         entry.key = key;
         entry.generation = entry.generation.wrapping_add(1);
         entry.flags = 0;
-        self.buckets[buckets[choice]][way] |= tag | slot as u64;
+        self.buckets[buckets[choice]][way] = tag | slot as u32;
         if choice == 1 {
-            self.buckets[buckets[0]][0] += AWAY;
+            self.buckets[buckets[0]][AWAY] += 1;
         }
         Some(slot)
     }
@@ -401,20 +438,21 @@ impl Table {
     }
 
     fn free_place(&self, buckets: [usize; 2]) -> Option<(usize, usize)> {
-        let free = |choice: usize| self.buckets[buckets[choice]].iter().filter(|&&place| is_free(place)).count();
+        let free = |choice: usize| ways(&self.buckets[buckets[choice]], u32::MAX, 0);
         let first = free(0);
-        // One whose count is full keeps its own, or has no room.
-        let is_first =
-            first >= CROWDED || first >= free(1) || self.buckets[buckets[0]][0] >= AWAY * u64::from(u16::MAX);
-        let choice = usize::from(!is_first);
-        self.buckets[buckets[choice]].iter().position(|&place| is_free(place)).map(|way| (choice, way))
+        let is_crowded = first.count_ones() < CROWDED;
+        let (choice, ways) = match if is_crowded { free(1) } else { 0 } {
+            second if second.count_ones() > first.count_ones() => (1, second),
+            _ => (0, first),
+        };
+        (ways != 0).then(|| (choice, ways.trailing_zeros() as usize))
     }
 
     /// Frees one slot somewhere: the quota is reached.
     fn make_room(&mut self, now_ns: u64) -> Option<()> {
         for _ in 0..SEARCHED_BUCKETS_MAX {
             let bucket = self.search_at;
-            self.search_at = (bucket + 1) & (self.buckets.count() - 1);
+            self.search_at = (bucket + 1) & (self.buckets.count - 1);
             if let Some(slot) = self.least_useful(&[bucket], now_ns) {
                 self.drop_early(slot, now_ns);
                 return Some(());
@@ -424,8 +462,8 @@ impl Table {
     }
 
     fn least_useful(&self, buckets: &[usize], now_ns: u64) -> Option<usize> {
-        let places = buckets.iter().flat_map(|&bucket| self.buckets[bucket]);
-        let taken = places.filter(|&place| !is_free(place)).map(slot_of);
+        let places = buckets.iter().flat_map(|&bucket| places(&self.buckets[bucket]));
+        let taken = places.filter(|&&place| place != 0).map(|&place| slot_of(place));
         let candidates = taken.filter_map(|slot| self.entries[slot].worth(now_ns).map(|worth| (worth, slot)));
         candidates.min().map(|(_, slot)| slot)
     }
@@ -443,20 +481,20 @@ impl Table {
         entry.generation = entry.generation.wrapping_add(1);
         let hash = self.hasher.hash_one(entry.key);
         let ([first, second], tag) = self.places(hash);
-        let own = |place: &&mut u64| **place & PLACE == tag | slot as u64;
-        if let Some(place) = self.buckets[first].iter_mut().find(own) {
-            *place &= !PLACE;
-        } else if let Some(place) = self.buckets[second].iter_mut().find(own) {
-            *place &= !PLACE;
-            self.buckets[first][0] -= AWAY;
+        let own = |place: &&mut u32| **place == tag | slot as u32;
+        if let Some(place) = places_mut(&mut self.buckets[first]).iter_mut().find(own) {
+            *place = 0;
+        } else if let Some(place) = places_mut(&mut self.buckets[second]).iter_mut().find(own) {
+            *place = 0;
+            self.buckets[first][AWAY] -= 1;
         }
         self.freed.push(slot as u32);
         self.ended += 1;
     }
 
-    /// Frees what has expired among the next entries, as many as `buckets` hold.
-    pub(crate) fn sweep(&mut self, buckets: usize, now_ns: u64) {
-        for _ in 0..buckets.saturating_mul(WAYS).min(self.entries.len()) {
+    /// Frees what has expired among the next `count` entries.
+    pub(crate) fn sweep(&mut self, count: usize, now_ns: u64) {
+        for _ in 0..count.min(self.entries.len()) {
             let slot = self.sweep_at;
             self.sweep_at = (slot + 1) % self.entries.len();
             let entry = &self.entries[slot];
@@ -468,13 +506,8 @@ impl Table {
 }
 
 #[inline]
-const fn is_free(place: u64) -> bool {
-    place & PLACE == 0
-}
-
-#[inline]
-const fn slot_of(place: u64) -> usize {
-    place as u32 as usize
+const fn slot_of(place: u32) -> usize {
+    (place & SLOT) as usize
 }
 
 #[cfg(test)]
@@ -508,7 +541,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_in_the_table_is_found_and_what_is_not_is_not(
-            seed: u64, limit in 8..200u32, steps in proptest::collection::vec((any::<bool>(), 0..400u16), 0..800),
+            seed: u64, limit in 15..200u32, steps in proptest::collection::vec((any::<bool>(), 0..400u16), 0..800),
         ) {
             let mut table = Table::new(limit, seed);
             let mut model = BTreeMap::new();
@@ -533,15 +566,15 @@ mod tests {
                 prop_assert_eq!(peek(&table, port), model.get(&port).copied(), "port {}", port);
             }
             // Each bucket knows how many went elsewhere from it.
-            let mut away = vec![0; table.buckets.count()];
+            let mut away = vec![0; table.buckets.count];
             for &port in model.keys() {
                 let ([first, second], tag) = table.places(table.hash(&key(port)));
-                let own = table.buckets[first].iter().any(|place| place & PLACE == tag | model[&port] as u64);
+                let own = places(&table.buckets[first]).contains(&(tag | model[&port] as u32));
                 prop_assert!(own || first != second);
-                away[first] += u64::from(!own);
+                away[first] += u32::from(!own);
             }
             for (bucket, away) in away.into_iter().enumerate() {
-                prop_assert_eq!(table.buckets[bucket][0] / AWAY, away, "bucket {}", bucket);
+                prop_assert_eq!(table.buckets[bucket][AWAY], away, "bucket {}", bucket);
             }
         }
     }
@@ -556,16 +589,20 @@ mod tests {
 
     #[test]
     fn ports_that_count_up_have_room_whatever_the_seed() {
-        // Half of the places are taken, the most there may be.
-        for seed in 0..200 {
-            let limit = 4096;
-            let shared = Box::leak(Box::new(SharedSeed::from_u64(seed)));
-            let mut table = Table::with_hasher(limit, SeedableRandomState::with_seed(seed, shared));
-            for port in 0..limit as u16 {
-                let slot = insert(&mut table, 1024 + port).expect("none is assured");
-                table.entry_mut(slot).expires_ns = 1;
+        // Half of the places are taken; then four fifths, the most there may be.
+        for (limit, most) in [(4096, 0), (3072, 2)] {
+            let mut dropped_early = 0;
+            for seed in 0..200 {
+                let shared = Box::leak(Box::new(SharedSeed::from_u64(seed)));
+                let mut table = Table::with_hasher(limit, SeedableRandomState::with_seed(seed, shared));
+                for port in 0..limit as u16 {
+                    let slot = insert(&mut table, 1024 + port).expect("none is assured");
+                    table.entry_mut(slot).expires_ns = 1;
+                }
+                assert_eq!(u64::from(table.count()) + table.dropped_early, limit.into(), "seed {seed}");
+                dropped_early += table.dropped_early;
             }
-            assert_eq!((table.count(), table.dropped_early), (limit, 0), "seed {seed}");
+            assert!(dropped_early <= most, "{dropped_early} of {}", 200 * limit);
         }
     }
 }

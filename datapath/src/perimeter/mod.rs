@@ -44,11 +44,9 @@ const SWEEP_NS: u64 = 100_000;
 const SWEEP_PARTS: u32 = 96;
 /// How much of a connection table is had in memory at once: 512 connections, in some 10 us.
 const POPULATED_BYTES: usize = 64 << 10;
-/// Connections of a table whose index is worth a huge page or more (2 MiB; 1.6 % of what its connections take). They are spread
+/// Connections of a table whose index is worth a huge page or more (2 MiB, of the 32 that its connections may take). They are spread
 /// over it from the first on, so it would soon be in memory whole.
-const LARGE: u32 = 1 << 17;
-/// Connections in a bucket of the table.
-const WAYS: u32 = 8;
+const LARGE: u32 = 1 << 18;
 
 /// What a port may keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -65,8 +63,8 @@ pub struct Perimeter {
     leases6: Leases<4>,
     /// By [`Direction`], with what they were made from.
     meters: [Option<(MeterLimits, Meter)>; 2],
-    /// Connections are swept in so many steps at once.
-    sweep_buckets: usize,
+    /// So many connections are swept at once.
+    swept_at_once: usize,
     /// Where the part of the connections' entries ends that is in memory.
     populated: usize,
 }
@@ -99,7 +97,7 @@ impl Perimeter {
             leases: Leases::new(connections),
             leases6: Leases::new(connections),
             meters: Default::default(),
-            sweep_buckets: connections.div_ceil(WAYS * SWEEP_PARTS) as usize,
+            swept_at_once: connections.div_ceil(SWEEP_PARTS) as usize,
             populated: 0,
         }
     }
@@ -211,7 +209,7 @@ impl Perimeters {
     fn sweep(&mut self) {
         self.sweep_at = (self.sweep_at + 1) % self.slots.len();
         if let Some(perimeter) = &mut self.slots[self.sweep_at] {
-            perimeter.conntrack.sweep(perimeter.sweep_buckets, self.now_ns);
+            perimeter.conntrack.sweep(perimeter.swept_at_once, self.now_ns);
         }
     }
 
