@@ -2,12 +2,12 @@
 //!
 //! A table of small pages costs what is used of it, but every frame of many flows finds its page's translation gone from
 //! the processor's own table (TLB). So a table begins with small pages, and where a quarter of a huge page has come to be
-//! used, the kernel is asked to make it one (Linux 6.1, MADV_COLLAPSE; without it nothing happens). Used is what was looked at:
-//! a table that a guest has searched all over, with flows that never got in, may come to be in memory whole.
+//! used, the kernel is asked to make it one (Linux 6.1, MADV_COLLAPSE; without it nothing happens). Used is what was looked at.
 //!
 //! Where the system gives huge pages to all (`transparent_hugepage/enabled` is `always`), tables have them from the start.
 //!
 //! Done by the control thread, now and then. A worker that wants such a page meanwhile waits for it: 0.6 to 0.8 ms were seen.
+//! What is sure to be written to soon is had in memory ahead, in small pages or large.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -29,8 +29,7 @@ pub fn from_start(memory: Range<usize>) {
     }
 }
 
-/// Has memory that will be written to in place already, in one go: a fault for each page costs four times as much. Rounded to
-/// whole pages.
+/// Has memory that will be written to, whole pages of it, in one go: a fault for each page costs more.
 #[cold]
 pub(crate) fn populate(memory: Range<usize>) {
     let first = memory.start & !(PAGE_BYTES - 1);
