@@ -33,8 +33,8 @@ pub(crate) struct Encap {
     /// Bytes of an IP packet that the wire takes.
     mtu: usize,
     kept: Box<[Option<Kept>]>,
-    /// The place of the last header: frames come in runs.
-    last: usize,
+    /// The place of the header that was found last: frames come in runs.
+    aimed: usize,
     /// A question that is to be asked on the wire. Kept here, so that a frame that asks nothing returns nothing.
     pub(super) ask: Option<Ask>,
     hasher: RandomState,
@@ -49,33 +49,24 @@ impl Encap {
             gateway,
             mtu: usize::from(mtu),
             kept,
-            last: 0,
+            aimed: 0,
             ask: None,
             hasher: RandomState::default(),
         }
     }
 
-    /// The header for a frame of `inner_bytes` to `vtep`, or why there is none. What is to be asked for it is in `ask`.
+    /// Finds the header for the frames that come next, to `vtep`; or why there is none. What is to be asked for it is in `ask`.
     #[inline]
-    pub(crate) fn header(
-        &mut self,
-        vtep: &IpAddr,
-        tunnel: vxlan::Header,
-        inner_bytes: usize,
-        now_ns: u64,
-    ) -> Result<&mut OuterHeader, DropReason> {
+    pub(crate) fn aim(&mut self, vtep: &IpAddr, tunnel: vxlan::Header, now_ns: u64) -> Result<(), DropReason> {
         let is_for =
             |kept: &Option<Kept>| kept.as_ref().is_some_and(|kept| kept.vtep == *vtep && kept.tunnel == tunnel);
-        let mut place = self.last;
+        let mut place = self.aimed;
         if !is_for(&self.kept[place]) {
             place = self.hasher.hash_one((vtep, tunnel)) as usize % HEADERS;
             if !is_for(&self.kept[place]) {
-                match self.make(*vtep, tunnel, now_ns) {
-                    Ok(made) => self.kept[place] = Some(made),
-                    Err(reason) => return Err(reason),
-                }
+                self.kept[place] = Some(self.make(*vtep, tunnel, now_ns)?);
             }
-            self.last = place;
+            self.aimed = place;
         }
         let kept = self.kept[place].as_mut().expect("it was just made");
         let mac = match self.neighbours.fresh(kept.neighbour, &kept.next_hop, now_ns) {
@@ -96,10 +87,16 @@ impl Encap {
         if kept.header.destination() != mac {
             kept.header.redirect(mac);
         }
-        if kept.header.packet_bytes(inner_bytes) > self.mtu {
-            return Err(DropReason::UnderlayRefused);
+        Ok(())
+    }
+
+    /// The header that was found last, for a frame of `inner_bytes`.
+    #[inline]
+    pub(crate) fn header(&mut self, inner_bytes: usize) -> Result<&mut OuterHeader, DropReason> {
+        match &mut self.kept[self.aimed] {
+            Some(kept) if kept.header.packet_bytes(inner_bytes) <= self.mtu => Ok(&mut kept.header),
+            _ => Err(DropReason::UnderlayRefused),
         }
-        Ok(&mut kept.header)
     }
 
     #[cold]

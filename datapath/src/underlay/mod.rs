@@ -199,9 +199,6 @@ impl Rx {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Inner<'a> {
     pub(crate) network: NetworkId,
-    pub(crate) tunnel: vxlan::Header,
-    /// Where it lies in the burst: not copied just before it is read.
-    pub(crate) vtep: &'a IpAddr,
     pub(crate) flow_hash: u32,
     /// The private copy of its first bytes, or all of it.
     pub(crate) header: &'a [u8],
@@ -242,13 +239,23 @@ impl Tx {
         }
     }
 
+    /// Says where the frames go that are staged next, in this turn, and as what; or why they cannot.
+    #[inline]
+    pub(crate) fn aim(&mut self, vtep: &IpAddr, tunnel: vxlan::Header, now_ns: u64) -> Result<(), DropReason> {
+        match self {
+            Self::Socket(tx) => tx.aim(*vtep, tunnel),
+            Self::Ring(tx) => tx.aim(vtep, tunnel, now_ns),
+            Self::Xdp(tx) => tx.encap.aim(vtep, tunnel, now_ns),
+        }
+    }
+
     /// Writes one packet around a frame: the one copy on the way out.
     #[inline]
-    pub(crate) fn stage(&mut self, inner: Inner<'_>, now_ns: u64) -> Result<Staged, DropReason> {
+    pub(crate) fn stage(&mut self, inner: Inner<'_>) -> Result<Staged, DropReason> {
         match self {
             Self::Socket(tx) => tx.stage(inner).map(|()| Staged::Waiting),
-            Self::Ring(tx) => tx.send(inner, now_ns).map(|()| Staged::Sent),
-            Self::Xdp(tx) => tx.send(inner, now_ns).map(|()| Staged::Sent),
+            Self::Ring(tx) => tx.send(inner).map(|()| Staged::Sent),
+            Self::Xdp(tx) => tx.send(inner).map(|()| Staged::Sent),
         }
     }
 

@@ -28,6 +28,7 @@ use crate::checksum::Sum;
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
+use crate::vxlan;
 
 /// An inner header copy is no longer than this; a longer "header" is a finished frame in private memory.
 const START_BYTES: usize = OUTER_BYTES_MAX + HEADER_COPY_BYTES;
@@ -202,14 +203,23 @@ pub(crate) struct RingTx {
 }
 
 impl RingTx {
+    /// See [`super::Tx::aim`].
+    #[inline]
+    pub(super) fn aim(&mut self, vtep: &IpAddr, tunnel: vxlan::Header, now_ns: u64) -> Result<(), DropReason> {
+        if self.ring.is_none() {
+            return Err(DropReason::PortDown);
+        }
+        self.encap.aim(vtep, tunnel, now_ns)
+    }
+
     /// One frame, at once.
     #[inline]
-    pub(super) fn send(&mut self, inner: Inner<'_>, now_ns: u64) -> Result<(), DropReason> {
+    pub(super) fn send(&mut self, inner: Inner<'_>) -> Result<(), DropReason> {
         let Self { ring, encap, scratch, start, is_touched, .. } = self;
         let Some(ring) = ring.as_mut() else { return Err(DropReason::PortDown) };
         let was_broken = ring.is_broken();
         let inner_bytes = inner.bytes();
-        let outer = encap.header(inner.vtep, inner.tunnel, inner_bytes, now_ns);
+        let outer = encap.header(inner_bytes);
         let sent = outer.and_then(|outer| {
             let result = if outer.is_summed() {
                 // What is summed is what is sent: a private copy.
@@ -244,9 +254,6 @@ impl RingTx {
         {
             self.lines.report(0, fault);
         }
-        if self.encap.ask.is_some() {
-            self.ask();
-        }
         sent
     }
 
@@ -277,9 +284,12 @@ impl RingTx {
         Ok(())
     }
 
-    /// Shows everything to the front-end; returns how many times it was notified.
+    /// Shows everything to the front-end, and asks what is to be asked; returns how many times it was notified.
     #[inline]
     pub(super) fn flush(&mut self) -> u64 {
+        if self.encap.ask.is_some() {
+            self.ask();
+        }
         if !std::mem::take(&mut self.is_touched) {
             return 0;
         }

@@ -118,18 +118,11 @@ mod tests {
         let ((_, mut tx), (mut rx, _)) = (sender.into_halves(), receiver.into_halves());
         let vni = Vni::new(0xabcdef).unwrap();
         let frame: Vec<u8> = (0..1514).map(|n| n as u8).collect();
+        tx.aim(there, vni.into()).unwrap();
         for hash in 0..3 {
             let (header, tail) = frame.split_at(128);
             let payload = Payload::private(tail);
-            tx.stage(Inner {
-                network: NetworkId(7),
-                tunnel: vni.into(),
-                vtep: &there,
-                flow_hash: hash,
-                header,
-                payload,
-            })
-            .unwrap();
+            tx.stage(Inner { network: NetworkId(7), flow_hash: hash, header, payload }).unwrap();
         }
         let mut fates = Vec::new();
         tx.flush(|network, bytes, fate| fates.push((network, bytes, fate)));

@@ -35,6 +35,8 @@ pub(crate) struct SocketTx {
     destinations: [Option<SockaddrStorage>; BURST],
     origins: [(NetworkId, u32); BURST],
     staged: usize,
+    /// Where frames go, and the VXLAN header in front of them.
+    aim: (IpAddr, [u8; vxlan::HEADER_BYTES]),
 }
 
 impl SocketTx {
@@ -49,6 +51,7 @@ impl SocketTx {
             destinations: [const { None }; BURST],
             origins: [(NetworkId(0), 0); BURST],
             staged: 0,
+            aim: (source, [0; vxlan::HEADER_BYTES]),
         }
     }
 
@@ -58,13 +61,21 @@ impl SocketTx {
         self.staged == BURST
     }
 
+    /// See [`super::Tx::aim`].
+    #[inline]
+    pub(super) fn aim(&mut self, vtep: IpAddr, tunnel: vxlan::Header) -> Result<(), DropReason> {
+        self.aim = (vtep, vxlan::header(tunnel));
+        if vtep.is_ipv6() == self.source.is_ipv6() { Ok(()) } else { Err(DropReason::UnderlayRefused) }
+    }
+
     /// Writes one packet: outer UDP and VXLAN headers, then the inner frame. The one copy on the way out.
     #[inline]
     pub(crate) fn stage(&mut self, inner: Inner<'_>) -> Result<(), DropReason> {
-        let Inner { network, tunnel, vtep, flow_hash, header, payload } = inner;
+        let Inner { network, flow_hash, header, payload } = inner;
+        let (vtep, tunnel) = self.aim;
         let inner_bytes = inner.bytes();
         let bytes = OUTER_BYTES + inner_bytes;
-        if bytes > PACKET_BYTES_MAX || vtep.is_ipv6() != self.source.is_ipv6() {
+        if bytes > PACKET_BYTES_MAX {
             return Err(DropReason::UnderlayRefused);
         }
         let slot = self.staged;
@@ -73,17 +84,17 @@ impl SocketTx {
         packet[2..4].copy_from_slice(&self.udp_port.to_be_bytes());
         packet[4..6].copy_from_slice(&(bytes as u16).to_be_bytes());
         packet[6..8].copy_from_slice(&[0, 0]);
-        packet[UDP_HEADER_BYTES..OUTER_BYTES].copy_from_slice(&vxlan::header(tunnel));
+        packet[UDP_HEADER_BYTES..OUTER_BYTES].copy_from_slice(&tunnel);
         let (private, tail) = packet[OUTER_BYTES..].split_at_mut(header.len());
         private.copy_from_slice(header);
         payload.copy_out(tail);
         if vtep.is_ipv6() {
-            let sum = udp_checksum(self.source, *vtep, packet);
+            let sum = udp_checksum(self.source, vtep, packet);
             packet[6..8].copy_from_slice(&sum.to_be_bytes());
         }
         self.lengths[slot] = bytes;
         // Port 0: for a raw socket the field means the protocol, raw(7).
-        self.destinations[slot] = Some(SockaddrStorage::from(SocketAddr::new(*vtep, 0)));
+        self.destinations[slot] = Some(SockaddrStorage::from(SocketAddr::new(vtep, 0)));
         self.origins[slot] = (network, inner_bytes as u32);
         self.staged += 1;
         Ok(())
@@ -161,17 +172,11 @@ mod tests {
         let mut tx =
             SocketTx::new(Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap(), "127.0.0.1".parse().unwrap(), 4789);
         let tail = vec![0; 65500];
-        let vtep = &"127.0.0.2".parse().unwrap();
         let vni = Vni::new(1).unwrap();
+        assert_eq!(tx.aim("::2".parse().unwrap(), vni.into()), Err(DropReason::UnderlayRefused));
+        assert_eq!(tx.aim("127.0.0.2".parse().unwrap(), vni.into()), Ok(()));
         let payload = Payload::private(&tail);
-        let staged = tx.stage(Inner {
-            network: NetworkId(0),
-            tunnel: vni.into(),
-            vtep,
-            flow_hash: 0,
-            header: &[0; 128],
-            payload,
-        });
+        let staged = tx.stage(Inner { network: NetworkId(0), flow_hash: 0, header: &[0; 128], payload });
         assert_eq!(staged, Err(DropReason::UnderlayRefused));
     }
 }

@@ -391,16 +391,24 @@ impl Outlets {
         let Some((tunnel, uplink)) = uplink else { return false };
         let now_ns = self.now_ns;
         let (mut sent, mut bytes) = (0, 0);
+        let mut aimed = None;
         for frame in frames {
             let group = if tunnel.carries_group { frame.group(snapshot) } else { 0 };
-            let tunnel = vxlan::Header::new(tunnel.vni, group);
+            if aimed != Some(group) {
+                aimed = None;
+                if let Err(reason) = uplink.tx.aim(vtep, vxlan::Header::new(tunnel.vni, group), now_ns) {
+                    network.counters.drops.add(reason, 1);
+                    continue;
+                }
+                aimed = Some(group);
+            }
             let flow_hash = flow_hash(&self.hasher, frame.header());
             let mut send = |header: &[u8], payload: Payload<'_>| {
                 if uplink.tx.is_full() {
                     uplink.flush(snapshot);
                 }
-                let inner = Inner { network: id, tunnel, vtep, flow_hash, header, payload };
-                match uplink.tx.stage(inner, now_ns) {
+                let inner = Inner { network: id, flow_hash, header, payload };
+                match uplink.tx.stage(inner) {
                     Ok(Staged::Waiting) => {}
                     Ok(Staged::Sent) => {
                         sent += 1;

@@ -262,9 +262,9 @@ pub(crate) struct XdpTx {
 impl XdpTx {
     /// One frame, at once.
     #[inline]
-    pub(super) fn send(&mut self, inner: Inner<'_>, now_ns: u64) -> Result<(), DropReason> {
+    pub(super) fn send(&mut self, inner: Inner<'_>) -> Result<(), DropReason> {
         let inner_bytes = inner.bytes();
-        let outer = self.encap.header(inner.vtep, inner.tunnel, inner_bytes, now_ns)?;
+        let outer = self.encap.header(inner_bytes)?;
         // One flow, one queue: its packets stay in order.
         let queue = inner.flow_hash as usize % self.queues.len();
         let tx = &mut self.queues[queue];
