@@ -28,10 +28,9 @@ pub(crate) enum Tails<'a> {
 }
 
 impl<'a> Tails<'a> {
-    #[inline]
+    #[inline(never)]
     pub(crate) fn payload(self, frame: &RawFrame, datagram: u8) -> Payload<'a> {
         match self {
-            _ if frame.tail_bytes() == 0 => Payload::EMPTY,
             Tails::Ring(ring) => ring.payload(frame),
             Tails::None => Payload::EMPTY,
             Tails::Datagrams(rx) => rx.payload(frame, usize::from(datagram)),

@@ -82,9 +82,14 @@ impl<'a> Outgoing<'a> {
     }
 
     /// The rest.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn payload(self) -> Payload<'a> {
-        self.tails.payload(&self.burst.frames[self.index], self.burst.datagrams[self.index])
+        let frame = &self.burst.frames[self.index];
+        if frame.tail_bytes() == 0 {
+            Payload::EMPTY
+        } else {
+            self.tails.payload(frame, self.burst.datagrams[self.index])
+        }
     }
 }
 
