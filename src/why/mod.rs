@@ -373,6 +373,12 @@ fn guard(port: &Port, key: &Key) -> Step {
     let source = key.source_address();
     let (verdict, why) = match (port.source_guard(), port.mac) {
         (Some(guard), Some(mac)) => match (guard.allows(mac.0, claim(key)), claim(key)) {
+            (true, Claim::DhcpClient { .. }) if source.is_unspecified() => {
+                (Verdict::Pass, format!("a DHCP client has no address yet: {source} passes"))
+            }
+            (true, Claim::Neighbour { .. }) if source.is_unspecified() => {
+                (Verdict::Pass, format!("neighbour discovery begins without an address: {source} passes"))
+            }
             (true, _) => (Verdict::Pass, format!("{source} is the port's own")),
             (false, Claim::Authority) => (Verdict::Drop, "a message that only servers and routers send".to_owned()),
             (false, _) => (Verdict::Drop, format!("{source} is not among the port's addresses")),
