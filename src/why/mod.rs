@@ -405,7 +405,8 @@ fn claim(key: &Key) -> Claim {
         (IpAddr::V4(source), UDP, 68, 67) => Claim::DhcpClient { source },
         (IpAddr::V4(source), ..) => Claim::Ipv4 { source },
         (IpAddr::V6(_), ..) if matches!(icmp_kind, 134 | 137) => Claim::Authority,
-        (IpAddr::V6(source), ..) if key.is_neighbour_discovery() => {
+        // A listener query (130) is none of what a station without an address sends.
+        (IpAddr::V6(source), ..) if key.is_neighbour_discovery() && icmp_kind != 130 => {
             Claim::Neighbour { source, advertised: None, mac: None }
         }
         (IpAddr::V6(source), ..) => Claim::Ipv6 { source },
