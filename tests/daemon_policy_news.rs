@@ -65,6 +65,7 @@ impl Follower {
         let output = BufReader::new(child.stdout.take().unwrap());
         let (sender, lines) = channel();
         std::thread::spawn(move || {
+            // The pipe closes with this thread: when nobody takes lines any more.
             for line in output.lines() {
                 if sender.send(line.unwrap()).is_err() {
                     return;
@@ -114,6 +115,26 @@ fn drops_are_followed_as_they_happen_each_in_one_line() {
         assert_eq!(sample, expected);
         assert!((before_ms..=now_ms()).contains(&sample["time_ms"].as_u64().unwrap()), "{sample}");
     }
+}
+
+#[test]
+fn a_follower_that_nobody_reads_any_more_ends() {
+    let daemon = start();
+    let mut vm1 = front_end(&daemon, "vm1");
+    let mut follower = Follower::start(&daemon, &[]);
+    let frame = datagram(1, 2, 4000, 14);
+    assert_eq!(vm1.send_burst(&[&frame]).unwrap(), 1);
+    follower.next_line();
+    // As `head -1` does.
+    follower.lines = None;
+    let mut status = None;
+    wait_until(LIMIT, "the follower's end", || {
+        vm1.send_burst(&[&frame]).unwrap();
+        status = follower.child.try_wait().unwrap();
+        status.is_some()
+    })
+    .unwrap();
+    assert!(status.unwrap().success(), "{status:?}");
 }
 
 #[test]
