@@ -8,11 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
 
-use common::counters::{assert_conserved, drops, number, wait_connected, wait_drops};
-use common::front_ends::{next, outer};
+use common::counters::{assert_conserved, drops, number, wait_connected};
+use common::front_ends::{datagram, ends, front_end, guarded_port, next, outer, passes};
 use common::*;
-use dreamwire_bench::front_end::FrontEnd;
-use dreamwire_bench::hostile::attack;
 use dreamwire_bench::topology::{Daemon, DaemonSpec, wait_until};
 use serde_json::{Value, json};
 
@@ -38,39 +36,10 @@ fn start(config: &str) -> Daemon {
     Daemon::start(&DaemonSpec { name: "dreamwire", binary, netns: None, config }).unwrap()
 }
 
-fn guarded_port(number: u8, keys: &str) -> String {
-    port(number, &format!("mac = \"{}\"\naddresses = [\"10.0.0.{number}\"]\n{keys}", mac_text(number)))
-}
-
 /// An enforced network in which `vm1` is a client and `vm2` a server.
 fn local() -> String {
     let ports = [guarded_port(1, "groups = [\"clients\"]"), guarded_port(2, "groups = [\"web\"]")].concat();
     format!("{DAEMON}{LOCAL_NETWORK}policy = \"enforced\"\n{RULES}{ports}")
-}
-
-fn front_end(daemon: &Daemon, name: &str) -> FrontEnd {
-    FrontEnd::connect(&daemon.path(&format!("{name}.sock")), attack::small()).unwrap()
-}
-
-fn datagram(from: u8, to: u8, source_port: u16, destination_port: u16) -> Vec<u8> {
-    let mut frame = udp_frame([(mac(from), from), (mac(to), to)], source_port, b"eighteen bytes....");
-    frame[36..38].copy_from_slice(&destination_port.to_be_bytes());
-    frame
-}
-
-#[track_caller]
-fn passes(from: &mut FrontEnd, to: &mut FrontEnd, frame: &[u8]) {
-    assert_eq!(from.send_burst(&[frame]).unwrap(), 1);
-    assert_eq!(next(to), frame);
-}
-
-/// Sends a frame that must end at `place`, as `ports/vm2/ingress_denied`, and nowhere else.
-#[track_caller]
-fn ends(daemon: &Daemon, from: &mut FrontEnd, to: &mut FrontEnd, frame: &[u8], place: &str) {
-    let before = drops(daemon);
-    assert_eq!(from.send_burst(&[frame]).unwrap(), 1);
-    wait_drops(daemon, &before, &[(place, 1)]);
-    assert_eq!(to.receive_burst(|_, _| ()).unwrap(), 0);
 }
 
 fn json_of(daemon: &Daemon, arguments: &[&str]) -> Value {

@@ -1,5 +1,6 @@
 //! What the perimeter does, for people: why, and drops.
 
+use std::io::{self, Write as _};
 use std::time::Duration;
 
 use clap::Args;
@@ -81,7 +82,13 @@ pub(super) fn drops(client: &Client, follow: bool, json: bool) -> Result<(), Str
     loop {
         let answer = client.api(Method::GET, &format!("/v1/drops?since={since}"), Body::Nothing, None)?;
         for sample in answer["drops"].as_array().into_iter().flatten() {
-            print(&if json { format!("{sample}\n") } else { format!("{}\n", dropped(sample)) });
+            let line = if json { sample.to_string() } else { dropped(sample) };
+            match writeln!(io::stdout(), "{line}") {
+                Ok(()) => {}
+                // Whoever read has gone, as `head` does: there is nobody to go on for.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                Err(error) => return Err(format!("cannot write to standard output: {error}")),
+            }
         }
         if !follow {
             return Ok(());

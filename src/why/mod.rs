@@ -373,6 +373,12 @@ fn guard(port: &Port, key: &Key) -> Step {
     let source = key.source_address();
     let (verdict, why) = match (port.source_guard(), port.mac) {
         (Some(guard), Some(mac)) => match (guard.allows(mac.0, claim(key)), claim(key)) {
+            (true, Claim::DhcpClient { .. }) if source.is_unspecified() => {
+                (Verdict::Pass, format!("a DHCP client has no address yet: {source} passes"))
+            }
+            (true, Claim::Neighbour { .. }) if source.is_unspecified() => {
+                (Verdict::Pass, format!("neighbour discovery begins without an address: {source} passes"))
+            }
             (true, _) => (Verdict::Pass, format!("{source} is the port's own")),
             (false, Claim::Authority) => (Verdict::Drop, "a message that only servers and routers send".to_owned()),
             (false, _) => (Verdict::Drop, format!("{source} is not among the port's addresses")),
@@ -399,7 +405,8 @@ fn claim(key: &Key) -> Claim {
         (IpAddr::V4(source), UDP, 68, 67) => Claim::DhcpClient { source },
         (IpAddr::V4(source), ..) => Claim::Ipv4 { source },
         (IpAddr::V6(_), ..) if matches!(icmp_kind, 134 | 137) => Claim::Authority,
-        (IpAddr::V6(source), ..) if key.is_neighbour_discovery() => {
+        // A listener query (130) is none of what a station without an address sends.
+        (IpAddr::V6(source), ..) if key.is_neighbour_discovery() && icmp_kind != 130 => {
             Claim::Neighbour { source, advertised: None, mac: None }
         }
         (IpAddr::V6(source), ..) => Claim::Ipv6 { source },

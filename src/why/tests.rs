@@ -162,6 +162,38 @@ fn whatever_drops_ends_the_way_and_is_named() {
 }
 
 #[test]
+fn who_has_no_address_yet_may_ask_for_one_and_no_more() {
+    let bench = Bench::new();
+    let guard = |question: &Question| {
+        let Step { at: "source_guard", verdict, why, .. } = bench.ask(question).path.steps.swap_remove(0) else {
+            panic!("{question:?}")
+        };
+        (verdict, why)
+    };
+    let dhcp = question("vm1", "udp", "0.0.0.0:68", "255.255.255.255:67");
+    assert_eq!(guard(&dhcp), (Verdict::Pass, "a DHCP client has no address yet: 0.0.0.0 passes".to_owned()));
+    let other = question("vm1", "udp", "0.0.0.0:68", "255.255.255.255:68");
+    assert_eq!(guard(&other), (Verdict::Drop, "0.0.0.0 is not among the port's addresses".to_owned()));
+    // It renews an address that it has.
+    let renews = question("vm1", "udp", "10.0.0.1:68", "10.0.0.2:67");
+    assert_eq!(guard(&renews), (Verdict::Pass, "10.0.0.1 is the port's own".to_owned()));
+
+    let icmpv6 = |kind| {
+        let key = key("icmpv6", "::", "ff02::1", Some(kind)).unwrap();
+        guard(&Question { key, ..dhcp.clone() })
+    };
+    // Router and neighbour solicitation, listener reports.
+    for kind in ["133", "135", "131", "143"] {
+        let passes = "neighbour discovery begins without an address: :: passes".to_owned();
+        assert_eq!(icmpv6(kind), (Verdict::Pass, passes), "{kind}");
+    }
+    // A listener query and an echo request: the guard reads them as any other packet.
+    for kind in ["130", "128"] {
+        assert_eq!(icmpv6(kind), (Verdict::Drop, ":: is not among the port's addresses".to_owned()), "{kind}");
+    }
+}
+
+#[test]
 fn other_hosts_are_reached_by_station_and_known_by_identity() {
     let bench = Bench::new();
     let far = question("vm1", "udp", "10.0.0.1:1", "10.0.0.99:53");

@@ -41,6 +41,8 @@ pub struct Daemon {
     name: String,
     binary: PathBuf,
     netns: Option<String>,
+    /// Further ones of `dreamwire run`.
+    arguments: Vec<String>,
     run_dir: PathBuf,
     child: Child,
     _owned: Owned,
@@ -52,14 +54,24 @@ impl Daemon {
     /// # Errors
     /// When it ends or does not answer within 15 s; the error has the end of its log.
     pub fn start(spec: &DaemonSpec<'_>) -> Result<Self, TopologyError> {
+        Self::start_with(spec, &[])
+    }
+
+    /// The same with further arguments of `dreamwire run`: `&["--log-format", "json"]`.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(spec: &DaemonSpec<'_>, arguments: &[&str]) -> Result<Self, TopologyError> {
         let (run_dir, owned) = work_directory("run")?;
         write_config(&run_dir, spec.config)?;
         let netns = spec.netns.map(|netns| netns.name().to_owned());
+        let arguments: Vec<_> = arguments.iter().map(|&word| word.to_owned()).collect();
         let mut daemon = Self {
-            child: launch(spec.name, spec.binary, netns.as_deref(), &run_dir)?,
+            child: launch(spec.name, spec.binary, netns.as_deref(), &arguments, &run_dir)?,
             name: spec.name.to_owned(),
             binary: spec.binary.to_owned(),
             netns,
+            arguments,
             run_dir,
             _owned: owned,
         };
@@ -157,7 +169,7 @@ impl Daemon {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_again(&mut self) -> Result<(), TopologyError> {
-        self.child = launch(&self.name, &self.binary, self.netns.as_deref(), &self.run_dir)?;
+        self.child = launch(&self.name, &self.binary, self.netns.as_deref(), &self.arguments, &self.run_dir)?;
         self.wait_ready()
     }
 
@@ -215,9 +227,16 @@ fn write_config(run_dir: &Path, config: &str) -> Result<PathBuf, TopologyError> 
     Ok(path)
 }
 
-fn launch(name: &str, binary: &Path, netns: Option<&str>, run_dir: &Path) -> Result<Child, TopologyError> {
+fn launch(
+    name: &str,
+    binary: &Path,
+    netns: Option<&str>,
+    arguments: &[String],
+    run_dir: &Path,
+) -> Result<Child, TopologyError> {
     let mut words: Vec<OsString> = vec![binary.into()];
     words.extend(command(["run", "--config"]));
     words.push(run_dir.join(CONFIG_FILE).into());
+    words.extend(arguments.iter().map(OsString::from));
     Child::start(&format!("daemon {name}"), netns, &words, &run_dir.join("daemon.log"))
 }
