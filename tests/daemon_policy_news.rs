@@ -154,18 +154,33 @@ fn a_rule_logs_each_connection_once_and_each_frame_that_it_denies() {
     for destination in [14, 10, 13, 13] {
         ends(&daemon, &mut vm1, &mut vm2, &datagram(1, 2, 4000, destination), "ports/vm2/ingress_denied");
     }
-    let expected = [("discard", "allow", 4000, 9), ("discard", "allow", 4001, 9)];
-    let expected = expected.into_iter().chain([("refuse", "deny", 4000, 13); 2]);
+    // The rule allows both, the port's rate of new connections one.
+    daemon.cli(&["port", "set", "vm2", "new_flows={ rate = 1, burst = 1 }"]).unwrap();
+    let [first, second] = [4100, 4101].map(|source| datagram(1, 2, source, 9));
+    let before = drops(&daemon);
+    assert_eq!(vm1.send_burst(&[&first, &second]).unwrap(), 2);
+    wait_drops(&daemon, &before, &[("ports/vm2/new_flow_rate", 1)]);
+
+    let expected = [
+        ("discard", None, 4000, 9),
+        ("discard", None, 4001, 9),
+        ("refuse", Some("ingress_denied"), 4000, 13),
+        ("refuse", Some("ingress_denied"), 4000, 13),
+        ("discard", None, 4100, 9),
+        ("discard", Some("new_flow_rate"), 4101, 9),
+    ];
     let expected: Vec<_> = expected
-        .map(|(rule, verdict, source, destination)| {
+        .into_iter()
+        .map(|(rule, reason, source, destination)| {
+            let verdict = if reason.is_some() { "deny" } else { "allow" };
             json!({
-                "rule": rule, "verdict": verdict, "port": "vm2", "direction": "ingress", "protocol": "udp",
+                "rule": rule, "verdict": verdict, "reason": reason, "port": "vm2", "direction": "ingress", "protocol": "udp",
                 "source": format!("10.0.0.1:{source}"), "destination": format!("10.0.0.2:{destination}"),
             })
         })
         .collect();
     let _ = wait_until(LIMIT, "the rules' lines", || rule_log(&daemon).len() >= expected.len());
-    let documented = ["rule", "verdict", "port", "direction", "protocol", "source", "destination"];
+    let documented = ["rule", "verdict", "reason", "port", "direction", "protocol", "source", "destination"];
     let of = |line: &Value| documented.iter().map(|&key| (key.to_owned(), line[key].clone())).collect::<Value>();
     assert_eq!(rule_log(&daemon).iter().map(of).collect::<Vec<_>>(), expected);
 }

@@ -19,13 +19,16 @@ const PAGES: usize = HUGE_BYTES / PAGE_BYTES;
 /// Of these, as many have to be resident.
 const RESIDENT_MIN: usize = PAGES / 4;
 
-/// Has the kernel make a table of huge pages now. Where it has none to give, or never heard of it, nothing happens.
+/// Has a table in memory now, in huge pages if the kernel has them to give.
 pub fn from_start(memory: Range<usize>) {
     let first = memory.start.next_multiple_of(HUGE_BYTES);
     let bytes = (memory.end & !(HUGE_BYTES - 1)).saturating_sub(first);
-    for advice in [libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
-        // SAFETY: changes no byte of the memory; if it is not mapped, that is an error.
-        unsafe { libc::madvise(first as *mut libc::c_void, bytes, advice) };
+    // SAFETY: changes no byte of the memory; if it is not mapped, that is an error.
+    let advise = |advice| unsafe { libc::madvise(first as *mut libc::c_void, bytes, advice) };
+    advise(libc::MADV_HUGEPAGE);
+    if advise(libc::MADV_POPULATE_WRITE) != 0 {
+        // Linux before 5.14. No worker shall wait for huge pages to be cleared.
+        advise(libc::MADV_NOHUGEPAGE);
     }
 }
 

@@ -171,6 +171,24 @@ fn a_configured_neighbour_is_not_asked_for_and_a_gateway_is_for_all_others() {
 }
 
 #[test]
+fn whoever_is_not_known_is_asked_for_once_however_many_frames_a_burst_has_for_them() {
+    let mut scene = Scene::new("192.0.2.1", "192.0.2.2");
+    let other: IpAddr = "192.0.2.3".parse().unwrap();
+    scene.lan.network(0).tunnel.as_mut().unwrap().remotes.push(other);
+    scene.lan.publish();
+    let sent = frame(Mac::BROADCAST, mac(1), 100, 1);
+    (0..3).for_each(|_| scene.lan.stations[0].send(&sent));
+    assert_eq!(scene.lan.run(), 3);
+    let asked: Vec<_> = scene.wire.received().iter().map(|question| question[38..42].to_vec()).collect();
+    assert_eq!(asked, [[192, 0, 2, 2], [192, 0, 2, 3]]);
+    // And once more when it is due again.
+    scene.lan.now_ns += SECOND_NS;
+    (0..3).for_each(|_| scene.lan.stations[0].send(&sent));
+    assert_eq!(scene.lan.run(), 3);
+    assert_eq!(scene.wire.received().len(), 2);
+}
+
+#[test]
 fn a_neighbour_that_moves_is_followed_and_one_that_falls_silent_is_forgotten() {
     let mut scene = Scene::new("192.0.2.1", "192.0.2.2");
     let sent = frame(Mac::BROADCAST, mac(1), 100, 1);
@@ -180,9 +198,9 @@ fn a_neighbour_that_moves_is_followed_and_one_that_falls_silent_is_forgotten() {
     scene.lan.now_ns += 40 * SECOND_NS;
     scene.lan.send(0, &sent);
     let packets = scene.wire.received();
-    assert_eq!(packets.len(), 2, "the frame, and the question");
-    scene.check(&packets[0]);
-    let mut reply = answer(&packets[1]);
+    assert_eq!(packets.len(), 2, "the question, and the frame");
+    scene.check(&packets[1]);
+    let mut reply = answer(&packets[0]);
     let moved = [2, 0xaa, 0, 0, 0, 0x33];
     reply[6..12].copy_from_slice(&moved);
     reply[22..28].copy_from_slice(&moved);

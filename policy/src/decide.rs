@@ -69,14 +69,10 @@ pub fn decide(
     policy_generation: u32,
     now_ns: u64,
 ) -> Decision {
-    let sought = match parsed {
-        Parsed::Ip(packet) => conntrack.seek(&packet.key, direction),
-        _ => None,
-    };
-    decide_sought(classifier, conntrack, parsed, sought, direction, identity, policy_generation, now_ns)
+    decide_sought(classifier, conntrack, parsed, None, direction, identity, policy_generation, now_ns)
 }
 
-/// The same with what [`Conntrack::seek`] says of the packet in this direction, if it is one.
+/// The same with what [`Conntrack::seek`] says of the packet in this direction, if it was asked already.
 #[allow(clippy::too_many_arguments, reason = "a packet, where it is judged, and what is known of it")]
 pub fn decide_sought(
     classifier: &Classifier,
@@ -112,6 +108,7 @@ pub fn decide_sought(
             ..stateless(true, Reason::Necessary, None, false)
         };
     }
+    let sought = sought.or_else(|| conntrack.seek(&packet.key, direction));
     let decision = tracked(classifier, conntrack, packet, sought, direction, identity, policy_generation, now_ns);
     if decision.allow {
         conntrack.allow_fragments(packet, direction, policy_generation, now_ns);

@@ -581,7 +581,7 @@ mod tests {
 
     #[test]
     fn a_bucket_is_one_cache_line() {
-        for limit in [8, 1000, 100_000] {
+        for limit in [15, 1000, 100_000, 1 << 18] {
             let table = Table::new(limit, 1);
             assert_eq!(table.bucket(table.hash(&key(1))).as_ptr() as usize % 64, 0);
         }

@@ -194,6 +194,7 @@ fn log(sample: &Sample) {
         target: "rule",
         rule = sample.rule,
         verdict = if sample.reason.is_some() { "deny" } else { "allow" },
+        reason = sample.reason,
         port = sample.port,
         network = sample.network,
         direction = sample.direction,

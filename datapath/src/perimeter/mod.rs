@@ -27,7 +27,7 @@ use dreamwire_vhost::ring::BURST;
 
 use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
-use crate::huge_pages::{self, HugePages};
+use crate::huge_pages::{self, HUGE_BYTES, HugePages};
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, PortPolicy, Snapshot};
 use events::{Events, Story};
 use granting::Asked;
@@ -44,9 +44,6 @@ const SWEEP_NS: u64 = 100_000;
 const SWEEP_PARTS: u32 = 96;
 /// How much of a connection table is had in memory at once: 512 connections, in some 10 us.
 const POPULATED_BYTES: usize = 64 << 10;
-/// Connections of a table whose index is worth a huge page or more (2 MiB, of the 32 that its connections may take). They are spread
-/// over it from the first on, so it would soon be in memory whole.
-const LARGE: u32 = 1 << 18;
 
 /// What a port may keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -88,8 +85,9 @@ impl Perimeter {
     pub fn new(limits: PerimeterLimits, seed: u64) -> Self {
         let connections = limits.conntrack.connections;
         let conntrack = Conntrack::new(limits.conntrack, seed);
-        if connections >= LARGE {
-            let [index, _] = conntrack.memory();
+        // Flows are spread over a table's index from the first on, so a large one would soon be in memory whole.
+        let [index, _] = conntrack.memory();
+        if index.len() >= HUGE_BYTES {
             huge_pages::from_start(index);
         }
         Self {
@@ -277,7 +275,7 @@ impl Perimeters {
         let conntrack = &mut perimeter.conntrack;
         let decision = decide_sought(classifier, conntrack, parsed, sought, direction, identity, generation, now_ns);
         let is_first = decision.judged && decision.state == ConnState::New;
-        if is_first {
+        if is_first && decision.allow {
             perimeter.populate();
         }
         self.note(snapshot, port.network, id, direction, &decision, frame);
@@ -390,52 +388,5 @@ fn drop_reason(reason: Reason, direction: Direction) -> DropReason {
         (Reason::Rule | Reason::Posture | Reason::Necessary | Reason::FollowsFirst, Direction::Ingress) => {
             DropReason::IngressDenied
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use dreamwire_policy::{Classifier, Policy, Posture};
-
-    use super::*;
-    use crate::counters::PortCounters;
-    use crate::snapshot::WorkerId;
-
-    #[test]
-    fn the_second_frame_of_a_flow_may_have_a_lease() {
-        let policy = Policy::new(vec![], vec![], vec![]).unwrap();
-        let classifier = Arc::new(Classifier::compile(&policy, Posture::Enforced, &[]));
-        let port = Port {
-            name: "vm1".into(),
-            network: NetworkId(0),
-            mac: None,
-            guard: None,
-            policy: Some(PortPolicy { classifier, meters: Default::default() }),
-            group: 0,
-            identity: None,
-            queue_pairs: 1,
-            worker: WorkerId(0),
-            counters: Arc::new(PortCounters::new(1)),
-        };
-        let snapshot = Snapshot { ports: vec![Some(port)], ..Snapshot::default() };
-        let mut perimeters = Perimeters::default();
-        perimeters.guard(&snapshot, PortId(0), Some(Box::new(Perimeter::new(PerimeterLimits::default(), 7))));
-        let mut frame = RawFrame::EMPTY;
-        frame.header[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17]);
-        frame.header[39] = 26;
-        (frame.header_bytes, frame.frame_bytes) = (60, 60);
-        let mut judge = |source_port: u8| {
-            frame.header[35] = source_port;
-            let parsed = parse_frame(&frame);
-            let sought = perimeters.look_ahead(PortId(0), Direction::Egress, &parsed);
-            perimeters.judge(&snapshot, PortId(0), Direction::Egress, None, &frame, &parsed, sought)
-        };
-        // By an enforced network's posture a guest may send what it likes.
-        assert_eq!(judge(1), Ok(Stand::Once));
-        let Ok(Stand::Kept(Some(first))) = judge(1) else { panic!("its connection is known") };
-        assert_eq!(judge(2), Ok(Stand::Once));
-        assert_eq!(judge(1), Ok(Stand::Kept(Some(first))));
     }
 }

@@ -31,3 +31,84 @@ pub(crate) fn recall(
     }
     recalled.passed == burst.length
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use dreamwire_policy::{Classifier, Policy, Posture};
+
+    use super::*;
+    use crate::burst::{NextHop, Origin};
+    use crate::counters::PortCounters;
+    use crate::flow_cache::FlowCache;
+    use crate::mac::Mac;
+    use crate::perimeter::{Perimeter, PerimeterLimits};
+    use crate::snapshot::{Network, NetworkId, PortPolicy, WorkerId};
+    use crate::stage::admit::admit;
+    use crate::stage::police::police;
+    use crate::stage::switch::switch;
+
+    const FROM: Mac = Mac([2, 0, 0, 0, 0, 1]);
+    const TO: Mac = Mac([2, 0, 0, 0, 0, 2]);
+
+    /// Two ports of an enforced network, without rules: what they like goes out, and nothing in but at the second, which has no
+    /// policy.
+    fn snapshot() -> Snapshot {
+        let policy = Policy::new(vec![], vec![], vec![]).unwrap();
+        let classifier = Arc::new(Classifier::compile(&policy, Posture::Enforced, &[]));
+        let port = |policy| {
+            let counters = Arc::new(PortCounters::new(1));
+            let (name, network, worker) = ("vm".into(), NetworkId(0), WorkerId(0));
+            let (mac, guard, group, identity, queue_pairs) = (None, None, 0, None, 1);
+            Some(Port { name, network, mac, guard, policy, group, identity, queue_pairs, worker, counters })
+        };
+        let network = Network {
+            name: "blue".into(),
+            mtu: 1500,
+            ports: vec![PortId(0), PortId(1)],
+            hear_unknown: vec![],
+            beyond: Default::default(),
+            static_macs: [(FROM, PortId(0)), (TO, PortId(1))].into_iter().collect(),
+            learning: true,
+            age_ns: u64::MAX,
+            tunnel: None,
+            counters: Default::default(),
+        };
+        let policed = PortPolicy { classifier, meters: Default::default() };
+        Snapshot {
+            ports: vec![port(Some(policed)), port(None)],
+            networks: vec![Some(network)],
+            has_policies: true,
+            ..Snapshot::default()
+        }
+    }
+
+    #[test]
+    fn a_flows_second_frame_gets_the_lease_that_its_third_passes_by() {
+        let snapshot = snapshot();
+        let port = snapshot.port(PortId(0)).unwrap();
+        let (mut perimeters, mut fdb, mut cache) = (Perimeters::default(), Fdb::default(), FlowCache::<()>::default());
+        perimeters.guard(&snapshot, PortId(0), Some(Box::new(Perimeter::new(PerimeterLimits::default(), 7))));
+        let mut burst = Burst::default();
+        let mut passes_by_lease = |source_port: u8| {
+            let frame = &mut burst.frames[0];
+            frame.header[..6].copy_from_slice(&TO.0);
+            frame.header[6..12].copy_from_slice(&FROM.0);
+            frame.header[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17]);
+            (frame.header[35], frame.header[39]) = (source_port, 26);
+            (frame.header_bytes, frame.frame_bytes) = (60, 60);
+            (burst.length, burst.networks[0], burst.origins[0]) = (1, NetworkId(0), Origin::Port(PortId(0)));
+            burst.next_hops[0] = NextHop::Undecided;
+            let passes = recall(&mut burst, PortId(0), port, &snapshot, &mut perimeters, &mut fdb);
+            if !passes {
+                police(&mut burst, PortId(0), port, &snapshot, &mut perimeters);
+                switch(&mut burst, &snapshot, &mut fdb, &mut cache, |_, _| (), 0);
+                admit(&mut burst, &snapshot, &mut perimeters, &fdb);
+            }
+            assert_eq!(burst.next_hops[0], NextHop::Port(PortId(1)));
+            passes
+        };
+        assert_eq!([1, 1, 1, 2, 2, 2, 1].map(&mut passes_by_lease), [false, false, true, false, false, true, true]);
+    }
+}

@@ -209,7 +209,12 @@ impl RingTx {
         if self.ring.is_none() {
             return Err(DropReason::PortDown);
         }
-        self.encap.aim(vtep, tunnel, now_ns)
+        let aimed = self.encap.aim(vtep, tunnel, now_ns);
+        // At once: the next aim may have another question, or none.
+        if self.encap.ask.is_some() {
+            self.ask();
+        }
+        aimed
     }
 
     /// One frame, at once.
@@ -284,12 +289,9 @@ impl RingTx {
         Ok(())
     }
 
-    /// Shows everything to the front-end, and asks what is to be asked; returns how many times it was notified.
+    /// Shows everything to the front-end; returns how many times it was notified.
     #[inline]
     pub(super) fn flush(&mut self) -> u64 {
-        if self.encap.ask.is_some() {
-            self.ask();
-        }
         if !std::mem::take(&mut self.is_touched) {
             return 0;
         }
