@@ -31,8 +31,9 @@ const SLOT_BITS: u32 = 20;
 const SLOT: u32 = (1 << SLOT_BITS) - 1;
 const TAG: u32 = !SLOT;
 
-/// Connections that slots can tell apart.
+/// As many as slots can tell apart.
 const CONNECTIONS_MAX: u32 = 1 << SLOT_BITS;
+const CONNECTIONS_MIN: u32 = 8;
 
 /// The word of a bucket that counts those who went to their second bucket from here.
 const AWAY: usize = WAYS;
@@ -277,14 +278,14 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Room for `limit` connections, 2^20 at most: a quarter more places, or up to twice that. With half of them taken, one
+    /// Room for `limit` connections, 8 at least and 2^20 at most: a quarter more places, or up to twice that. With half of them taken, one
     /// connection in 60 has found its first bucket crowded; with four fifths, one in 7, and one in 300,000 both of them full.
     pub(crate) fn new(limit: u32, seed: u64) -> Self {
         Self::with_hasher(limit, SeedableRandomState::with_seed(seed, SharedSeed::global_random()))
     }
 
     fn with_hasher(limit: u32, hasher: SeedableRandomState) -> Self {
-        let limit = limit.clamp(WAYS as u32, CONNECTIONS_MAX);
+        let limit = limit.clamp(CONNECTIONS_MIN, CONNECTIONS_MAX);
         let buckets = (limit as usize).div_ceil(TAKEN_MAX).next_power_of_two();
         Self {
             hasher,
@@ -541,7 +542,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_in_the_table_is_found_and_what_is_not_is_not(
-            seed: u64, limit in 15..200u32, steps in proptest::collection::vec((any::<bool>(), 0..400u16), 0..800),
+            seed: u64, limit in 8..200u32, steps in proptest::collection::vec((any::<bool>(), 0..400u16), 0..800),
         ) {
             let mut table = Table::new(limit, seed);
             let mut model = BTreeMap::new();
@@ -581,7 +582,7 @@ mod tests {
 
     #[test]
     fn a_bucket_is_one_cache_line() {
-        for limit in [15, 1000, 100_000, 1 << 18] {
+        for limit in [8, 1000, 100_000, 1 << 18] {
             let table = Table::new(limit, 1);
             assert_eq!(table.bucket(table.hash(&key(1))).as_ptr() as usize % 64, 0);
         }
