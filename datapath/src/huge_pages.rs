@@ -85,6 +85,16 @@ pub(crate) fn resident_pages(start: usize) -> usize {
     if answer == 0 { states.iter().filter(|&&state| state & 1 != 0).count() } else { 0 }
 }
 
+/// Whether the page of an address is in memory.
+#[cfg(test)]
+pub(crate) fn resident(address: usize) -> bool {
+    let mut state = 0u8;
+    // SAFETY: as above, for one page.
+    let answer =
+        unsafe { libc::mincore((address & !(PAGE_BYTES - 1)) as *mut libc::c_void, PAGE_BYTES, &raw mut state) };
+    answer == 0 && state & 1 != 0
+}
+
 fn make_huge(start: usize) {
     // SAFETY: changes no byte of the memory; if it is not mapped any more, that is an error, and like others of no consequence.
     unsafe { libc::madvise(start as *mut libc::c_void, HUGE_BYTES, libc::MADV_COLLAPSE) };

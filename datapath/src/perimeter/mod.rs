@@ -105,12 +105,12 @@ impl Perimeter {
         HugePages::new(self.conntrack.memory().into_iter().chain([self.leases.memory(), self.leases6.memory()]))
     }
 
-    /// After a new connection: has the entries that come next in memory before they are needed, as many as there are, up to
+    /// Has the entries that new connections will take in memory before they are needed, as many as are used, up to
     /// [`POPULATED_BYTES`].
     #[inline]
     fn populate(&mut self) {
         let used = self.conntrack.used();
-        if used.end >= self.populated {
+        if used.end >= self.populated && !used.is_empty() {
             let [_, entries] = self.conntrack.memory();
             let until = (used.end + used.len().min(POPULATED_BYTES)).min(entries.end);
             huge_pages::populate(used.end..until);
@@ -275,7 +275,7 @@ impl Perimeters {
         let conntrack = &mut perimeter.conntrack;
         let decision = decide_sought(classifier, conntrack, parsed, sought, direction, identity, generation, now_ns);
         let is_first = decision.judged && decision.state == ConnState::New;
-        if is_first && decision.allow {
+        if is_first {
             perimeter.populate();
         }
         self.note(snapshot, port.network, id, direction, &decision, frame);
@@ -388,5 +388,44 @@ fn drop_reason(reason: Reason, direction: Direction) -> DropReason {
         (Reason::Rule | Reason::Posture | Reason::Necessary | Reason::FollowsFirst, Direction::Ingress) => {
             DropReason::IngressDenied
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use dreamwire_policy::{Fragment, Grant, Packet, Transport};
+
+    use super::*;
+    use crate::huge_pages::resident;
+
+    #[test]
+    fn entries_are_in_memory_before_connections_take_them_and_no_sooner() {
+        const CONNECTIONS: u32 = 2000;
+        let conntrack = ConntrackLimits { connections: CONNECTIONS, ..ConntrackLimits::default() };
+        let mut perimeter = Perimeter::new(PerimeterLimits { conntrack }, 7);
+        let [_, entries] = perimeter.conntrack.memory();
+        // What is denied begins no connection.
+        perimeter.populate();
+        assert_eq!(perimeter.populated, 0);
+        let grant = Grant { policy_generation: 1, rule: None, log: false, identity: None };
+        let mut times = 0;
+        for port in 0..CONNECTIONS as u16 {
+            let before = perimeter.populated;
+            let address = Ipv4Addr::LOCALHOST.into();
+            let key = Key::new(17, (address, port), (address, 53));
+            let packet = Packet { key, fragment: Fragment::Whole, transport: Transport::Other };
+            perimeter.conntrack.admit(&packet, Direction::Egress, grant, 0).unwrap();
+            perimeter.populate();
+            times += u32::from(perimeter.populated != before);
+            let used = perimeter.conntrack.used();
+            let next = (used.end + used.len().min(POPULATED_BYTES)).min(entries.end);
+            assert!(perimeter.populated > used.end && resident(used.end.min(entries.end - 1)), "connection {port}");
+            assert!(perimeter.populated == usize::MAX || perimeter.populated <= next, "connection {port}");
+        }
+        // By doubling to 512 connections, and then as many at a time.
+        assert!((10..=14).contains(&times), "{times}");
+        assert_eq!(perimeter.populated, usize::MAX);
     }
 }
