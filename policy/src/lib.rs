@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bucket;
+mod buckets;
 pub mod classifier;
 pub mod connection_row;
 pub mod conntrack;

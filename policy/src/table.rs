@@ -8,17 +8,15 @@
 //! connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
 
 use std::hash::{BuildHasher, Hash, Hasher};
-use std::ops::{Index, IndexMut, Range};
+use std::ops::Range;
 
 use foldhash::SharedSeed;
 use foldhash::quality::SeedableRandomState;
 
+use crate::buckets::{AWAY, Buckets, SLOT_BITS, TAG, WAYS, places, places_mut, slot_of, ways};
 use crate::key::{Family, Key};
 use crate::model::Direction;
 use crate::tcp::{TcpState, Tracker};
-
-/// Connections in a bucket: with the count of those who went elsewhere, one cache line.
-const WAYS: usize = 15;
 
 /// Free places that leave a bucket to those who have it as their first. Beyond, the emptier of two is taken.
 const CROWDED: u32 = 4;
@@ -26,20 +24,9 @@ const CROWDED: u32 = 4;
 /// Four fifths of the places may be taken.
 const TAKEN_MAX: usize = 12;
 
-/// A place: part of the hash, never 0, above the connection's slot. 0: free.
-const SLOT_BITS: u32 = 20;
-const SLOT: u32 = (1 << SLOT_BITS) - 1;
-const TAG: u32 = !SLOT;
-
 /// As many as slots can tell apart.
 const CONNECTIONS_MAX: u32 = 1 << SLOT_BITS;
 const CONNECTIONS_MIN: u32 = 8;
-
-/// The word of a bucket that counts those who went to their second bucket from here.
-const AWAY: usize = WAYS;
-
-/// A large index begins where a huge page of the processor's could.
-const HUGE_BYTES: usize = 2 << 20;
 
 /// Buckets searched for a victim when the quota is reached and both buckets hold assured connections only.
 const SEARCHED_BUCKETS_MAX: usize = 16;
@@ -199,65 +186,6 @@ impl Entry {
         };
         Some((class, self.expires_ns))
     }
-}
-
-/// Where entries are.
-#[derive(Debug)]
-struct Buckets {
-    /// Plain words, so that the allocator's zeroed pages are taken as they are.
-    words: Box<[u32]>,
-    first: usize,
-    count: usize,
-}
-
-type Bucket = [u32; WAYS + 1];
-
-impl Buckets {
-    fn new(count: usize) -> Self {
-        let bytes = count * size_of::<Bucket>();
-        let aligned_to = if bytes < HUGE_BYTES { size_of::<Bucket>() } else { HUGE_BYTES } / size_of::<u32>();
-        let words = vec![0u32; bytes / size_of::<u32>() + aligned_to].into_boxed_slice();
-        let first = (words.as_ptr() as usize / size_of::<u32>()).wrapping_neg() % aligned_to;
-        Self { words, first, count }
-    }
-
-    fn memory(&self) -> Range<usize> {
-        let first = &raw const self.words[self.first] as usize;
-        first..first + self.count * size_of::<Bucket>()
-    }
-}
-
-impl Index<usize> for Buckets {
-    type Output = Bucket;
-
-    #[inline]
-    fn index(&self, bucket: usize) -> &Bucket {
-        self.words[self.first + bucket * (WAYS + 1)..].first_chunk().expect("whole buckets behind the first")
-    }
-}
-
-impl IndexMut<usize> for Buckets {
-    #[inline]
-    fn index_mut(&mut self, bucket: usize) -> &mut Bucket {
-        self.words[self.first + bucket * (WAYS + 1)..].first_chunk_mut().expect("whole buckets behind the first")
-    }
-}
-
-/// A bit for each way of a bucket whose place, as far as `mask` goes, is `place`.
-#[inline]
-fn ways(bucket: &Bucket, mask: u32, place: u32) -> u32 {
-    (0..WAYS).fold(0, |ways, way| ways | u32::from(bucket[way] & mask == place) << way)
-}
-
-/// The places of a bucket.
-#[inline]
-fn places(bucket: &Bucket) -> &[u32; WAYS] {
-    bucket.first_chunk().expect("shorter than a bucket")
-}
-
-#[inline]
-fn places_mut(bucket: &mut Bucket) -> &mut [u32; WAYS] {
-    bucket.first_chunk_mut().expect("shorter than a bucket")
 }
 
 /// The table.
@@ -504,11 +432,6 @@ impl Table {
             }
         }
     }
-}
-
-#[inline]
-const fn slot_of(place: u32) -> usize {
-    (place & SLOT) as usize
 }
 
 #[cfg(test)]
