@@ -1,6 +1,7 @@
 //! A connection as it is shown.
 
-use crate::conntrack::{conn_key, first_key};
+use crate::conn_key::conn_key;
+use crate::conntrack::first_key;
 use crate::key::Key;
 use crate::model::{Direction, RuleId};
 use crate::table::{Entry, Tracked};

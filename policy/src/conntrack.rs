@@ -12,12 +12,13 @@
 use std::ops::Range;
 
 use crate::bucket::TokenBucket;
+use crate::conn_key::{Role, conn_key};
 use crate::connection_row::ConnectionRow;
 use crate::fragments::Fragments;
-use crate::key::{Family, ICMP, ICMPV6, IcmpRole, Key, TCP, UDP, UDP_LITE, icmp_role};
+use crate::key::{Family, ICMP, ICMPV6, Key, UDP, UDP_LITE};
 use crate::model::{Direction, RuleId};
 use crate::parse::{Fragment, Packet, Quoted, Transport};
-use crate::table::{ConnKey, Entry, Table, Tracked};
+use crate::table::{Entry, Table, Tracked};
 use crate::tcp::{Context, Effect, STALLED_NS, TcpState, Tracker};
 
 const SECOND_NS: u64 = 1_000_000_000;
@@ -541,36 +542,6 @@ enum Advanced {
     Belongs(ConnState),
     Invalid,
     Reopen,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
-    Any,
-    Answers,
-}
-
-/// The connection of a packet, and whether it can only be an answer. `None` for ICMP that belongs to none.
-#[inline]
-pub(crate) fn conn_key(key: &Key, direction: Direction) -> Option<(ConnKey, Role)> {
-    if !matches!(key.protocol, TCP | UDP) && key.is_icmp() {
-        return icmp_conn_key(key, direction);
-    }
-    Some((ConnKey::new(key, direction), Role::Any))
-}
-
-fn icmp_conn_key(key: &Key, direction: Direction) -> Option<(ConnKey, Role)> {
-    let (query, asker, role) = match icmp_role(key.family, key.icmp_kind()) {
-        IcmpRole::Query { .. } => (key.icmp_kind(), direction, Role::Any),
-        IcmpRole::Answer { query } => (query, direction.opposite(), Role::Answers),
-        IcmpRole::Error | IcmpRole::Other => return None,
-    };
-    let connection = ConnKey {
-        local_port: key.source_port,
-        remote_port: u16::from(query) << 8 | (key.destination_port & 0xff),
-        asker,
-        ..ConnKey::new(key, direction)
-    };
-    Some((connection, role))
 }
 
 pub(crate) fn first_key(entry: &Entry) -> Key {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::key::TCP;
 use crate::tcp::Segment;
 
 const SYN: u8 = 0x02;

@@ -7,6 +7,7 @@
 pub mod bucket;
 mod buckets;
 pub mod classifier;
+mod conn_key;
 pub mod connection_row;
 pub mod conntrack;
 pub mod decide;

@@ -7,14 +7,14 @@
 //! least useful connection of both buckets goes: expired, then cut by its rules, then closed, then never answered, then closing. An assured
 //! connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
 
-use std::hash::{BuildHasher, Hash, Hasher};
+use std::hash::BuildHasher;
 use std::ops::Range;
 
 use foldhash::SharedSeed;
 use foldhash::quality::SeedableRandomState;
 
 use crate::buckets::{AWAY, Buckets, SLOT_BITS, TAG, WAYS, places, places_mut, slot_of, ways};
-use crate::key::{Family, Key};
+use crate::conn_key::ConnKey;
 use crate::model::Direction;
 use crate::tcp::{TcpState, Tracker};
 
@@ -30,83 +30,6 @@ const CONNECTIONS_MIN: u32 = 8;
 
 /// Buckets searched for a victim when the quota is reached and both buckets hold assured connections only.
 const SEARCHED_BUCKETS_MAX: usize = 16;
-
-/// A connection, whichever way its packets go: by its end in the VM and its far end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct ConnKey {
-    /// Addresses as two words each: a u128 would be aligned to 16 and cost 8 bytes.
-    pub(crate) local: [u64; 2],
-    pub(crate) remote: [u64; 2],
-    pub(crate) local_port: u16,
-    /// Of ICMP: the query's type << 8 | code.
-    pub(crate) remote_port: u16,
-    pub(crate) protocol: u8,
-    pub(crate) family: Family,
-    /// Of ICMP: who asks, so that two pings of each other with one identifier are two. Else egress.
-    pub(crate) asker: Direction,
-}
-
-impl ConnKey {
-    /// The connection of a packet with this key that goes this way.
-    #[inline]
-    pub(crate) fn new(key: &Key, direction: Direction) -> Self {
-        let (local, remote, local_port, remote_port) = match direction {
-            Direction::Egress => (key.source, key.destination, key.source_port, key.destination_port),
-            Direction::Ingress => (key.destination, key.source, key.destination_port, key.source_port),
-        };
-        Self {
-            local: split(local),
-            remote: split(remote),
-            local_port,
-            remote_port,
-            protocol: key.protocol,
-            family: key.family,
-            asker: Direction::Egress,
-        }
-    }
-
-    /// The key of a packet of the connection that goes this way.
-    pub(crate) fn key(&self, direction: Direction, icmp: bool) -> Key {
-        let (local, remote) = (join(self.local), join(self.remote));
-        let flip = direction == Direction::Ingress;
-        let (source_port, destination_port) = match flip && !icmp {
-            true => (self.remote_port, self.local_port),
-            false => (self.local_port, self.remote_port),
-        };
-        Key {
-            source: if flip { remote } else { local },
-            destination: if flip { local } else { remote },
-            source_port,
-            destination_port,
-            protocol: self.protocol,
-            family: self.family,
-        }
-    }
-}
-
-#[inline]
-const fn split(number: u128) -> [u64; 2] {
-    [(number >> 64) as u64, number as u64]
-}
-
-#[inline]
-const fn join([high, low]: [u64; 2]) -> u128 {
-    (high as u128) << 64 | low as u128
-}
-
-impl Hash for ConnKey {
-    #[inline]
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u128(join(self.local));
-        state.write_u128(join(self.remote));
-        let tail = u64::from(self.local_port) << 48
-            | u64::from(self.remote_port) << 32
-            | u64::from(self.protocol) << 16
-            | (self.family as u64) << 8
-            | self.asker as u64;
-        state.write_u64(tail);
-    }
-}
 
 /// What the protocol's tracking keeps.
 #[derive(Debug, Clone, Copy)]
@@ -441,6 +364,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::key::Family;
 
     fn key(port: u16) -> ConnKey {
         ConnKey {
