@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use common::counters::{assert_conserved, drops, number, wait_connected};
-use common::front_ends::{datagram, ends, front_end, guarded_port, next, outer, passes};
+use common::front_ends::{DISCARD, datagram, ends, front_end, guarded_port, next, outer, passes};
 use common::*;
 use dreamwire_bench::topology::{Daemon, DaemonSpec, wait_until};
 use serde_json::{Value, json};
@@ -21,15 +21,10 @@ id = 8
 [[group]]
 name = "web"
 id = 7
-[[rule]]
-name = "discard"
-group = "web"
-direction = "ingress"
-allow = "udp"
-ports = "9"
-from = "group:clients"
-log = true
 "#;
+
+/// Whom `web` takes it from.
+const FROM: &str = "from = \"group:clients\"\n";
 
 fn start(config: &str) -> Daemon {
     let binary = Path::new(env!("CARGO_BIN_EXE_dreamwire"));
@@ -39,7 +34,7 @@ fn start(config: &str) -> Daemon {
 /// An enforced network in which `vm1` is a client and `vm2` a server.
 fn local() -> String {
     let ports = [guarded_port(1, "groups = [\"clients\"]"), guarded_port(2, "groups = [\"web\"]")].concat();
-    format!("{DAEMON}{LOCAL_NETWORK}policy = \"enforced\"\n{RULES}{ports}")
+    format!("{DAEMON}{LOCAL_NETWORK}policy = \"enforced\"\n{RULES}{DISCARD}{FROM}{ports}")
 }
 
 fn json_of(daemon: &Daemon, arguments: &[&str]) -> Value {
@@ -228,7 +223,7 @@ fn groups_travel_in_the_tunnel_header_and_are_believed_from_those_trusted() {
         "{DAEMON}[[underlay]]\nname = \"fabric\"\ndriver = \"vhost-user\"\nmac = \"02:00:00:00:00:01\"\n\
          address = \"192.0.2.1\"\nmtu = 1600\nneighbours = [{{ address = \"192.0.2.2\", mac = \"02:00:00:00:00:02\" }}]\n\
          {LOCAL_NETWORK}vni = 100\nunderlay = \"fabric\"\nremotes = [\"192.0.2.2\"]\ntrusted_remotes = [\"192.0.2.2\"]\n\
-         group_policy = true\npolicy = \"enforced\"\n{RULES}{}",
+         group_policy = true\npolicy = \"enforced\"\n{RULES}{DISCARD}{FROM}{}",
         guarded_port(2, "groups = [\"web\"]")
     );
     let daemon = start(&config);

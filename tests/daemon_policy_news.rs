@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::counters::{drops, wait_drops};
-use common::front_ends::{datagram, ends, front_end, guarded_port, passes};
+use common::front_ends::{DISCARD, datagram, ends, front_end, guarded_port, passes};
 use common::*;
 use dreamwire_bench::front_end::FrontEnd;
 use dreamwire_bench::topology::{Daemon, DaemonSpec, wait_until};
@@ -21,13 +21,6 @@ const BINARY: &str = env!("CARGO_BIN_EXE_dreamwire");
 const RULES: &str = r#"
 [[group]]
 name = "web"
-[[rule]]
-name = "discard"
-group = "web"
-direction = "ingress"
-allow = "udp"
-ports = "9"
-log = true
 [[rule]]
 name = "refuse"
 group = "web"
@@ -46,7 +39,7 @@ ports = "14"
 /// An enforced network whose two ports are held to the rules; the log is JSON.
 fn start() -> Daemon {
     let ports = [1, 2].map(|number| guarded_port(number, "groups = [\"web\"]")).concat();
-    let config = format!("{DAEMON}{LOCAL_NETWORK}policy = \"enforced\"\n{RULES}{ports}");
+    let config = format!("{DAEMON}{LOCAL_NETWORK}policy = \"enforced\"\n{DISCARD}{RULES}{ports}");
     let spec = DaemonSpec { name: "dreamwire", binary: Path::new(BINARY), netns: None, config: &config };
     Daemon::start_with(&spec, &["--log-format", "json"]).unwrap()
 }

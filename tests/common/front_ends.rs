@@ -15,6 +15,17 @@ use super::{LIMIT, mac, mac_text, port, udp_frame};
 pub(crate) const OURS: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub(crate) const THEIRS: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
+/// A rule for the group `web`: UDP to port 9 comes in, and is logged. The rule goes on with the next keys.
+pub(crate) const DISCARD: &str = r#"
+[[rule]]
+name = "discard"
+group = "web"
+direction = "ingress"
+allow = "udp"
+ports = "9"
+log = true
+"#;
+
 /// Port `vmN` with guest `N`'s addresses, which it is held to.
 pub(crate) fn guarded_port(number: u8, keys: &str) -> String {
     port(number, &format!("mac = \"{}\"\naddresses = [\"10.0.0.{number}\"]\n{keys}", mac_text(number)))
