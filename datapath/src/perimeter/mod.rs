@@ -42,7 +42,7 @@ const SWEEP_NS: u64 = 100_000;
 /// In how many of its turns a table is swept once: 10 s with the above. Where there are fewer ports, or the worker sleeps, a
 /// connection is forgotten sooner or later than that; look-ups see to expiry by themselves.
 const SWEEP_PARTS: u32 = 96;
-/// How much of a connection table is had in memory at once: 512 connections, in some 10 us.
+/// How much of a connection table is had in memory at once: 512 connections.
 const POPULATED_BYTES: usize = 64 << 10;
 
 /// What a port may keep.

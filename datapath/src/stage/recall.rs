@@ -52,8 +52,7 @@ mod tests {
     const FROM: Mac = Mac([2, 0, 0, 0, 0, 1]);
     const TO: Mac = Mac([2, 0, 0, 0, 0, 2]);
 
-    /// Two ports of an enforced network, without rules: what they like goes out, and nothing in but at the second, which has no
-    /// policy.
+    /// A port that may send what it likes, tracked, and one without policy.
     fn snapshot() -> Snapshot {
         let policy = Policy::new(vec![], vec![], vec![]).unwrap();
         let classifier = Arc::new(Classifier::compile(&policy, Posture::Enforced, &[]));
