@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::array;
 use std::net::SocketAddr;
 use std::time::Instant;
 
@@ -67,9 +68,10 @@ const CARDS: [Card; 4] = [
     Card { name: "packed-1", properties: "packed=on", queue_pairs: 1 },
     Card { name: "packed-2", properties: "packed=on", queue_pairs: 2 },
 ];
-/// Fetched over each card, slowly enough to be on its way when the daemon ends.
-const FILE_BYTES: usize = 2 << 20;
-const FILE_RATE: &str = "500k";
+/// Sends random bytes, and keeps a copy of them, until it is told that it is enough: on its way for as long as it takes.
+const SENDER: &str = "#!/bin/sh
+while [ ! -e /tmp/enough ]; do head -c 16384 /dev/urandom | tee -a /tmp/sent-$SOCAT_SOCKADDR; sleep 0.1; done
+";
 
 /// Between two probes of a flow. What waits in a queue during the gap may be overtaken by what follows it in one that is enabled
 /// later, and nothing else may.
@@ -107,8 +109,8 @@ fn guests_with_rings_of_every_kind_recover_when_the_daemon_ends_or_is_killed() {
             spec.nic(nic.address(&format!("10.0.{index}.{guest}/24")))
         })
     }));
-    two.sh(&format!("mkdir /tmp/www; head -c {FILE_BYTES} /dev/urandom >/tmp/www/file; httpd -p 80 -h /tmp/www"))
-        .unwrap();
+    two.sh(&format!("cat >/tmp/sender <<'END'\n{SENDER}END\nchmod +x /tmp/sender")).unwrap();
+    two.sh("socat TCP-LISTEN:80,reuseaddr,fork EXEC:/tmp/sender >/tmp/socat 2>&1 &").unwrap();
     for (index, card) in CARDS.iter().enumerate().filter(|(_, card)| card.queue_pairs > 1) {
         // By itself the driver uses no more pairs than there are processors.
         for guest in [&one, &two] {
@@ -120,16 +122,19 @@ fn guests_with_rings_of_every_kind_recover_when_the_daemon_ends_or_is_killed() {
     // Twice, for rings in another lap.
     for (round, signal) in ["SIGTERM", "SIGKILL", "SIGTERM", "SIGKILL"].into_iter().enumerate() {
         let link_events_before = [&one, &two].map(link_events);
+        two.sh("rm -f /tmp/enough /tmp/sent-*").unwrap();
         for index in 0..CARDS.len() {
             one.sh(&format!(
-                "rm -f /tmp/file{index}; curl -sS --fail --limit-rate {FILE_RATE} -o /tmp/file{index} http://10.0.{index}.2/file \
-                 >/tmp/curl{index} 2>&1 &"
+                "rm -f /tmp/file{index}; socat -u TCP:10.0.{index}.2:80 CREATE:/tmp/file{index} >/tmp/socat{index} 2>&1 &"
             ))
             .unwrap();
         }
-        for index in 0..CARDS.len() {
-            wait_until(LIMIT, "a file's beginning", || bytes_of(&one, index) > 0).unwrap();
-        }
+        let bytes_come = |what, than: [usize; CARDS.len()]| {
+            for (index, than) in than.into_iter().enumerate() {
+                wait_until(BOOT_LIMIT, what, || bytes_of(&one, index) > than).unwrap();
+            }
+        };
+        bytes_come("a transfer's beginning", [0; CARDS.len()]);
         let start = Instant::now();
         let probes = [0, 1, 2, 3].map(|index| {
             let target = SocketAddr::new([10, 0, index, 2].into(), ECHO_PORT);
@@ -139,7 +144,7 @@ fn guests_with_rings_of_every_kind_recover_when_the_daemon_ends_or_is_killed() {
             "SIGTERM" => daemon.terminate().unwrap(),
             _ => daemon.kill().unwrap(),
         }
-        assert!((0..CARDS.len()).any(|index| bytes_of(&one, index) < FILE_BYTES), "every file was there already");
+        let before = array::from_fn(|index| bytes_of(&one, index));
         daemon.start_again().unwrap();
         every_ring_carries(&daemon, &one, &two);
         let probes = probes.map(|probe| probe.stop().unwrap());
@@ -152,7 +157,9 @@ fn guests_with_rings_of_every_kind_recover_when_the_daemon_ends_or_is_killed() {
             let [first, second] = [0, 1].map(|guest| events[guest][index] - link_events_before[guest][index]);
             eprintln!("    link events seen by the guests: {first} and {second}");
         }
-        the_files_are_whole(&one, &two);
+        bytes_come("what a transfer sends after the daemon's end", before);
+        two.sh("touch /tmp/enough").unwrap();
+        the_transfers_are_whole(&one, &two);
         assert_eq!(daemon.stats().unwrap()["conservation"]["difference"], 0, "round {round}");
         assert_conserved(&daemon);
         // The new process holds what the first one held.
@@ -209,13 +216,13 @@ fn bytes_of(guest: &Guest, index: usize) -> usize {
     guest.sh(&format!("wc -c </tmp/file{index} 2>/dev/null || echo 0")).unwrap().trim().parse().unwrap()
 }
 
-/// The connections were there before the daemon's end, and have carried everything since.
-fn the_files_are_whole(one: &Guest, two: &Guest) {
-    let sent = two.sh("sha256sum </tmp/www/file").unwrap();
+/// The connections were there before the daemon's end, and have carried everything since. They end by themselves.
+fn the_transfers_are_whole(one: &Guest, two: &Guest) {
+    let hash = |guest: &Guest, file: &str| guest.sh(&format!("sha256sum <{file}")).unwrap();
     for (index, card) in CARDS.iter().enumerate() {
-        let waited = wait_until(BOOT_LIMIT, "the whole file", || bytes_of(one, index) == FILE_BYTES);
-        assert!(waited.is_ok(), "{}: {:?}", card.name, one.sh(&format!("cat /tmp/curl{index}")));
-        assert_eq!(one.sh(&format!("sha256sum </tmp/file{index}")).unwrap(), sent, "{}: torn", card.name);
+        let [sent, received] = [format!("/tmp/sent-10.0.{index}.2"), format!("/tmp/file{index}")];
+        let waited = wait_until(BOOT_LIMIT, "the whole transfer", || hash(two, &sent) == hash(one, &received));
+        assert!(waited.is_ok(), "{}: {:?}", card.name, one.sh(&format!("cat /tmp/socat{index}; wc -c {received}")));
     }
 }
 
