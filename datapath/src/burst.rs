@@ -43,8 +43,9 @@ pub struct Burst {
     pub(crate) frames: Box<[RawFrame]>,
     pub(crate) networks: [NetworkId; BURST],
     pub(crate) origins: [Origin; BURST],
-    /// What the sender left undone.
-    pub(crate) offloads: [Offload; BURST],
+    /// What the sender left undone of each frame whose bit is set in `unfinished`.
+    offloads: [Offload; BURST],
+    unfinished: u32,
     pub(crate) next_hops: [NextHop; BURST],
     /// For frames from an underlay: the datagram that the frame is in.
     pub(crate) datagrams: [u8; BURST],
@@ -70,6 +71,25 @@ impl Burst {
         self.is_parsed = 0;
         self.egress[..self.length].fill(Stand::Unasked);
         self.ingress[..self.length].fill(Stand::Unasked);
+    }
+
+    /// No sender has left anything undone.
+    #[inline]
+    pub(crate) fn all_finished(&mut self) {
+        self.unfinished = 0;
+    }
+
+    /// The sender of frame `index` has left that undone.
+    #[inline]
+    pub(crate) fn set_offload(&mut self, index: usize, offload: Offload) {
+        self.offloads[index] = offload;
+        self.unfinished |= 1 << index;
+    }
+
+    /// What the sender of frame `index` has left undone.
+    #[inline]
+    pub(crate) fn offload(&self, index: usize) -> Option<&Offload> {
+        (self.unfinished & 1 << index != 0).then(|| &self.offloads[index])
     }
 
     /// Has policy look at frame `index`, once.
@@ -111,6 +131,7 @@ impl Default for Burst {
             networks: [NetworkId(0); BURST],
             origins: [Origin::Port(PortId(0)); BURST],
             offloads: [Offload::NONE; BURST],
+            unfinished: 0,
             next_hops: [NextHop::Undecided; BURST],
             datagrams: [0; BURST],
             groups: [0; BURST],

@@ -6,7 +6,6 @@ use super::parse::ETHERNET_BYTES;
 use crate::burst::{Burst, NextHop, Origin};
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
-use crate::offload::Offload;
 use crate::snapshot::{Network, NetworkId, Snapshot, UnderlayId};
 use crate::underlay::{Arrival, Rx};
 use crate::vni::Vni;
@@ -87,7 +86,6 @@ pub(crate) fn decap(
         burst.networks[index] = source.id;
         // Not the one that was just taken out of the packet, byte by byte.
         burst.origins[index] = Origin::Vtep(source.vtep);
-        burst.offloads[index] = Offload::NONE;
         burst.groups[index] = tunnel.group();
         burst.datagrams[index] = slot as u8;
         burst.next_hops[index] = if !source.is_known {

@@ -23,6 +23,7 @@ pub(crate) fn receive(
     let frame_bytes_max = network.frame_bytes_max();
     burst.networks[..burst.length].fill(port.network);
     burst.origins[..burst.length].fill(Origin::Port(id));
+    burst.all_finished();
     let mut bytes = 0;
     for index in 0..burst.length {
         let frame = &burst.frames[index];
@@ -42,7 +43,9 @@ pub(crate) fn receive(
                     NextHop::Drop(DropReason::TooLong)
                 }
                 Ok(offload) => {
-                    burst.offloads[index] = offload;
+                    if !offload.is_none() {
+                        burst.set_offload(index, offload);
+                    }
                     NextHop::Undecided
                 }
             }

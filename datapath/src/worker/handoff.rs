@@ -69,7 +69,9 @@ impl Parcel {
         copy.frame_bytes = header.len() as u32 + payload.bytes();
         burst.networks[index] = frame.network();
         burst.origins[index] = frame.burst.origins[frame.index];
-        burst.offloads[index] = *frame.offload();
+        if let Some(offload) = frame.offload() {
+            burst.set_offload(index, *offload);
+        }
         burst.groups[index] = frame.burst.groups[frame.index];
         burst.next_hops[index] = next_hop;
         burst.datagrams[index] = index as u8;
@@ -87,6 +89,7 @@ impl Parcel {
 
     fn clear(&mut self) {
         self.burst.length = 0;
+        self.burst.all_finished();
         self.used = 0;
     }
 }
@@ -337,7 +340,9 @@ mod tests {
             frame.header.copy_from_slice(&largest[..128]);
             (frame.header_bytes, frame.frame_bytes) = (128, bytes as u32);
             from.burst.networks[index] = NetworkId(3);
-            from.burst.offloads[index] = Offload { checksum: Some((34, 16)), ..Offload::NONE };
+            if index != 1 {
+                from.burst.set_offload(index, Offload { checksum: Some((34, 16)), ..Offload::NONE });
+            }
         }
         let next_hop = NextHop::Port(PortId(9));
         fn frame(index: usize, parcel: &Parcel) -> Outgoing<'_> {
@@ -358,7 +363,8 @@ mod tests {
                     whole.resize(128 + got.payload().bytes() as usize, 0);
                     got.payload().copy_out(&mut whole[128..]);
                     assert_eq!((parcel.burst.next_hops[index], got.network()), (next_hop, NetworkId(3)));
-                    assert_eq!((*got.offload(), &whole[..]), (from.burst.offloads[0], &largest[..whole.len()]));
+                    let offload = from.burst.offload(lengths.len());
+                    assert_eq!((got.offload(), &whole[..]), (offload, &largest[..whole.len()]));
                     lengths.push(whole.len());
                 }
                 there.inbox.give_back(0, parcel);

@@ -71,8 +71,8 @@ impl<'a> Outgoing<'a> {
 
     /// What its sender left undone.
     #[inline]
-    pub(crate) fn offload(self) -> &'a Offload {
-        &self.burst.offloads[self.index]
+    pub(crate) fn offload(self) -> Option<&'a Offload> {
+        self.burst.offload(self.index)
     }
 
     /// The private copy of its first bytes.
@@ -95,20 +95,28 @@ impl<'a> Outgoing<'a> {
 
 /// What went into one queue and is not counted yet.
 #[derive(Default)]
-struct Tally {
-    pair: u16,
+struct Filled {
     frames: u64,
     bytes: u64,
 }
 
-impl Tally {
-    /// Counts it, and starts anew with queue pair `next`.
-    #[inline]
-    fn settle(&mut self, port: &Port, next: u16) {
-        if self.frames > 0 {
-            port.counters.rings[usize::from(2 * self.pair)].traffic.add(self.frames, self.bytes);
+impl Filled {
+    /// Puts a frame into a port's ring, or counts at the port why not.
+    #[inline(always)]
+    fn put(&mut self, ring: &mut Ring, port: &Port, net: NetHeader, header: &[u8], payload: Payload<'_>) {
+        match ring.send(net, header, payload) {
+            Ok(()) => {
+                self.frames += 1;
+                self.bytes += header.len() as u64 + u64::from(payload.bytes());
+            }
+            Err(error) => port.counters.drops.add(refusal(error), 1),
         }
-        *self = Self { pair: next, frames: 0, bytes: 0 };
+    }
+
+    /// The same for a piece, which is finished. Not where whole frames go, so as not to be in their way.
+    #[inline(never)]
+    fn put_piece(&mut self, ring: &mut Ring, port: &Port, header: &[u8], payload: Payload<'_>) {
+        self.put(ring, port, NetHeader::default(), header, payload);
     }
 }
 
@@ -288,8 +296,7 @@ impl Outlets {
         }
     }
 
-    /// Puts frames into a guest's receiveqs, or counts at the port why not. What the receiver cannot do itself is done
-    /// first.
+    /// Puts frames into a guest's receiveqs, or counts at the port why not.
     #[inline]
     fn deliver<'a>(
         &mut self,
@@ -298,55 +305,75 @@ impl Outlets {
         port: &Port,
         frames: impl ExactSizeIterator<Item = Outgoing<'a>>,
     ) {
-        let Self { sinks, touched, pieces, hasher, fault_log, .. } = self;
-        let sinks = &mut sinks[usize::from(id.0)];
-        let mut tally = Tally::default();
+        match self.sinks[usize::from(id.0)].enabled[..] {
+            [pair] => self.fill(snapshot, id, port, pair, frames),
+            [] => port.counters.drops.add(DropReason::PortDown, frames.len() as u64),
+            _ => self.deliver_by_flow(snapshot, id, port, frames),
+        }
+    }
+
+    /// One flow, one queue: its frames stay in order.
+    #[inline(never)]
+    fn deliver_by_flow<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        id: PortId,
+        port: &Port,
+        frames: impl Iterator<Item = Outgoing<'a>>,
+    ) {
         for frame in frames {
-            // The port may have fewer queues in this snapshot than its guest still has rings here.
-            let chosen = sinks.choose(|| flow_hash(hasher, frame.header()));
-            let chosen = chosen.filter(|(pair, _)| usize::from(2 * pair) < port.counters.rings.len());
-            let Some((pair, sink)) = chosen else {
-                port.counters.drops.add(DropReason::PortDown, 1);
-                continue;
-            };
-            if pair != tally.pair {
-                tally.settle(port, pair);
-            }
-            let was_broken = sink.ring.is_broken();
-            let ring = &mut sink.ring;
-            let mut fault = None;
-            let mut send = |net: NetHeader, header: &[u8], payload: Payload<'_>| match ring.send(net, header, payload) {
-                Ok(()) => {
-                    tally.frames += 1;
-                    tally.bytes += header.len() as u64 + u64::from(payload.bytes());
-                }
-                Err(error) => {
-                    port.counters.drops.add(refusal(error), 1);
-                    if let SendError::Fault(found) = error {
-                        fault = Some(found);
+            let pairs = &self.sinks[usize::from(id.0)].enabled;
+            let flow_hash = u64::from(flow_hash(&self.hasher, frame.header()));
+            // A hash of 32 bits times the number of queues, shifted back: an even spread without a division.
+            let pair = pairs[((flow_hash * pairs.len() as u64) >> 32) as usize];
+            self.fill(snapshot, id, port, pair, std::iter::once(frame));
+        }
+    }
+
+    /// Puts frames into one of a guest's receiveqs. What the receiver cannot do itself is done first.
+    #[inline(always)]
+    fn fill<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        id: PortId,
+        port: &Port,
+        pair: u16,
+        frames: impl ExactSizeIterator<Item = Outgoing<'a>>,
+    ) {
+        // The port may have fewer queues in this snapshot than its guest still has rings here.
+        let sink = self.sinks[usize::from(id.0)].rings[usize::from(pair)].as_mut();
+        let (Some(sink), Some(counters)) = (sink, port.counters.rings.get(usize::from(2 * pair))) else {
+            port.counters.drops.add(DropReason::PortDown, frames.len() as u64);
+            return;
+        };
+        let was_broken = sink.ring.is_broken();
+        let mut filled = Filled::default();
+        for frame in frames {
+            let net = match frame.offload() {
+                None => NetHeader::default(),
+                Some(offload) if offload.suits(sink.features) => offload.to_net_header(),
+                Some(offload) => {
+                    let count = self.pieces.cut(*offload, frame.header(), frame.payload(), |header, payload| {
+                        filled.put_piece(&mut sink.ring, port, header, payload);
+                    });
+                    if let Some(network) = snapshot.network(frame.network()) {
+                        network.counters.cut_copies.add(count - 1);
                     }
+                    continue;
                 }
             };
-            if frame.offload().is_none() {
-                send(NetHeader::default(), frame.header(), frame.payload());
-            } else if frame.offload().suits(sink.features) {
-                send(frame.offload().to_net_header(), frame.header(), frame.payload());
-            } else {
-                let finished = |header: &[u8], payload: Payload<'_>| send(NetHeader::default(), header, payload);
-                let count = pieces.cut(*frame.offload(), frame.header(), frame.payload(), finished);
-                if let Some(network) = snapshot.network(frame.network()) {
-                    network.counters.cut_copies.add(count - 1);
-                }
-            }
-            if tally.frames > 0 && !sink.touched {
+            filled.put(&mut sink.ring, port, net, frame.header(), frame.payload());
+        }
+        if filled.frames > 0 {
+            counters.traffic.add(filled.frames, filled.bytes);
+            if !sink.touched {
                 sink.touched = true;
-                touched.push((id, pair));
-            }
-            if let Some(fault) = fault.filter(|_| !was_broken) {
-                fault_log.report(snapshot, id, 2 * pair, fault);
+                self.touched.push((id, pair));
             }
         }
-        tally.settle(port, 0);
+        if let Some(fault) = sink.ring.fault().filter(|_| !was_broken && sink.ring.is_broken()) {
+            self.fault_log.report(snapshot, id, 2 * pair, fault);
+        }
     }
 
     /// Sends frames of one network to another host, or hands them to the worker that has the underlay.
@@ -422,11 +449,12 @@ impl Outlets {
                     Err(reason) => network.counters.drops.add(reason, 1),
                 }
             };
-            if frame.offload().is_none() {
-                send(frame.header(), frame.payload());
-            } else {
-                let count = self.pieces.cut(*frame.offload(), frame.header(), frame.payload(), send);
-                network.counters.cut_copies.add(count - 1);
+            match frame.offload() {
+                None => send(frame.header(), frame.payload()),
+                Some(offload) => {
+                    let count = self.pieces.cut(*offload, frame.header(), frame.payload(), send);
+                    network.counters.cut_copies.add(count - 1);
+                }
             }
         }
         if sent > 0 {
@@ -461,18 +489,6 @@ impl Outlets {
 }
 
 impl Sinks {
-    /// The receiveq of a flow. One flow, one queue: its frames stay in order.
-    #[inline]
-    fn choose(&mut self, flow_hash: impl FnOnce() -> u32) -> Option<(u16, &mut Sink)> {
-        let pair = match self.enabled[..] {
-            [] => return None,
-            [only] => only,
-            // A hash of 32 bits times the number of queues, shifted back: an even spread without a division.
-            ref several => several[((u64::from(flow_hash()) * several.len() as u64) >> 32) as usize],
-        };
-        Some((pair, self.rings[usize::from(pair)].as_mut()?))
-    }
-
     fn list_enabled(&mut self) {
         self.enabled.clear();
         let rings = self.rings.iter().enumerate();

@@ -17,7 +17,6 @@ use crate::counters::{UnderlayCounters, WorkerCounters};
 use crate::fdb::{Fdb, FdbRow, Learned, Location, Seen};
 use crate::flow_cache::FlowCache;
 use crate::mac::Mac;
-use crate::offload::Offload;
 use crate::perimeter::events::Event;
 use crate::perimeter::{Perimeter, Perimeters};
 use crate::snapshot::{Network, NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId};
@@ -366,7 +365,7 @@ impl Worker {
         burst.frames[0].frame_bytes = frame.len() as u32;
         burst.networks[0] = port.network;
         burst.origins[0] = Origin::Port(id);
-        burst.offloads[0] = Offload::NONE;
+        burst.all_finished();
         burst.next_hops[0] = NextHop::Undecided;
         port.counters.originated.add(1);
         burst.unask();
