@@ -5,8 +5,9 @@
 pub const HEADER_COPY_BYTES: usize = 128;
 
 /// `struct virtio_net_hdr` without `num_buffers` (VIRTIO 1.2 §5.1.6): what a guest says about a frame's checksum and
-/// segmentation. Fields as read, once, in CPU byte order.
+/// segmentation. Fields as read, once, in CPU byte order, and in the ring's order: most processors copy it as two words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
 pub struct NetHeader {
     /// VIRTIO_NET_HDR_F_*
     pub flags: u8,

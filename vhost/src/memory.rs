@@ -84,6 +84,13 @@ impl Memory {
         Some(Segment { host: self.translate(address, u64::from(bytes))? as usize, bytes })
     }
 
+    /// To find several segments.
+    #[inline]
+    pub(crate) fn finder(&self) -> Finder<'_> {
+        let region = self.regions.first().copied().unwrap_or(Region { start: 0, end: 0, host: 0 });
+        Finder { memory: self, region }
+    }
+
     /// The guest-physical address of a segment's first byte; `None` if it does not lie in this memory. Segments never
     /// cross a region, so that the whole of it is there.
     pub(crate) fn guest_address(&self, segment: Segment) -> Option<u64> {
@@ -116,6 +123,31 @@ impl Memory {
             at = stop;
         }
         true
+    }
+}
+
+/// Finds one segment after the other. The region that the last one was in is tried first: no other is looked at for most.
+pub(crate) struct Finder<'a> {
+    memory: &'a Memory,
+    region: Region,
+}
+
+impl Finder<'_> {
+    /// As [`Memory::segment`].
+    #[inline(always)]
+    pub(crate) fn segment(&mut self, address: u64, bytes: u32) -> Option<Segment> {
+        let Region { start, end, host } = self.region;
+        if address >= start && u64::from(bytes) <= end - start && address - start <= end - start - u64::from(bytes) {
+            return Some(Segment { host: host + (address - start) as usize, bytes });
+        }
+        self.elsewhere(address, bytes)
+    }
+
+    #[inline(never)]
+    fn elsewhere(&mut self, address: u64, bytes: u32) -> Option<Segment> {
+        let has_it = |region: &&Region| address >= region.start && address < region.end;
+        self.region = *self.memory.regions.iter().find(has_it)?;
+        self.memory.segment(address, bytes)
     }
 }
 

@@ -22,15 +22,27 @@ pub(crate) fn switch<T: Copy + Eq>(
     tag: impl Fn(&Burst, usize) -> T,
     now_ns: u64,
 ) {
+    // What the cache has just said.
+    let mut last = None;
     for index in 0..burst.length {
         if burst.next_hops[index] != NextHop::Undecided {
             continue;
         }
         let stations = flow_cache::stations(burst.frames[index].headers());
         let (network, tag) = (burst.networks[index], tag(burst, index));
+        if let Some((asked, next_hop)) = last
+            && asked == (stations, network, tag)
+        {
+            burst.next_hops[index] = next_hop;
+            continue;
+        }
         burst.next_hops[index] = match cache.get(stations, network, tag, fdb.epoch(network), now_ns) {
-            Some(next_hop) => next_hop,
+            Some(next_hop) => {
+                last = Some(((stations, network, tag), next_hop));
+                next_hop
+            }
             None => {
+                last = None;
                 let (next_hop, until_ns) = decide(burst, index, snapshot, fdb, now_ns);
                 if matches!(next_hop, NextHop::Port(_) | NextHop::Vtep(_)) && until_ns > now_ns {
                     cache.put(stations, network, tag, fdb.epoch(network), until_ns, next_hop);

@@ -75,17 +75,15 @@ impl SplitTracker {
         &self.part
     }
 
-    /// Chains were taken. Those that are in flight already, of the device before us, keep their place in the order.
-    pub(super) fn took(&mut self, heads: &[u16]) {
-        for &head in heads {
-            let entry = self.part.entry(head);
-            if self.part.load8(entry + INFLIGHT) == 0 {
-                self.part.store64(entry + COUNTER, self.counter);
-                self.counter = self.counter.wrapping_add(1);
-                self.part.store8(entry + INFLIGHT, 1);
-            }
+    /// A chain was taken. One that is in flight already, of the device before us, keeps its place in the order.
+    pub(super) fn took(&mut self, head: u16) {
+        let entry = self.part.entry(head);
+        if self.part.load8(entry + INFLIGHT) == 0 {
+            self.part.store64(entry + COUNTER, self.counter);
+            self.counter = self.counter.wrapping_add(1);
+            self.part.store8(entry + INFLIGHT, 1);
         }
-        self.batch.extend_from_slice(heads);
+        self.batch.push(head);
     }
 
     /// The used index is about to be published.

@@ -265,12 +265,13 @@ impl PackedRing {
         }
         // What is given back one by one is asked for to be written, once.
         let is_rewritten = direction == Direction::DeviceWrites || !self.in_order;
+        let mut finder = self.buffers.memory.finder();
         for index in 0..most {
             if is_rewritten && at.index.is_multiple_of(LINE_DESCRIPTORS) {
                 prefetch(self.second_word_at(at.index).as_ptr() as usize, Wish::Write);
             }
             let simple = self.available(at).and_then(|descriptor| {
-                let buffer = descriptor.single(&self.buffers.memory, direction)?;
+                let buffer = descriptor.single(&mut finder, direction)?;
                 (buffer.bytes() >= least).then_some(Simple { id: descriptor.id, buffer })
             });
             let Some(simple) = simple else { return index };

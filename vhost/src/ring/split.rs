@@ -13,25 +13,29 @@ use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_U
 
 use super::buffers::{Buffers, Direction};
 use super::inflight_split::SplitTracker;
-use super::split_chain::{DESCRIPTOR_BYTES, Descriptor, Table, descriptor, walk};
+use super::split_chain::{DESCRIPTOR_BYTES, Table, descriptor, walk};
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
     RingSetup, SendError,
 };
 use crate::dirty_log::RingLog;
-use crate::frame::{NetHeader, RawFrame};
+use crate::frame::{HEADER_COPY_BYTES, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
-use crate::memory::{Memory, Payload, Segment, Wish, prefetch};
+use crate::memory::{Memory, Payload, Segment, Wish};
 
 const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
 const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
 
-/// A buffer to be written to, seen before it is needed.
+/// A chain seen before its turn comes.
 #[derive(Debug, Clone, Copy)]
 struct Posted {
     head: u16,
     /// Empty: to be looked at in the general way.
     buffer: Segment,
+}
+
+impl Posted {
+    const GENERAL: Posted = Posted { head: 0, buffer: Segment::EMPTY };
 }
 
 #[derive(Debug)]
@@ -55,10 +59,10 @@ pub(super) struct SplitRing {
     next_used: u16,
     /// The used index as the guest sees it.
     published_used: u16,
-    /// Chains taken by `receive` and not completed yet, and their heads.
+    /// Chains taken by `receive` and not completed yet.
     taken: u16,
-    heads: [u16; BURST],
-    /// Entry `index` of the available ring at `index % BURST`, for indices from `next_avail` up to `posted_end`.
+    /// Entry `index` of the available ring at `index % BURST`: of those that are taken, and to be written to, from `next_avail` up to
+    /// `posted_end`.
     posted: [Posted; BURST],
     posted_end: u16,
     inflight: Option<Box<SplitTracker>>,
@@ -72,6 +76,42 @@ pub(super) struct SplitRing {
 struct Resumed {
     first: u16,
     heads: Vec<u16>,
+}
+
+/// The heads in an available ring that was checked to lie whole in mapped memory.
+#[derive(Clone, Copy)]
+struct Heads {
+    host: usize,
+    /// Of an index: which of them.
+    mask: u16,
+}
+
+impl Heads {
+    #[inline]
+    fn get(self, index: u16) -> u16 {
+        let entry = (self.host + 2 * usize::from(index & self.mask)) as *mut u16;
+        // SAFETY: a masked index is below the size, so the entry lies in the ring, which is 2-byte aligned and mapped while
+        // the ring's `buffers.memory` lives.
+        unsafe { AtomicU16::from_ptr(entry) }.load(Ordering::Relaxed)
+    }
+}
+
+/// The entries of a used ring that was checked likewise.
+#[derive(Clone, Copy)]
+struct UsedEntries {
+    host: usize,
+    mask: u16,
+}
+
+impl UsedEntries {
+    #[inline]
+    fn write(self, index: u16, head: u16, bytes: u32) {
+        let entry = (self.host + 8 * usize::from(index & self.mask)) as *mut u64;
+        // `struct virtq_used_elem`: id in the lower half, len in the upper, little-endian.
+        let value = (u64::from(head) | u64::from(bytes) << 32).to_le();
+        // SAFETY: as in `Heads::get`; 4-byte aligned. The guest does not read it before the used index is published.
+        unsafe { entry.write_unaligned(value) };
+    }
 }
 
 impl SplitRing {
@@ -117,8 +157,7 @@ impl SplitRing {
             next_used: setup.next_used,
             published_used: setup.next_used,
             taken: 0,
-            heads: [0; BURST],
-            posted: [Posted { head: 0, buffer: Segment::EMPTY }; BURST],
+            posted: [Posted::GENERAL; BURST],
             posted_end: next_avail,
             inflight,
             resumed,
@@ -158,47 +197,37 @@ impl SplitRing {
         debug_assert_eq!(self.taken, 0, "the last burst was not completed");
         let ready = usize::from(self.refresh_available(BURST as u16)?);
         let burst = ready.min(frames.len()).min(BURST);
-        if burst == 0 {
-            return Ok(0);
-        }
-        for index in 0..burst {
-            let head = self.available_entry(self.next_avail.wrapping_add(index as u16))?;
-            self.heads[index] = head;
-            prefetch(self.descriptors + usize::from(head) * DESCRIPTOR_BYTES as usize, Wish::Read);
-        }
-        // All first descriptors and where they lead to, before any buffer: cache misses then overlap.
-        let mut first = [(Descriptor::NONE, None); BURST];
-        for (first, &head) in first.iter_mut().zip(&self.heads[..burst]) {
-            // SAFETY: every head was checked to be below the size.
-            let descriptor = unsafe { descriptor(self.descriptors, head) };
-            let buffer = descriptor.single(&self.buffers.memory, Direction::DeviceReads);
-            if let Some(buffer) = buffer {
-                buffer.prefetch(Wish::Read);
-            }
-            *first = (descriptor, buffer.filter(|buffer| buffer.bytes() >= self.buffers.net_header_bytes));
-        }
+        // All buffers before any is read: cache misses then overlap.
+        self.look_ahead(burst as u16, Direction::DeviceReads);
         self.buffers.clear();
-        let mut taken = 0;
-        let mut visited = 0;
-        for (frame, &(descriptor, buffer)) in frames[..burst].iter_mut().zip(&first) {
-            if !self.buffers.has_room() || visited >= BURST_DESCRIPTORS_MAX {
-                break;
-            }
-            match buffer {
-                Some(buffer) => {
-                    visited += 1;
-                    self.buffers.gather_one(buffer, frame);
+        let (mut taken, mut visited) = (0u16, 0);
+        for frame in &mut frames[..burst] {
+            let index = self.next_avail.wrapping_add(taken);
+            let place = usize::from(index) % BURST;
+            let buffer = self.posted[place].buffer;
+            if buffer.bytes() > 0 {
+                if buffer.bytes() > HEADER_COPY_BYTES as u32 && !self.buffers.has_room() {
+                    break;
                 }
-                None => self.gather(self.heads[taken], descriptor, frame, &mut visited)?,
+                self.buffers.gather_one(buffer, frame);
+            } else {
+                if !self.buffers.has_room() || visited >= BURST_DESCRIPTORS_MAX {
+                    break;
+                }
+                let head = self.available_entry(index)?;
+                self.posted[place].head = head;
+                self.gather(head, frame, &mut visited)?;
             }
             taken += 1;
         }
-        if let Some(tracker) = &mut self.inflight {
-            tracker.took(&self.heads[..taken]);
+        self.taken = taken;
+        self.next_avail = self.next_avail.wrapping_add(taken);
+        // None of what was looked at is to be written to.
+        self.posted_end = self.next_avail;
+        if self.inflight.is_some() {
+            self.track_taken();
         }
-        self.taken = taken as u16;
-        self.next_avail = self.next_avail.wrapping_add(self.taken);
-        Ok(taken)
+        Ok(usize::from(taken))
     }
 
     #[inline]
@@ -215,9 +244,12 @@ impl SplitRing {
     /// Stages the used entries of the burst. The device wrote nothing: length 0.
     #[inline]
     pub(super) fn complete(&mut self) {
-        for index in 0..usize::from(self.taken) {
-            self.stage_used(self.heads[index], 0);
+        let (first, used) = (self.next_avail(), self.used_entries());
+        for index in 0..self.taken {
+            let head = self.posted[usize::from(first.wrapping_add(index)) % BURST].head;
+            used.write(self.next_used.wrapping_add(index), head, 0);
         }
+        self.next_used = self.next_used.wrapping_add(self.taken);
         self.taken = 0;
         self.buffers.clear();
     }
@@ -225,7 +257,7 @@ impl SplitRing {
     #[inline(always)]
     pub(super) fn send(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>) -> Result<(), SendError> {
         if self.next_avail == self.posted_end {
-            self.look_ahead()?;
+            self.look_for_room()?;
         }
         let Posted { head, buffer } = self.posted[usize::from(self.next_avail) % BURST];
         let need = u64::from(self.buffers.net_header_bytes) + header.len() as u64 + u64::from(payload.bytes());
@@ -239,32 +271,45 @@ impl SplitRing {
         Ok(())
     }
 
-    /// Notes the next buffers that the guest has posted and asks for their cache lines.
-    fn look_ahead(&mut self) -> Result<(), SendError> {
-        // What was resumed goes the general way, which tells the tracker of it.
-        let most = if self.resumed.is_some() { 0 } else { BURST as u16 };
+    /// Notes the next buffers that the guest has posted to be written to.
+    fn look_for_room(&mut self) -> Result<(), SendError> {
         let ready = self.refresh_available(1).map_err(SendError::Fault)?;
         if ready == 0 {
             return Err(SendError::Full);
         }
-        let ready = ready.min(most);
-        self.posted[usize::from(self.next_avail) % BURST].buffer = Segment::EMPTY;
-        for index in 0..ready {
-            let index = self.next_avail.wrapping_add(index);
-            let mut posted = Posted { head: 0, buffer: Segment::EMPTY };
-            // What is wrong with an entry is found when it is used.
-            if let Ok(head) = self.available_entry(index) {
+        let ready = ready.min(BURST as u16);
+        self.look_ahead(ready, Direction::DeviceWrites);
+        self.posted_end = self.next_avail.wrapping_add(ready);
+        Ok(())
+    }
+
+    /// Notes the next `count` chains, at most [`BURST`]: those of one buffer with at least a net header's room with that buffer, whose
+    /// first cache lines are asked for. The others, and what is wrong with them, are looked at when their turn comes.
+    #[inline(always)]
+    fn look_ahead(&mut self, count: u16, direction: Direction) {
+        // What was resumed goes the general way, which tells the tracker of it.
+        if self.resumed.is_some() {
+            self.posted.fill(Posted::GENERAL);
+            return;
+        }
+        let wish = if direction == Direction::DeviceReads { Wish::Read } else { Wish::Write };
+        let (next, table, heads) = (self.next_avail, self.table(), self.heads());
+        let least = self.buffers.net_header_bytes;
+        let mut finder = self.buffers.memory.finder();
+        for index in 0..count {
+            let index = next.wrapping_add(index);
+            let head = heads.get(index);
+            let mut posted = Posted::GENERAL;
+            if head < table.size {
                 // SAFETY: the head was just checked.
-                let descriptor = unsafe { descriptor(self.descriptors, head) };
-                if let Some(buffer) = descriptor.single(&self.buffers.memory, Direction::DeviceWrites) {
-                    buffer.prefetch(Wish::Write);
+                let descriptor = unsafe { descriptor(table.host, head) };
+                if let Some(buffer) = descriptor.single(&mut finder, direction).filter(|buffer| buffer.bytes() >= least) {
+                    buffer.prefetch(wish);
                     posted = Posted { head, buffer };
                 }
             }
             self.posted[usize::from(index) % BURST] = posted;
         }
-        self.posted_end = self.next_avail.wrapping_add(ready);
-        Ok(())
     }
 
     /// [`SplitRing::send`] in the general way: into as many chains as it takes, of any number of pieces.
@@ -395,6 +440,16 @@ impl SplitRing {
         }
     }
 
+    /// Notes the burst that was just taken in the in-flight region.
+    #[cold]
+    fn track_taken(&mut self) {
+        let Some(tracker) = &mut self.inflight else { return };
+        let first = self.next_avail.wrapping_sub(self.taken);
+        (0..self.taken).for_each(|index| {
+            tracker.took(self.posted[usize::from(first.wrapping_add(index)) % BURST].head);
+        });
+    }
+
     /// Notes buffers of the device before us that are given back with the next `publish`. The others of a guest receiveq
     /// are never in flight.
     #[cold]
@@ -402,7 +457,7 @@ impl SplitRing {
         let (Some(resumed), Some(tracker)) = (&self.resumed, &mut self.inflight) else { return };
         let done = usize::from(self.next_avail.wrapping_sub(resumed.first));
         let left = resumed.heads.len().saturating_sub(done);
-        chains.iter().take(left).for_each(|&(head, _)| tracker.took(&[head]));
+        chains.iter().take(left).for_each(|&(head, _)| tracker.took(head));
     }
 
     /// Lets go of them when all were served: an index that comes round again means the available ring's entry.
@@ -445,23 +500,18 @@ impl SplitRing {
         {
             return Ok(head);
         }
-        let slot = usize::from(index & (self.size - 1));
-        let head = self.available_u16(4 + 2 * slot).load(Ordering::Relaxed);
+        let head = self.heads().get(index);
         if head >= self.size {
             return Err(RingFault::DescriptorIndex { index: head, size: self.size });
         }
         Ok(head)
     }
 
-    /// A frame out of the chain at `head`, whose first descriptor was read.
-    fn gather(
-        &mut self,
-        head: u16,
-        first: Descriptor,
-        frame: &mut RawFrame,
-        visited: &mut usize,
-    ) -> Result<(), RingFault> {
+    /// A frame out of the chain at `head`.
+    fn gather(&mut self, head: u16, frame: &mut RawFrame, visited: &mut usize) -> Result<(), RingFault> {
         let (table, indirect) = (self.table(), self.indirect);
+        // SAFETY: the head was checked to be below the size.
+        let first = unsafe { descriptor(table.host, head) };
         self.buffers.gather(frame, |memory, take| {
             let whole = walk(memory, table, indirect, (head, first), Direction::DeviceReads, visited, take)?;
             Ok(((), whole))
@@ -484,16 +534,21 @@ impl SplitRing {
         Table { host: self.descriptors, size: self.size }
     }
 
+    /// The heads in the available ring.
+    #[inline]
+    fn heads(&self) -> Heads {
+        Heads { host: self.available + 4, mask: self.size - 1 }
+    }
+
+    #[inline]
+    fn used_entries(&self) -> UsedEntries {
+        UsedEntries { host: self.used + 4, mask: self.size - 1 }
+    }
+
     /// Writes a used entry that the guest does not see yet.
     #[inline]
     fn stage_used(&mut self, head: u16, bytes: u32) {
-        let slot = usize::from(self.next_used & (self.size - 1));
-        let entry = (self.used + 4 + 8 * slot) as *mut u64;
-        // `struct virtq_used_elem`: id in the lower half, len in the upper, little-endian.
-        let value = (u64::from(head) | u64::from(bytes) << 32).to_le();
-        // SAFETY: `slot < size`, so the entry lies in the used ring, which is 4-byte aligned and mapped. The guest does
-        // not read it before the used index is published.
-        unsafe { entry.write_unaligned(value) };
+        self.used_entries().write(self.next_used, head, bytes);
         self.next_used = self.next_used.wrapping_add(1);
     }
 

@@ -7,7 +7,7 @@ use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F
 
 use super::buffers::{Direction, Take, Unaligned};
 use super::{CHAIN_DESCRIPTORS_MAX, RING_SIZE_MAX, RingFault};
-use crate::memory::{Memory, Segment};
+use crate::memory::{Finder, Memory, Segment};
 
 pub(super) const DESCRIPTOR_BYTES: u64 = 16;
 const FLAG_NEXT: u16 = VRING_DESC_F_NEXT as u16;
@@ -24,14 +24,14 @@ pub(super) struct Descriptor {
 }
 
 impl Descriptor {
-    pub(super) const NONE: Descriptor = Descriptor { address: 0, bytes: 0, flags: 0, next: 0 };
-
     /// The buffer of a chain that is this descriptor alone and that lies in one region.
-    #[inline]
-    pub(super) fn single(self, memory: &Memory, direction: Direction) -> Option<Segment> {
+    #[inline(always)]
+    pub(super) fn single(self, finder: &mut Finder<'_>, direction: Direction) -> Option<Segment> {
         let flags = if direction == Direction::DeviceWrites { FLAG_WRITE } else { 0 };
-        (self.flags & (FLAG_NEXT | FLAG_INDIRECT | FLAG_WRITE) == flags && self.bytes > 0)
-            .then(|| memory.segment(self.address, self.bytes))?
+        if self.flags & (FLAG_NEXT | FLAG_INDIRECT | FLAG_WRITE) != flags || self.bytes == 0 {
+            return None;
+        }
+        finder.segment(self.address, self.bytes)
     }
 }
 
