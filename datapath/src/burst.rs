@@ -1,6 +1,7 @@
 //! The frames that go through the pipeline together, and what the stages found out about each.
 
 use std::net::IpAddr;
+use std::ops::Range;
 
 use dreamwire_policy::{Parsed, Sought};
 use dreamwire_vhost::frame::RawFrame;
@@ -90,6 +91,12 @@ impl Burst {
     #[inline]
     pub(crate) fn offload(&self, index: usize) -> Option<&Offload> {
         (self.unfinished & 1 << index != 0).then(|| &self.offloads[index])
+    }
+
+    /// Whether no sender of these frames has left anything undone.
+    #[inline]
+    pub(crate) fn are_finished(&self, frames: &Range<usize>) -> bool {
+        self.unfinished >> frames.start & ((1u64 << frames.len()) - 1) as u32 == 0
     }
 
     /// Has policy look at frame `index`, once.

@@ -199,9 +199,8 @@ unsafe fn copy_short(from: *const u8, to: *mut u8, bytes: usize) {
     // SAFETY: the caller's promise, and each length fits its block.
     unsafe {
         match bytes {
-            64 => ptr::copy_nonoverlapping(from, to, 64),
+            32..=64 => ends::<32>(from, to, bytes),
             65..=128 => ends::<64>(from, to, bytes),
-            32..64 => ends::<32>(from, to, bytes),
             16..32 => ends::<16>(from, to, bytes),
             8..16 => ends::<8>(from, to, bytes),
             _ => ptr::copy_nonoverlapping(from, to, bytes),
@@ -282,14 +281,13 @@ impl Segment {
         NetHeader::from_words(u64::from_le(first), u16::from_le(second))
     }
 
-    /// Writes a virtio-net header of `bytes` bytes to its start, for a frame in one chain.
+    /// Writes a virtio-net header ([`NetHeader::to_words`]) of `bytes` bytes to its start, for a frame in one chain.
     ///
     /// # Safety
     /// As for [`Segment::copy_out`].
     #[inline(always)]
-    pub(crate) unsafe fn write_net_header(self, net: NetHeader, bytes: u32) {
+    pub(crate) unsafe fn write_net_header(self, (first, second): (u64, u16), bytes: u32) {
         assert!(self.bytes >= bytes);
-        let (first, second) = net.to_words();
         let at = self.host as *mut u8;
         // SAFETY: mapped by the caller's promise, and long enough.
         unsafe {

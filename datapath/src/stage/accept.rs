@@ -7,13 +7,15 @@ use crate::drop_reason::DropReason;
 use crate::perimeter::Perimeters;
 use crate::snapshot::Snapshot;
 use crate::worker::handoff::Parcel;
-use crate::worker::outlets::{Outgoing, Outlets};
+use crate::worker::outgoing::{Outgoing, Run};
+use crate::worker::outlets::Outlets;
 
 /// Sends or counts every frame of `parcel`. None is handed on: where two workers know different snapshots, a frame would
 /// go back and forth. `outlets` must be flushed afterwards.
 pub(crate) fn accept(parcel: &Parcel, snapshot: &Snapshot, perimeters: &mut Perimeters, outlets: &mut Outlets) {
     let burst = &parcel.burst;
-    let frame = |index| Outgoing { burst, tails: Tails::Parcel(parcel), index };
+    let tails = Tails::Parcel(parcel);
+    let run = |frames| Run { burst, tails, frames };
     let mut index = 0;
     while index < burst.length {
         let next_hop = &burst.next_hops[index];
@@ -24,11 +26,11 @@ pub(crate) fn accept(parcel: &Parcel, snapshot: &Snapshot, perimeters: &mut Peri
         match next_hop {
             &NextHop::Port(port) => {
                 index = burst.end_of_port(first, port);
-                outlets.deliver_to_port(snapshot, port, (first..index).map(frame));
+                outlets.deliver_to_port(snapshot, port, run(first..index));
             }
             NextHop::Vtep(vtep) => {
                 index = burst.end_of_vtep(first, vtep);
-                if !outlets.deliver_to_vtep(snapshot, vtep, id, (first..index).map(frame)) {
+                if !outlets.deliver_to_vtep(snapshot, vtep, id, run(first..index)) {
                     (first..index).for_each(|_| outlets.count_removed(snapshot, id));
                 }
             }
@@ -37,7 +39,7 @@ pub(crate) fn accept(parcel: &Parcel, snapshot: &Snapshot, perimeters: &mut Peri
                     outlets.count_removed(snapshot, id);
                     continue;
                 };
-                match flood_here(network, frame(first), snapshot, perimeters, outlets) {
+                match flood_here(network, Outgoing { burst, tails, index: first }, snapshot, perimeters, outlets) {
                     0 => network.counters.drops.add(DropReason::NoDestination, 1),
                     copies => network.counters.flood_copies.add(copies - 1),
                 }

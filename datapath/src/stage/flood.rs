@@ -5,7 +5,8 @@ use crate::perimeter::Perimeters;
 use crate::snapshot::{Network, Snapshot};
 use crate::stage::admit::Flooded;
 use crate::stage::parse;
-use crate::worker::outlets::{Outgoing, Outlets};
+use crate::worker::outgoing::Outgoing;
+use crate::worker::outlets::Outlets;
 
 /// Sends a frame to everybody else in its network whom this worker reaches itself; returns how many that were.
 pub(super) fn flood_here(
@@ -25,11 +26,11 @@ pub(super) fn flood_here(
         // One that its receiver's perimeter ends was counted there.
         copies += 1;
         if flooded.as_ref().is_none_or(|flooded| flooded.may_enter(port, snapshot, perimeters)) {
-            outlets.send_to_port(snapshot, port, std::iter::once(frame));
+            outlets.send_to_port(snapshot, port, frame.into());
         }
     }
     for vtep in flood_list(network, origin, snapshot) {
-        outlets.send_to_vtep(snapshot, vtep, frame.network(), std::iter::once(frame));
+        outlets.send_to_vtep(snapshot, vtep, frame.network(), frame.into());
         copies += 1;
     }
     copies

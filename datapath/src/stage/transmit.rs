@@ -12,7 +12,8 @@ use crate::stage::flood::flood_here;
 use crate::stage::parse;
 use crate::underlay::Rx;
 use crate::worker::handoff::Parcel;
-use crate::worker::outlets::{Outgoing, Outlets};
+use crate::worker::outgoing::{Outgoing, Run};
+use crate::worker::outlets::Outlets;
 
 /// Who keeps the bytes behind a burst's header copies.
 #[derive(Clone, Copy)]
@@ -48,7 +49,7 @@ pub(crate) fn transmit(
     perimeters: &mut Perimeters,
     outlets: &mut Outlets,
 ) {
-    let frame = |index| Outgoing { burst, tails, index };
+    let run = |frames| Run { burst, tails, frames };
     let mut index = 0;
     while index < burst.length {
         let next_hop = &burst.next_hops[index];
@@ -58,13 +59,13 @@ pub(crate) fn transmit(
         match next_hop {
             &NextHop::Port(port) => {
                 index = burst.end_of_port(first, port);
-                outlets.send_to_port(snapshot, port, (first..index).map(frame));
+                outlets.send_to_port(snapshot, port, run(first..index));
             }
             NextHop::Vtep(vtep) => {
                 index = burst.end_of_vtep(first, vtep);
-                outlets.send_to_vtep(snapshot, vtep, burst.networks[first], (first..index).map(frame));
+                outlets.send_to_vtep(snapshot, vtep, burst.networks[first], run(first..index));
             }
-            NextHop::Flood => flood(frame(first), snapshot, perimeters, outlets),
+            NextHop::Flood => flood(Outgoing { burst, tails, index: first }, snapshot, perimeters, outlets),
             NextHop::Gone => {}
             &NextHop::Drop(reason) => count_drop(snapshot, perimeters, burst, first, reason),
             NextHop::Undecided => unreachable!("the switch stage decides on every frame"),
@@ -79,7 +80,7 @@ fn flood(frame: Outgoing<'_>, snapshot: &Snapshot, perimeters: &mut Perimeters, 
     let is_group = parse::destination(frame.header()).is_group();
     // One copy for each worker, which makes the others.
     for &worker in if is_group { &network.beyond.groups } else { &network.beyond.unknown } {
-        outlets.hand_off(snapshot, worker, NextHop::Flood, std::iter::once(frame));
+        outlets.hand_off(snapshot, worker, NextHop::Flood, frame.into());
         copies += 1;
     }
     match copies {

@@ -18,7 +18,7 @@ use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{BURST, FRAME_BYTES_MAX};
 
 use super::doorbell::Doorbell;
-use super::outlets::Outgoing;
+use super::outgoing::Outgoing;
 use crate::burst::{Burst, NextHop};
 use crate::counters::WorkerCounters;
 use crate::fdb::Seen;

@@ -15,6 +15,7 @@ mod doorbell;
 mod fault_log;
 pub(crate) mod handoff;
 mod mailbox;
+pub(crate) mod outgoing;
 pub(crate) mod outlets;
 mod sleep;
 mod turn;

@@ -5,20 +5,19 @@ use std::sync::Arc;
 
 use dreamwire_vhost::frame::{NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
-use dreamwire_vhost::ring::{Ring, SendError};
+use dreamwire_vhost::ring::{Ring, SendError, Sent};
 use foldhash::quality::FixedState;
 
 use super::fault_log::FaultLog;
 use super::handoff::Outbox;
-use crate::burst::{Burst, NextHop, Origin};
+use super::outgoing::{Outgoing, Run};
+use crate::burst::NextHop;
 use crate::counters::UnderlayCounters;
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
-use crate::offload::Offload;
 use crate::pieces::Pieces;
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, Snapshot, UNDERLAYS_MAX, UnderlayId, WorkerId};
 use crate::stage::parse::flow_hash;
-use crate::stage::transmit::Tails;
 use crate::underlay::{Inner, Staged, Tx};
 use crate::vxlan;
 
@@ -40,84 +39,33 @@ struct Sink {
     touched: bool,
 }
 
+impl Sink {
+    /// Puts a frame into the ring, cut if the guest cannot take it whole, or counts at its port why not.
+    #[inline(never)]
+    fn send(&mut self, pieces: &mut Pieces, port: &Port, snapshot: &Snapshot, frame: Outgoing<'_>) -> Sent {
+        let mut sent = Sent::default();
+        let mut send = |net, header: &[u8], payload: Payload<'_>| match self.ring.send(net, header, payload) {
+            Ok(()) => sent += Sent { frames: 1, bytes: header.len() as u64 + u64::from(payload.bytes()) },
+            Err(error) => port.counters.drops.add(refusal(error), 1),
+        };
+        match frame.offload() {
+            Some(offload) if !offload.suits(self.features) => {
+                let finished = |header: &[u8], payload: Payload<'_>| send(NetHeader::default(), header, payload);
+                let count = pieces.cut(*offload, frame.header(), frame.payload(), finished);
+                if let Some(network) = snapshot.network(frame.network()) {
+                    network.counters.cut_copies.add(count - 1);
+                }
+            }
+            _ => send(frame.net_header().unwrap_or_default(), frame.header(), frame.payload()),
+        }
+        sent
+    }
+}
+
 #[derive(Debug)]
 struct Uplink {
     tx: Tx,
     counters: Arc<UnderlayCounters>,
-}
-
-/// A frame on its way out: one of a burst.
-#[derive(Clone, Copy)]
-pub(crate) struct Outgoing<'a> {
-    pub(crate) burst: &'a Burst,
-    pub(crate) tails: Tails<'a>,
-    pub(crate) index: usize,
-}
-
-impl<'a> Outgoing<'a> {
-    /// The network that it is in.
-    #[inline]
-    pub(crate) fn network(self) -> NetworkId {
-        self.burst.networks[self.index]
-    }
-
-    /// The group that other hosts are told it is from; 0: none.
-    fn group(self, snapshot: &Snapshot) -> u16 {
-        match self.burst.origins[self.index] {
-            Origin::Port(port) => snapshot.port(port).map_or(0, |port| port.group),
-            Origin::Vtep(_) => 0,
-        }
-    }
-
-    /// What its sender left undone.
-    #[inline]
-    pub(crate) fn offload(self) -> Option<&'a Offload> {
-        self.burst.offload(self.index)
-    }
-
-    /// The private copy of its first bytes.
-    #[inline]
-    pub(crate) fn header(self) -> &'a [u8] {
-        self.burst.frames[self.index].headers()
-    }
-
-    /// The rest.
-    #[inline(always)]
-    pub(crate) fn payload(self) -> Payload<'a> {
-        let frame = &self.burst.frames[self.index];
-        if frame.tail_bytes() == 0 {
-            Payload::EMPTY
-        } else {
-            self.tails.payload(frame, self.burst.datagrams[self.index])
-        }
-    }
-}
-
-/// What went into one queue and is not counted yet.
-#[derive(Default)]
-struct Filled {
-    frames: u64,
-    bytes: u64,
-}
-
-impl Filled {
-    /// Puts a frame into a port's ring, or counts at the port why not.
-    #[inline(always)]
-    fn put(&mut self, ring: &mut Ring, port: &Port, net: NetHeader, header: &[u8], payload: Payload<'_>) {
-        match ring.send(net, header, payload) {
-            Ok(()) => {
-                self.frames += 1;
-                self.bytes += header.len() as u64 + u64::from(payload.bytes());
-            }
-            Err(error) => port.counters.drops.add(refusal(error), 1),
-        }
-    }
-
-    /// The same for a piece, which is finished. Not where whole frames go, so as not to be in their way.
-    #[inline(never)]
-    fn put_piece(&mut self, ring: &mut Ring, port: &Port, header: &[u8], payload: Payload<'_>) {
-        self.put(ring, port, NetHeader::default(), header, payload);
-    }
 }
 
 /// See the module's text.
@@ -233,12 +181,7 @@ impl Outlets {
 
     /// Sends frames to a port: puts them into its guest's ring, or hands them to the worker that has it.
     #[inline]
-    pub(crate) fn send_to_port<'a>(
-        &mut self,
-        snapshot: &Snapshot,
-        id: PortId,
-        frames: impl ExactSizeIterator<Item = Outgoing<'a>>,
-    ) {
+    pub(crate) fn send_to_port(&mut self, snapshot: &Snapshot, id: PortId, frames: Run<'_>) {
         let Some(port) = snapshot.port(id) else {
             frames.for_each(|frame| self.count_removed(snapshot, frame.network()));
             return;
@@ -254,12 +197,7 @@ impl Outlets {
     }
 
     /// Sends frames to a port that must be here, for another worker, which may know another snapshot.
-    pub(crate) fn deliver_to_port<'a>(
-        &mut self,
-        snapshot: &Snapshot,
-        id: PortId,
-        frames: impl ExactSizeIterator<Item = Outgoing<'a>> + Clone,
-    ) {
+    pub(crate) fn deliver_to_port(&mut self, snapshot: &Snapshot, id: PortId, frames: Run<'_>) {
         let is_judged = |port: &&Port| port.policy.is_none() || port.worker == snapshot.worker;
         let known = snapshot.port(id).filter(is_judged);
         let known = known.filter(|port| frames.clone().all(|frame| frame.network() == port.network));
@@ -280,13 +218,7 @@ impl Outlets {
 
     /// Hands frames to another worker, or counts at their network that it does not keep up.
     #[inline(never)]
-    pub(crate) fn hand_off<'a>(
-        &mut self,
-        snapshot: &Snapshot,
-        to: WorkerId,
-        next_hop: NextHop,
-        frames: impl Iterator<Item = Outgoing<'a>>,
-    ) {
+    pub(crate) fn hand_off(&mut self, snapshot: &Snapshot, to: WorkerId, next_hop: NextHop, frames: Run<'_>) {
         for frame in frames {
             if !self.outbox.put(to, next_hop, frame)
                 && let Some(network) = snapshot.network(frame.network())
@@ -298,13 +230,7 @@ impl Outlets {
 
     /// Puts frames into a guest's receiveqs, or counts at the port why not.
     #[inline]
-    fn deliver<'a>(
-        &mut self,
-        snapshot: &Snapshot,
-        id: PortId,
-        port: &Port,
-        frames: impl ExactSizeIterator<Item = Outgoing<'a>>,
-    ) {
+    fn deliver(&mut self, snapshot: &Snapshot, id: PortId, port: &Port, frames: Run<'_>) {
         match self.sinks[usize::from(id.0)].enabled[..] {
             [pair] => self.fill(snapshot, id, port, pair, frames),
             [] => port.counters.drops.add(DropReason::PortDown, frames.len() as u64),
@@ -314,32 +240,19 @@ impl Outlets {
 
     /// One flow, one queue: its frames stay in order.
     #[inline(never)]
-    fn deliver_by_flow<'a>(
-        &mut self,
-        snapshot: &Snapshot,
-        id: PortId,
-        port: &Port,
-        frames: impl Iterator<Item = Outgoing<'a>>,
-    ) {
+    fn deliver_by_flow(&mut self, snapshot: &Snapshot, id: PortId, port: &Port, frames: Run<'_>) {
         for frame in frames {
             let pairs = &self.sinks[usize::from(id.0)].enabled;
             let flow_hash = u64::from(flow_hash(&self.hasher, frame.header()));
             // A hash of 32 bits times the number of queues, shifted back: an even spread without a division.
             let pair = pairs[((flow_hash * pairs.len() as u64) >> 32) as usize];
-            self.fill(snapshot, id, port, pair, std::iter::once(frame));
+            self.fill(snapshot, id, port, pair, frame.into());
         }
     }
 
     /// Puts frames into one of a guest's receiveqs. What the receiver cannot do itself is done first.
     #[inline(always)]
-    fn fill<'a>(
-        &mut self,
-        snapshot: &Snapshot,
-        id: PortId,
-        port: &Port,
-        pair: u16,
-        frames: impl ExactSizeIterator<Item = Outgoing<'a>>,
-    ) {
+    fn fill(&mut self, snapshot: &Snapshot, id: PortId, port: &Port, pair: u16, mut frames: Run<'_>) {
         // The port may have fewer queues in this snapshot than its guest still has rings here.
         let sink = self.sinks[usize::from(id.0)].rings[usize::from(pair)].as_mut();
         let (Some(sink), Some(counters)) = (sink, port.counters.rings.get(usize::from(2 * pair))) else {
@@ -347,25 +260,29 @@ impl Outlets {
             return;
         };
         let was_broken = sink.ring.is_broken();
-        let mut filled = Filled::default();
-        for frame in frames {
-            let net = match frame.offload() {
-                None => NetHeader::default(),
-                Some(offload) if offload.suits(sink.features) => offload.to_net_header(),
-                Some(offload) => {
-                    let count = self.pieces.cut(*offload, frame.header(), frame.payload(), |header, payload| {
-                        filled.put_piece(&mut sink.ring, port, header, payload);
-                    });
-                    if let Some(network) = snapshot.network(frame.network()) {
-                        network.counters.cut_copies.add(count - 1);
+        let mut sent = Sent::default();
+        while frames.len() > 0 {
+            let suited = frames.suited(sink.features);
+            if suited > 0 {
+                let (net, payload) = (|ahead| frames.ahead(ahead).net_header(), |ahead| frames.ahead(ahead).payload());
+                match sink.ring.send_run(&frames.raw()[..suited], net, payload) {
+                    Ok(run) => {
+                        sent += run;
+                        frames.leave_out(run.frames as usize);
                     }
-                    continue;
+                    // Where there is no room for the first of them there is none for the others.
+                    Err(error) => {
+                        port.counters.drops.add(refusal(error), suited as u64);
+                        frames.leave_out(suited);
+                    }
                 }
-            };
-            filled.put(&mut sink.ring, port, net, frame.header(), frame.payload());
+            }
+            if let Some(frame) = frames.next() {
+                sent += sink.send(&mut self.pieces, port, snapshot, frame);
+            }
         }
-        if filled.frames > 0 {
-            counters.traffic.add(filled.frames, filled.bytes);
+        if sent.frames > 0 {
+            counters.traffic.add(sent.frames, sent.bytes);
             if !sink.touched {
                 sink.touched = true;
                 self.touched.push((id, pair));
@@ -378,26 +295,14 @@ impl Outlets {
 
     /// Sends frames of one network to another host, or hands them to the worker that has the underlay.
     #[inline]
-    pub(crate) fn send_to_vtep<'a>(
-        &mut self,
-        snapshot: &Snapshot,
-        vtep: &IpAddr,
-        network: NetworkId,
-        frames: impl Iterator<Item = Outgoing<'a>> + Clone,
-    ) {
+    pub(crate) fn send_to_vtep(&mut self, snapshot: &Snapshot, vtep: &IpAddr, network: NetworkId, frames: Run<'_>) {
         if !self.deliver_to_vtep(snapshot, vtep, network, frames.clone()) {
             self.hand_off_to_vtep(snapshot, vtep, network, frames);
         }
     }
 
     #[cold]
-    fn hand_off_to_vtep<'a>(
-        &mut self,
-        snapshot: &Snapshot,
-        vtep: &IpAddr,
-        network: NetworkId,
-        frames: impl Iterator<Item = Outgoing<'a>>,
-    ) {
+    fn hand_off_to_vtep(&mut self, snapshot: &Snapshot, vtep: &IpAddr, network: NetworkId, frames: Run<'_>) {
         let tunnel = snapshot.network(network).and_then(|network| network.tunnel.as_ref());
         let worker = tunnel.map(|tunnel| snapshot.uplink_worker(tunnel.underlay));
         match worker.filter(|worker| *worker != snapshot.worker) {
@@ -410,12 +315,12 @@ impl Outlets {
     /// underlay is not here. A tunnel carries finished frames only.
     #[inline]
     #[must_use]
-    pub(crate) fn deliver_to_vtep<'a>(
+    pub(crate) fn deliver_to_vtep(
         &mut self,
         snapshot: &Snapshot,
         vtep: &IpAddr,
         id: NetworkId,
-        frames: impl Iterator<Item = Outgoing<'a>>,
+        frames: Run<'_>,
     ) -> bool {
         let Some(network) = snapshot.network(id) else { return false };
         let tunnel = network.tunnel.as_ref();

@@ -184,25 +184,52 @@ impl Buffers {
     /// Writes a frame into one piece that has room for it and its net header.
     #[inline(always)]
     pub(super) fn fill_one(&mut self, into: Segment, net: NetHeader, header: &[u8], payload: Payload<'_>) {
-        let whole = into;
+        let rest = self.fill_start(into, net.to_words(), header);
+        if payload.bytes() > 0 {
+            fill_rest(rest, payload);
+        }
+        if let Some(log) = &self.log {
+            let need = u64::from(self.net_header_bytes) + header.len() as u64 + u64::from(payload.bytes());
+            log.written(&self.memory, &[into], need);
+        }
+    }
+
+    /// The net header and a frame's first bytes; returns what is left behind them.
+    #[inline(always)]
+    fn fill_start(&self, into: Segment, net: (u64, u16), header: &[u8]) -> Segment {
         // SAFETY: see the module's text.
         unsafe { into.write_net_header(net, self.net_header_bytes) };
         let into = into.skip(self.net_header_bytes);
         // SAFETY: as above.
         unsafe { into.copy_in(header) };
-        if payload.bytes() > 0 {
-            let into = into.skip(header.len() as u32);
-            match payload.single() {
-                // SAFETY: as above; the payload borrows the owner of its memory.
-                Some(piece) => unsafe { into.copy_from(piece, piece.bytes()) },
-                // SAFETY: as above.
-                None => drop(unsafe { PayloadCursor::new(payload).copy_into(into) }),
+        into.skip(header.len() as u32)
+    }
+
+    /// As [`Buffers::fill_one`], where nobody has to be told of what was written. Returns the bytes in use, or `None`, with nothing
+    /// that matters written, if the frame does not fit or has lost its tail.
+    #[inline(always)]
+    pub(super) fn fill_frame<'f>(
+        &self,
+        into: Segment,
+        net: Option<NetHeader>,
+        frame: &RawFrame,
+        payload: impl FnOnce() -> Payload<'f>,
+    ) -> Option<u32> {
+        let need = u64::from(self.net_header_bytes) + u64::from(frame.frame_bytes);
+        if need > u64::from(into.bytes()) {
+            return None;
+        }
+        let rest = self.fill_start(into, net.map_or((0, 0), NetHeader::to_words), frame.headers());
+        let tail_bytes = frame.tail_bytes();
+        if tail_bytes > 0 {
+            let payload = payload();
+            if payload.bytes() != tail_bytes {
+                return None;
             }
+            fill_rest(rest, payload);
         }
-        if let Some(log) = &self.log {
-            let need = u64::from(self.net_header_bytes) + header.len() as u64 + u64::from(payload.bytes());
-            log.written(&self.memory, &[whole], need);
-        }
+        // At most the piece's bytes.
+        Some(need as u32)
     }
 
     /// Writes a frame over the noted pieces, which have room for it and its net header.
@@ -229,5 +256,16 @@ impl Buffers {
             let need = net.len() as u64 + header.len() as u64 + u64::from(payload.bytes());
             log.written(&self.memory, &self.segments[..self.used], need);
         }
+    }
+}
+
+/// Writes a payload into one piece that has room for it.
+#[inline]
+fn fill_rest(into: Segment, payload: Payload<'_>) {
+    match payload.single() {
+        // SAFETY: see the module's text; the payload borrows the owner of its memory.
+        Some(piece) => unsafe { into.copy_from(piece, piece.bytes()) },
+        // SAFETY: as above.
+        None => drop(unsafe { PayloadCursor::new(payload).copy_into(into) }),
     }
 }

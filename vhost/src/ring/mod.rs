@@ -24,6 +24,7 @@ mod recover;
 mod split;
 mod split_chain;
 
+use std::ops::AddAssign;
 use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
@@ -202,6 +203,23 @@ pub enum SendError {
     Fault(RingFault),
 }
 
+/// What was put into a ring, in frames and their bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sent {
+    /// Frames.
+    pub frames: u64,
+    /// Their bytes, without net headers.
+    pub bytes: u64,
+}
+
+impl AddAssign for Sent {
+    #[inline]
+    fn add_assign(&mut self, other: Self) {
+        self.frames += other.frames;
+        self.bytes += other.bytes;
+    }
+}
+
 /// How the ring lies in memory. One is as large as the other, and a ring is moved only when it is attached.
 #[derive(Debug)]
 enum Layout {
@@ -303,6 +321,30 @@ impl Ring {
             return Err(SendError::Disabled);
         }
         with_layout!(&mut self.layout, ring => ring.send(net, header, payload)).map_err(|error| match error {
+            SendError::Fault(fault) => SendError::Fault(self.break_down(fault)),
+            other => other,
+        })
+    }
+
+    /// As [`Ring::send`] for frames in a row, of which `net` and `payload` give the rest, if there is any. An error if there is room
+    /// for none; it may stop before any of them, which is for [`Ring::send`] then.
+    #[inline(always)]
+    pub fn send_run<'f>(
+        &mut self,
+        frames: &[RawFrame],
+        net: impl Fn(usize) -> Option<NetHeader>,
+        payload: impl Fn(usize) -> Payload<'f>,
+    ) -> Result<Sent, SendError> {
+        if let Some(fault) = self.fault {
+            return Err(SendError::Fault(fault));
+        }
+        if !self.enabled {
+            return Err(SendError::Disabled);
+        }
+        if self.is_logged() {
+            return Ok(Sent::default());
+        }
+        with_layout!(&mut self.layout, ring => ring.send_run(frames, net, payload)).map_err(|error| match error {
             SendError::Fault(fault) => SendError::Fault(self.break_down(fault)),
             other => other,
         })
@@ -436,6 +478,12 @@ impl Ring {
             inflight,
             fault,
         }
+    }
+
+    /// Whether all that is written has to be told of.
+    #[inline]
+    fn is_logged(&self) -> bool {
+        with_layout!(&self.layout, ring => ring.is_logged())
     }
 
     #[cold]

@@ -38,7 +38,7 @@ use super::packed_chain::{
 use super::position::Position;
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
-    RingSetup, SendError,
+    RingSetup, SendError, Sent,
 };
 use crate::dirty_log::RingLog;
 use crate::frame::{NetHeader, RawFrame};
@@ -202,6 +202,11 @@ impl PackedRing {
         &self.buffers.memory
     }
 
+    #[inline]
+    pub(super) fn is_logged(&self) -> bool {
+        self.buffers.log.is_some()
+    }
+
     pub(super) fn into_shared(self) -> (Arc<Memory>, Option<RingLog>, Option<InflightPart>) {
         (self.buffers.memory, self.buffers.log, self.inflight.map(|tracker| tracker.part().clone()))
     }
@@ -308,8 +313,7 @@ impl PackedRing {
     #[inline(always)]
     pub(super) fn send(&mut self, net: NetHeader, header: &[u8], payload: Payload<'_>) -> Result<(), SendError> {
         if self.simple_at == self.simple_end {
-            self.simple_end = self.look_ahead(self.next, BURST, Direction::DeviceWrites);
-            self.simple_at = 0;
+            self.look_for_room();
         }
         let need = u64::from(self.buffers.net_header_bytes) + header.len() as u64 + u64::from(payload.bytes());
         let simple = self.simple[..self.simple_end].get(self.simple_at).copied();
@@ -321,6 +325,35 @@ impl PackedRing {
         self.stage_used(Chain { id, slots: 1 }, need as u32, FLAG_WRITE);
         self.simple_at += 1;
         Ok(())
+    }
+
+    /// [`PackedRing::send`] for frames in a row, as long as each has a buffer that is noted and large enough.
+    #[inline(always)]
+    pub(super) fn send_run<'f>(
+        &mut self,
+        frames: &[RawFrame],
+        net: impl Fn(usize) -> Option<NetHeader>,
+        payload: impl Fn(usize) -> Payload<'f>,
+    ) -> Result<Sent, SendError> {
+        if self.simple_at == self.simple_end {
+            self.look_for_room();
+        }
+        let mut sent = Sent::default();
+        for (index, (frame, place)) in frames.iter().zip(self.simple_at..self.simple_end).enumerate() {
+            let Simple { id, buffer } = self.simple[place];
+            let Some(bytes) = self.buffers.fill_frame(buffer, net(index), frame, || payload(index)) else { break };
+            self.stage(Chain { id, slots: 1 }, bytes, FLAG_WRITE);
+            sent += Sent { frames: 1, bytes: u64::from(frame.frame_bytes) };
+        }
+        self.simple_at += sent.frames as usize;
+        Ok(sent)
+    }
+
+    /// Notes the next buffers that the guest has posted to be written to, if they are of the usual kind.
+    #[inline(never)]
+    fn look_for_room(&mut self) {
+        self.simple_end = self.look_ahead(self.next, BURST, Direction::DeviceWrites);
+        self.simple_at = 0;
     }
 
     /// [`PackedRing::send`] in the general way: into as many chains as it takes, of any number of pieces.

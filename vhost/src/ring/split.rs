@@ -16,7 +16,7 @@ use super::inflight_split::SplitTracker;
 use super::split_chain::{DESCRIPTOR_BYTES, Table, descriptor, walk};
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
-    RingSetup, SendError,
+    RingSetup, SendError, Sent,
 };
 use crate::dirty_log::RingLog;
 use crate::frame::{HEADER_COPY_BYTES, NetHeader, RawFrame};
@@ -180,6 +180,11 @@ impl SplitRing {
         &self.buffers.memory
     }
 
+    #[inline]
+    pub(super) fn is_logged(&self) -> bool {
+        self.buffers.log.is_some()
+    }
+
     pub(super) fn into_shared(self) -> (Arc<Memory>, Option<RingLog>, Option<InflightPart>) {
         (self.buffers.memory, self.buffers.log, self.inflight.map(|tracker| tracker.part().clone()))
     }
@@ -271,6 +276,31 @@ impl SplitRing {
         Ok(())
     }
 
+    /// [`SplitRing::send`] for frames in a row, as long as each has a buffer that is noted and large enough.
+    #[inline(always)]
+    pub(super) fn send_run<'f>(
+        &mut self,
+        frames: &[RawFrame],
+        net: impl Fn(usize) -> Option<NetHeader>,
+        payload: impl Fn(usize) -> Payload<'f>,
+    ) -> Result<Sent, SendError> {
+        if self.next_avail == self.posted_end {
+            self.look_for_room()?;
+        }
+        let (mut sent, used) = (Sent::default(), self.used_entries());
+        let (next, first_used) = (self.next_avail, self.next_used);
+        for (frame, ahead) in frames.iter().zip(0..self.posted_end.wrapping_sub(next)) {
+            let index = usize::from(ahead);
+            let Posted { head, buffer } = self.posted[usize::from(next.wrapping_add(ahead)) % BURST];
+            let Some(bytes) = self.buffers.fill_frame(buffer, net(index), frame, || payload(index)) else { break };
+            used.write(first_used.wrapping_add(ahead), head, bytes);
+            sent += Sent { frames: 1, bytes: u64::from(frame.frame_bytes) };
+        }
+        self.next_avail = next.wrapping_add(sent.frames as u16);
+        self.next_used = first_used.wrapping_add(sent.frames as u16);
+        Ok(sent)
+    }
+
     /// Notes the next buffers that the guest has posted to be written to.
     fn look_for_room(&mut self) -> Result<(), SendError> {
         let ready = self.refresh_available(1).map_err(SendError::Fault)?;
@@ -303,7 +333,8 @@ impl SplitRing {
             if head < table.size {
                 // SAFETY: the head was just checked.
                 let descriptor = unsafe { descriptor(table.host, head) };
-                if let Some(buffer) = descriptor.single(&mut finder, direction).filter(|buffer| buffer.bytes() >= least) {
+                if let Some(buffer) = descriptor.single(&mut finder, direction).filter(|buffer| buffer.bytes() >= least)
+                {
                     buffer.prefetch(wish);
                     posted = Posted { head, buffer };
                 }
