@@ -65,7 +65,27 @@ pub struct Burst {
 
 const _: () = assert!(BURST <= u32::BITS as usize);
 
+/// The frames that a mask has a bit for.
+#[inline]
+pub(crate) fn bits(mut frames: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let first = frames.trailing_zeros() as usize;
+        frames &= frames.wrapping_sub(1);
+        (first < BURST).then_some(first)
+    })
+}
+
 impl Burst {
+    /// Decides where these frames go, a bit for each.
+    #[inline]
+    pub(crate) fn decide(&mut self, frames: u32, next_hop: NextHop) {
+        match next_hop {
+            // Two short stores, not a copy of the longest kind.
+            NextHop::Port(port) => bits(frames).for_each(|index| self.next_hops[index] = NextHop::Port(port)),
+            _ => bits(frames).for_each(|index| self.next_hops[index] = next_hop),
+        }
+    }
+
     /// No perimeter has looked at the frames, or said anything, yet.
     #[inline]
     pub(crate) fn unask(&mut self) {

@@ -6,14 +6,14 @@
 
 use std::hash::{Hash, Hasher};
 
-/// Which way a frame goes at the port that keeps its key.
-const INBOUND: u64 = 1;
-const TCP: u64 = 2;
+/// Which way a frame goes at the port that keeps its key; in `kind`.
+const INBOUND: u64 = 1 << 8;
 /// Where the sender's identity is in `kind`.
 const IDENTITY_SHIFT: u32 = 16;
 
 const PROTOCOL_TCP: u8 = 6;
 const PROTOCOL_UDP: u8 = 17;
+const IPV4_BYTES: i32 = 20;
 const UDP_BYTES: usize = 8;
 
 /// A flow with addresses of `WORDS` words, source and destination together: 1 for IPv4, 4 for IPv6.
@@ -24,6 +24,7 @@ pub(crate) struct FlowKey<const WORDS: usize> {
     /// The rest of it, and the ports.
     station_ports: u64,
     addresses: [u64; WORDS],
+    /// The protocol, and more.
     kind: u64,
 }
 
@@ -41,13 +42,16 @@ impl<const WORDS: usize> FlowKey<WORDS> {
     /// Words beside the addresses.
     pub(crate) const FIXED_WORDS: usize = 3;
 
-    /// The key of no flow.
+    /// The key of no flow: none has protocol 0.
     pub(crate) const NONE: Self = Self { stations: 0, station_ports: 0, addresses: [0; WORDS], kind: 0 };
 
     /// Whether these words are the key, as [`FlowKey::write`] has written it.
     #[inline]
     pub(crate) fn is(&self, words: &[u64]) -> bool {
-        words[..3] == [self.stations, self.station_ports, self.kind] && words[3..3 + WORDS] == self.addresses
+        let [stations, station_ports, kind] = [0, 1, 2].map(|at| words[at]);
+        let differs = (stations ^ self.stations) | (station_ports ^ self.station_ports) | (kind ^ self.kind);
+        let addresses = words[3..3 + WORDS].iter().zip(&self.addresses);
+        addresses.fold(differs, |differs, (word, address)| differs | (word ^ address)) == 0
     }
 
     /// Writes it into as many words.
@@ -58,7 +62,7 @@ impl<const WORDS: usize> FlowKey<WORDS> {
 
     #[inline]
     pub(crate) fn is_tcp(&self) -> bool {
-        self.kind & TCP != 0
+        self.kind as u8 == PROTOCOL_TCP
     }
 
     /// The key of a frame that comes to the port, from a sender of this identity.
@@ -74,7 +78,7 @@ impl<const WORDS: usize> FlowKey<WORDS> {
             stations: word(header, 0)?,
             station_ports: u64::from(half(header, 8)?) | u64::from(ports) << 32,
             addresses,
-            kind: if protocol == PROTOCOL_TCP { TCP } else { 0 },
+            kind: u64::from(protocol),
         })
     }
 }
@@ -85,14 +89,15 @@ impl FlowKey<1> {
     pub(crate) fn ipv4(header: &[u8], frame_bytes: u32) -> Option<Self> {
         const HEADERS: usize = 14 + 20;
         let header: &[u8; HEADERS + UDP_BYTES] = header.first_chunk()?;
-        let [.., 0x08, 0x00, 0x45, _] = header[..16] else { return None };
-        let whole = u16::from_be_bytes([header[20], header[21]]) & 0x3fff == 0;
-        let total = u32::from(u16::from_be_bytes([header[16], header[17]]));
-        let fits = total + 14 <= frame_bytes;
-        if !whole || !fits || !has_room(header[23], total.checked_sub(20)?, &header[HEADERS..]) {
+        // EtherType, version and header length; flags and fragment offset.
+        let is_plain = half(header, 12)?.to_be() >> 8 == 0x08_0045 && quarter(header, 20)? & 0x3fff == 0;
+        let total = i32::from(quarter(header, 16)?);
+        let protocol = header[23];
+        let fits = total + 14 <= frame_bytes as i32;
+        if !is_plain || !fits || !has_room(protocol, total - IPV4_BYTES, &header[HEADERS..]) {
             return None;
         }
-        Self::new(header, [word(header, 26)?], half(header, HEADERS)?, header[23])
+        Self::new(header, [word(header, 26)?], half(header, HEADERS)?, protocol)
     }
 }
 
@@ -102,10 +107,10 @@ impl FlowKey<4> {
     pub(crate) fn ipv6(header: &[u8], frame_bytes: u32) -> Option<Self> {
         const HEADERS: usize = 14 + 40;
         let header: &[u8; HEADERS + UDP_BYTES] = header.first_chunk()?;
-        let payload_bytes = u32::from(u16::from_be_bytes([header[18], header[19]]));
+        let payload_bytes = i32::from(quarter(header, 18)?);
         let is_ipv6 = header[12..14] == [0x86, 0xdd] && header[14] >> 4 == 6;
         if !is_ipv6
-            || payload_bytes + HEADERS as u32 > frame_bytes
+            || payload_bytes + HEADERS as i32 > frame_bytes as i32
             || !has_room(header[20], payload_bytes, &header[HEADERS..])
         {
             return None;
@@ -117,11 +122,11 @@ impl FlowKey<4> {
 
 /// Whether it is UDP of a length that fits, or TCP.
 #[inline]
-fn has_room(protocol: u8, payload_bytes: u32, transport: &[u8]) -> bool {
-    let udp_bytes = u32::from(u16::from_be_bytes([transport[4], transport[5]]));
+fn has_room(protocol: u8, payload_bytes: i32, transport: &[u8]) -> bool {
+    let udp_bytes = i32::from(u16::from_be_bytes([transport[4], transport[5]]));
     match protocol {
-        PROTOCOL_UDP => (UDP_BYTES as u32..=payload_bytes).contains(&udp_bytes),
-        PROTOCOL_TCP => true,
+        PROTOCOL_UDP => (UDP_BYTES as i32..=payload_bytes).contains(&udp_bytes),
+        PROTOCOL_TCP => payload_bytes >= 0,
         _ => false,
     }
 }
@@ -129,6 +134,12 @@ fn has_room(protocol: u8, payload_bytes: u32, transport: &[u8]) -> bool {
 #[inline]
 fn word(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+/// A number.
+#[inline]
+fn quarter(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
 #[inline]

@@ -5,32 +5,35 @@ use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
 
 use super::flow_key::FlowKey;
-use super::leases::Lease;
-use super::{LEASE_NS, Perimeter, Perimeters, Stand, parse_frame};
-use crate::burst::{Burst, NextHop};
+use super::leases::{Lease, Look};
+use super::{LEASE_NS, Perimeter, Perimeters, parse_frame};
+use crate::burst::{Burst, NextHop, bits};
 use crate::snapshot::{PortId, Snapshot};
 
-/// How far frames have come by leases.
+/// How far frames have come by leases; a bit for each.
 #[derive(Debug, Default)]
 pub(crate) struct Recalled {
     /// Those that are past both perimeters.
-    pub(crate) passed: usize,
-    /// A bit for each whose lease is to be renewed.
+    pub(crate) passed: u32,
+    /// Those that are past their sender's, and the switch, alone.
+    pub(crate) sent: u32,
+    /// Those whose lease is to be renewed.
     pub(crate) due: u32,
 }
 
 const _: () = assert!(BURST <= u32::BITS as usize);
 
-/// A frame whose lease is being looked for.
+/// A flow whose lease is being looked for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Asked {
-    index: usize,
-    place: usize,
     key: FlowKey<1>,
+    place: usize,
+    /// A bit for each of its frames.
+    frames: u32,
 }
 
 impl Asked {
-    pub(super) const NONE: Self = Self { index: 0, place: 0, key: FlowKey::NONE };
+    pub(super) const NONE: Self = Self { key: FlowKey::NONE, place: 0, frames: 0 };
 }
 
 /// When and by whom a connection is touched.
@@ -57,58 +60,95 @@ impl Perimeters {
     pub(crate) fn recall(&mut self, from: PortId, burst: &mut Burst, fdb_epoch: u64, snapshot: &Snapshot) -> Recalled {
         let mut recalled = Recalled::default();
         let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return recalled };
-        // First all places, so that memory is waited for once.
-        let mut asked = 0;
+        // First all places, so that memory is waited for once. Frames of a flow in a row share theirs.
+        let mut last = 0;
         let mut others = false;
-        for index in 0..burst.length {
-            let frame = &burst.frames[index];
-            if burst.next_hops[index] != NextHop::Undecided {
+        for (index, (frame, next_hop)) in burst.frames[..burst.length].iter().zip(&burst.next_hops).enumerate() {
+            if *next_hop != NextHop::Undecided {
                 continue;
             }
-            match FlowKey::ipv4(frame.headers(), frame.frame_bytes) {
-                Some(key) => {
-                    if let Some(place) = own.leases.place(&key) {
-                        self.asked[asked] = Asked { index, place, key };
-                        asked += 1;
+            let Some(key) = FlowKey::ipv4(frame.headers(), frame.frame_bytes) else {
+                others = true;
+                continue;
+            };
+            if self.asked[last].key == key {
+                self.asked[last].frames |= 1 << index;
+            } else if let Some(place) = own.leases.place(&key) {
+                last += 1;
+                self.asked[last] = Asked { key, place, frames: 1 << index };
+            }
+        }
+        // Where the last lease leads, and what it must have been made from: the same for most of a burst.
+        let (mut hop, mut next_hop, mut epoch) = (u32::MAX, NextHop::Undecided, 0);
+        let mut left = 0;
+        for (slot, &Asked { ref key, place, frames }) in self.asked[1..=last].iter().enumerate() {
+            let lease = match own.leases.look(place, key) {
+                Look::Here if !key.is_tcp() => own.leases.held(place),
+                Look::Nowhere => continue,
+                look => {
+                    if look == Look::Elsewhere {
+                        own.leases.look_elsewhere(place);
                     }
+                    left |= 1 << slot;
+                    continue;
                 }
-                None => others = true,
+            };
+            if u32::from(lease.hop()) != hop {
+                let Some(found) = self.hops.next_hop(lease.hop()) else { continue };
+                (hop, next_hop) = (u32::from(lease.hop()), found);
+                epoch = fdb_epoch + self.epoch_between(Some(from), next_hop);
             }
-        }
-        for Asked { place, key, .. } in &self.asked[..asked] {
-            own.leases.look_elsewhere(*place, key);
-        }
-        let mut last = (u16::MAX, 0, NextHop::Undecided);
-        for slot in 0..asked {
-            let Asked { index, place, key } = &self.asked[slot];
-            let (index, is_tcp) = (*index, key.is_tcp());
-            let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return recalled };
-            let Some(lease) = own.leases.get(*place, key) else { continue };
-            if lease.hop() != last.0 {
-                let Some(next_hop) = self.hops.next_hop(lease.hop()) else { continue };
-                last = (lease.hop(), fdb_epoch + self.epoch_between(Some(from), next_hop), next_hop);
-            }
-            if lease.epoch() != last.1 {
-                continue;
-            }
-            if !is_tcp && self.now_ns < lease.until_ns() {
-                burst.next_hops[index] = last.2;
-                (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
-                recalled.passed += 1;
+            if lease.epoch() != epoch {
                 continue;
             }
             if self.now_ns < lease.until_ns() {
-                recalled.passed += usize::from(self.pass(from, burst, index, last.2, lease.connections(), snapshot));
-                // What a segment ends may have been what others' leases were made from.
-                last.0 = u16::MAX;
+                recalled.passed |= frames;
+                burst.decide(frames, next_hop);
             } else {
-                recalled.due |= 1 << index;
+                recalled.due |= frames;
             }
+        }
+        if left != 0 {
+            self.recall_left(from, burst, left, fdb_epoch, snapshot, &mut recalled);
         }
         if others {
             self.recall_ipv6(from, burst, fdb_epoch, snapshot, &mut recalled);
         }
         recalled
+    }
+
+    /// The same for the flows that `left` has a bit for: TCP, and those whose leases are not in their first places. Frame by frame:
+    /// what a segment ends may be what others' leases were made from.
+    #[inline(never)]
+    fn recall_left(
+        &mut self,
+        from: PortId,
+        burst: &mut Burst,
+        left: u32,
+        fdb_epoch: u64,
+        snapshot: &Snapshot,
+        recalled: &mut Recalled,
+    ) {
+        for slot in bits(left) {
+            let Asked { key, frames, .. } = self.asked[1 + slot];
+            for index in bits(frames) {
+                let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return };
+                let Some(lease) = own.leases.find(&key) else { break };
+                let (until_ns, connections) = (lease.until_ns(), lease.connections());
+                let Some(next_hop) = self.hops.next_hop(lease.hop()) else { break };
+                if lease.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop) {
+                    break;
+                }
+                if self.now_ns >= until_ns {
+                    recalled.due |= 1 << index;
+                } else if key.is_tcp() {
+                    self.pass(from, burst, index, next_hop, connections, snapshot, recalled);
+                } else {
+                    burst.next_hops[index] = next_hop;
+                    recalled.passed |= 1 << index;
+                }
+            }
+        }
     }
 
     /// The same for IPv6, frame by frame.
@@ -135,17 +175,16 @@ impl Perimeters {
             if self.now_ns >= lease.until_ns() {
                 recalled.due |= 1 << index;
             } else if key.is_tcp() {
-                recalled.passed += usize::from(self.pass(from, burst, index, next_hop, lease.connections(), snapshot));
+                self.pass(from, burst, index, next_hop, lease.connections(), snapshot, recalled);
             } else {
                 burst.next_hops[index] = next_hop;
-                (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
-                recalled.passed += 1;
+                recalled.passed |= 1 << index;
             }
         }
     }
 
     /// Renews the lease of frame `index`, whose time is over, if the switch still sends it to `next_hop` as before (until
-    /// `until_ns`) and both connections take it; whether it is past both perimeters.
+    /// `until_ns`) and both connections take it.
     #[allow(clippy::too_many_arguments, reason = "two ends, each with its own")]
     pub(crate) fn renew(
         &mut self,
@@ -156,31 +195,31 @@ impl Perimeters {
         until_ns: u64,
         fdb_epoch: u64,
         snapshot: &Snapshot,
-    ) -> bool {
+        recalled: &mut Recalled,
+    ) {
         let (header, bytes) = (burst.frames[index].headers(), burst.frames[index].frame_bytes);
-        let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return false };
+        let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return };
         let held = if let Some(key) = FlowKey::ipv4(header, bytes) {
             own.leases.find(&key)
         } else {
             FlowKey::ipv6(header, bytes).and_then(|key| own.leases6.find(&key))
         };
-        let Some(held) = held else { return false };
+        let Some(held) = held else { return };
         if self.hops.next_hop(held.hop()) != Some(next_hop)
             || held.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop)
         {
-            return false;
+            return;
         }
         let connections = held.connections();
-        let passed = self.pass(from, burst, index, next_hop, connections, snapshot);
-        if passed {
+        if self.pass(from, burst, index, next_hop, connections, snapshot, recalled) {
             let lease_ns = until_ns.saturating_sub(self.now_ns);
             self.grant(Some(from), None, &burst.frames[index], next_hop, connections, fdb_epoch, lease_ns);
         }
-        passed
     }
 
     /// Has the connections of a frame with a lease, at both ends, take it; whether it is past both perimeters. If the
     /// receiver's does not, that end has still to judge it; if the sender's does not, both have, and the switch.
+    #[allow(clippy::too_many_arguments, reason = "two ends, each with its own")]
     fn pass(
         &mut self,
         from: PortId,
@@ -189,6 +228,7 @@ impl Perimeters {
         next_hop: NextHop,
         connections: [Option<Connection>; 2],
         snapshot: &Snapshot,
+        recalled: &mut Recalled,
     ) -> bool {
         let frame = &burst.frames[index];
         let Parsed::Ip(packet) = parse_frame(frame) else { return false };
@@ -209,8 +249,7 @@ impl Perimeters {
             self.end(from, frame);
         }
         burst.next_hops[index] = next_hop;
-        burst.egress[index] = Stand::Leased;
-        burst.ingress[index] = if received { Stand::Leased } else { Stand::Unasked };
+        *if received { &mut recalled.passed } else { &mut recalled.sent } |= 1 << index;
         received
     }
 

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use dreamwire_policy::Connection;
 use dreamwire_vhost::memory::{Wish, prefetch};
-use foldhash::quality::RandomState;
+use foldhash::fast::RandomState;
 
 use super::flow_key::FlowKey;
 
@@ -46,6 +46,17 @@ const OVER_NS: u64 = 1;
 #[inline]
 fn is_free(said: &Said) -> bool {
     said[3] == 0
+}
+
+/// Where a flow's lease is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// At its first place.
+    Here,
+    /// That is another's: it may be at one of the others.
+    Elsewhere,
+    /// It has none.
+    Nowhere,
 }
 
 /// An entry that holds.
@@ -93,8 +104,8 @@ pub(crate) struct Lease {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(crate) struct Leases<const WORDS: usize> {
-    /// Entries of [`Self::STRIDE`] words from `first` on. Plain words: only their zeroed pages come untouched from the
+pub(crate) struct Leases<const WORDS: usize, const STRIDE: usize> {
+    /// Entries of `STRIDE` words from `first` on. Plain words: only their zeroed pages come untouched from the
     /// allocator, not those of a type that asks for an alignment.
     words: Box<[u64]>,
     first: usize,
@@ -106,16 +117,20 @@ pub(crate) struct Leases<const WORDS: usize> {
     hasher: RandomState,
 }
 
-impl<const WORDS: usize> Leases<WORDS> {
+/// Of IPv4 flows.
+pub(crate) type Leases4 = Leases<1, 8>;
+/// Of IPv6 flows.
+pub(crate) type Leases6 = Leases<4, 16>;
+
+impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
     const KEY_WORDS: usize = FlowKey::<WORDS>::FIXED_WORDS + WORDS;
-    /// Words of an entry: 8 for IPv4, 16 for IPv6.
-    const STRIDE: usize = (Self::KEY_WORDS + size_of::<Said>() / 8).next_multiple_of(LINE_WORDS);
 
     /// Room for `flows`, and as much again, so that few find their first place taken.
     pub(crate) fn new(flows: u32) -> Self {
         let entries = (flows.max(4) as usize * 2).next_power_of_two();
+        const { assert!(STRIDE == (Self::KEY_WORDS + size_of::<Said>() / 8).next_multiple_of(LINE_WORDS)) };
         let ever_taken = vec![0u64; (entries / WAYS).div_ceil(64)].into_boxed_slice();
-        let words = vec![0u64; entries * Self::STRIDE + LINE_WORDS].into_boxed_slice();
+        let words = vec![0u64; entries * STRIDE + LINE_WORDS].into_boxed_slice();
         // Entries begin where a cache line does.
         let first = (words.as_ptr() as usize / 8).wrapping_neg() % LINE_WORDS;
         Self { words, first, ever_taken, mask: entries - 1, hasher: RandomState::default() }
@@ -135,7 +150,7 @@ impl<const WORDS: usize> Leases<WORDS> {
         if self.ever_taken[word] & bit == 0 {
             return None;
         }
-        prefetch(&raw const self.words[self.first + place * Self::STRIDE] as usize, Wish::Read);
+        self.prefetch(place);
         Some(place)
     }
 
@@ -144,15 +159,30 @@ impl<const WORDS: usize> Leases<WORDS> {
         self.hasher.hash_one(key) as usize & self.mask
     }
 
-    /// Asks for the lines where it is likely to be, if its place is another's.
-    #[inline]
-    pub(crate) fn look_elsewhere(&self, place: usize, key: &FlowKey<WORDS>) {
+    /// Whether a flow's lease is at its place.
+    #[inline(always)]
+    pub(crate) fn look(&self, place: usize, key: &FlowKey<WORDS>) -> Look {
         let (first, said) = self.entry(place);
-        if !key.is(first) && !is_free(said) {
-            for next in &self.places(place)[1..LIKELY] {
-                prefetch(&raw const self.words[self.first + next * Self::STRIDE] as usize, Wish::Read);
-            }
+        if key.is(first) {
+            Look::Here
+        } else if is_free(said) {
+            // Nobody goes elsewhere while the first place is free.
+            Look::Nowhere
+        } else {
+            Look::Elsewhere
         }
+    }
+
+    /// Asks for the lines where it is likely to be if its place is another's.
+    pub(crate) fn look_elsewhere(&self, place: usize) {
+        for next in &self.places(place)[1..LIKELY] {
+            self.prefetch(*next);
+        }
+    }
+
+    #[inline]
+    fn prefetch(&self, place: usize) {
+        prefetch(self.words.as_ptr().wrapping_add(self.first + place * STRIDE) as usize, Wish::Read);
     }
 
     /// All places where it may be, that one first.
@@ -164,9 +194,14 @@ impl<const WORDS: usize> Leases<WORDS> {
     /// The entry at a place: its key, and what it says.
     #[inline]
     fn entry(&self, place: usize) -> (&[u64], &Said) {
-        let at = self.first + place * Self::STRIDE;
-        let (key, said) = self.words[at..at + Self::STRIDE].split_at(Self::KEY_WORDS);
+        let (entries, _) = self.words[self.first..].as_chunks::<STRIDE>();
+        let (key, said) = entries[place].split_at(Self::KEY_WORDS);
         (key, said.first_chunk().expect("an entry has room for what it says"))
+    }
+
+    /// The same, to be written to.
+    fn entry_mut(&mut self, place: usize) -> &mut [u64; STRIDE] {
+        &mut self.words[self.first..].as_chunks_mut().0[place]
     }
 
     fn until_ns(&self, place: usize) -> u64 {
@@ -190,27 +225,27 @@ impl<const WORDS: usize> Leases<WORDS> {
         own.or_else(|| places.into_iter().min_by_key(|&place| self.until_ns(place))).unwrap_or(places[0])
     }
 
-    /// The lease of a flow, if it has one.
+    /// The lease of a flow, if it has one. Whether its epoch is still right and its time is not over is for the caller to see.
     #[inline]
     pub(crate) fn find(&self, key: &FlowKey<WORDS>) -> Option<Held<'_>> {
-        self.get(self.place(key)?, key)
+        let place = self.place(key)?;
+        let place = match self.look(place, key) {
+            Look::Here => Some(place),
+            Look::Elsewhere => self.find_elsewhere(place, key),
+            Look::Nowhere => None,
+        };
+        place.map(|place| self.held(place))
     }
 
-    /// The lease of a flow, `place` being its [`Leases::place`]. Whether its epoch is still right and its time is not over is for
-    /// the caller to see.
+    /// What is held at a place.
     #[inline(always)]
-    pub(crate) fn get(&self, place: usize, key: &FlowKey<WORDS>) -> Option<Held<'_>> {
-        let (first, said) = self.entry(place);
-        if key.is(first) {
-            return Some(Held(said));
-        }
-        // Nobody goes elsewhere while the first place is free.
-        let place = if is_free(said) { None } else { self.find_elsewhere(place, key) };
-        place.map(|place| Held(self.entry(place).1))
+    pub(crate) fn held(&self, place: usize) -> Held<'_> {
+        Held(self.entry(place).1)
     }
 
+    /// Where the lease of a flow is that is not at its first place.
     #[cold]
-    fn find_elsewhere(&self, place: usize, key: &FlowKey<WORDS>) -> Option<usize> {
+    pub(crate) fn find_elsewhere(&self, place: usize, key: &FlowKey<WORDS>) -> Option<usize> {
         self.places(place)[1..].iter().copied().find(|&place| key.is(self.entry(place).0))
     }
 
@@ -221,8 +256,7 @@ impl<const WORDS: usize> Leases<WORDS> {
         self.ever_taken[word] |= bit;
         let [egress, ingress] = lease.connections.map(|connection| connection.map_or(0, Connection::to_bits));
         let said: Said = [egress, ingress, lease.epoch << 16 | u64::from(lease.hop), lease.until_ns];
-        let at = self.first + place * Self::STRIDE;
-        let (words, rest) = self.words[at..at + Self::STRIDE].split_at_mut(Self::KEY_WORDS);
+        let (words, rest) = self.entry_mut(place).split_at_mut(Self::KEY_WORDS);
         key.write(words);
         rest[..said.len()].copy_from_slice(&said);
     }
@@ -232,7 +266,7 @@ impl<const WORDS: usize> Leases<WORDS> {
         let Some(place) = self.place(key) else { return };
         for place in self.places(place) {
             if key.is(self.entry(place).0) {
-                let entry = &mut self.words[self.first + place * Self::STRIDE..][..Self::STRIDE];
+                let entry = self.entry_mut(place);
                 entry.fill(0);
                 // Nobody's, but not free: others may have gone elsewhere from here.
                 entry[Self::KEY_WORDS + 3] = OVER_NS;
@@ -258,15 +292,15 @@ mod tests {
         Lease { hop, connections: [None, Connection::from_bits(7 << 32)], epoch: 3, until_ns }
     }
 
-    fn get(leases: &Leases<1>, port: u16) -> Option<Lease> {
-        let found = leases.get(leases.place(&key(port))?, &key(port))?;
+    fn get(leases: &Leases4, port: u16) -> Option<Lease> {
+        let found = leases.find(&key(port))?;
         let (hop, connections, epoch) = (found.hop(), found.connections(), found.epoch());
         Some(Lease { hop, connections, epoch, until_ns: found.0[3] })
     }
 
     #[test]
     fn a_lease_is_its_flows() {
-        let mut leases = Leases::new(64);
+        let mut leases = Leases4::new(64);
         leases.put(key(1), lease(5, 100));
         assert_eq!(get(&leases, 1), Some(lease(5, 100)));
         assert_eq!(get(&leases, 2), None);
@@ -283,7 +317,7 @@ mod tests {
             statm.split_whitespace().nth(1).and_then(|pages| pages.parse::<usize>().ok()).unwrap() * 4096
         };
         let before = resident();
-        let tables: Vec<_> = (0..8).map(|_| (Leases::<1>::new(32_768), Leases::<4>::new(32_768))).collect();
+        let tables: Vec<_> = (0..8).map(|_| (Leases4::new(32_768), Leases6::new(32_768))).collect();
         let grown = resident().saturating_sub(before);
         assert!(tables.iter().all(|(four, six)| four.words.len() * 8 > 4 << 20 && six.words.len() * 8 > 8 << 20));
         // 96 MiB of address space; other tests run beside this one.
@@ -292,7 +326,7 @@ mod tests {
 
     #[test]
     fn flows_without_a_lease_touch_no_page() {
-        let mut leases = Leases::<1>::new(1 << 17);
+        let mut leases = Leases4::new(1 << 17);
         leases.put(key(1), lease(5, 100));
         assert_eq!((2..=u16::MAX).filter(|&port| get(&leases, port).is_some()).count(), 0);
         leases.end(&key(2));
@@ -306,7 +340,7 @@ mod tests {
 
     #[test]
     fn entries_begin_with_a_cache_line() {
-        let (four, six) = (Leases::<1>::new(64), Leases::<4>::new(64));
+        let (four, six) = (Leases4::new(64), Leases6::new(64));
         for (leases, first, stride) in [(&four.words, four.first, 8), (&six.words, six.first, 16)] {
             assert_eq!(&raw const leases[first] as usize % 64, 0);
             assert_eq!((leases.len() - 8) / stride, 128);
@@ -315,7 +349,7 @@ mod tests {
 
     #[test]
     fn as_many_flows_as_it_is_made_for_keep_their_leases() {
-        let mut leases = Leases::new(4096);
+        let mut leases = Leases4::new(4096);
         (0..4096).for_each(|port| leases.put(key(port), lease(port, 100)));
         let kept = (0..4096).filter(|&port| get(&leases, port) == Some(lease(port, 100))).count();
         // By chance nearly all: at most eight in each of 1024 buckets.

@@ -31,8 +31,9 @@ use crate::huge_pages::{self, HUGE_BYTES, HugePages};
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, PortPolicy, Snapshot};
 use events::{Events, Story};
 use granting::Asked;
+pub(crate) use granting::Recalled;
 use hops::Hops;
-use leases::Leases;
+use leases::{Leases4, Leases6};
 
 /// How long a flow passes before tables are asked again. Timeouts of connections are 10 s and more.
 const LEASE_NS: u64 = 1_000_000_000;
@@ -56,8 +57,8 @@ pub struct PerimeterLimits {
 #[derive(Debug)]
 pub struct Perimeter {
     pub(crate) conntrack: Conntrack,
-    leases: Leases<1>,
-    leases6: Leases<4>,
+    leases: Leases4,
+    leases6: Leases6,
     /// By [`Direction`], with what they were made from.
     meters: [Option<(MeterLimits, Meter)>; 2],
     /// So many connections are swept at once.
@@ -92,8 +93,8 @@ impl Perimeter {
         }
         Self {
             conntrack,
-            leases: Leases::new(connections),
-            leases6: Leases::new(connections),
+            leases: Leases4::new(connections),
+            leases6: Leases6::new(connections),
             meters: Default::default(),
             swept_at_once: connections.div_ceil(SWEEP_PARTS) as usize,
             populated: 0,
@@ -138,8 +139,8 @@ pub(crate) struct Perimeters {
     /// Whether any port is metered.
     pub(crate) has_meters: bool,
     hops: Hops,
-    /// Frames whose leases are being looked for.
-    asked: [Asked; BURST],
+    /// Flows whose leases are being looked for, behind one that is none.
+    asked: [Asked; BURST + 1],
     pub(crate) events: Events,
     now_ns: u64,
     swept_ns: u64,
@@ -153,7 +154,7 @@ impl Default for Perimeters {
             epochs: vec![0; PORTS_MAX].into_boxed_slice(),
             has_meters: false,
             hops: Hops::default(),
-            asked: [Asked::NONE; BURST],
+            asked: [Asked::NONE; BURST + 1],
             events: Events::default(),
             now_ns: 0,
             swept_ns: 0,

@@ -1,9 +1,9 @@
 //! The recall stage: frames of flows that hold a lease are past both perimeters and the switch.
 
 use super::switch::decide;
-use crate::burst::Burst;
+use crate::burst::{Burst, bits};
 use crate::fdb::Fdb;
-use crate::perimeter::Perimeters;
+use crate::perimeter::{Perimeters, Recalled, Stand};
 use crate::snapshot::{Port, PortId, Snapshot};
 
 /// Sets the next hop of every frame of port `id` whose flow has a lease; whether all of them are past both perimeters. A
@@ -17,19 +17,26 @@ pub(crate) fn recall(
     perimeters: &mut Perimeters,
     fdb: &mut Fdb,
 ) -> bool {
+    let mut recalled = Recalled::default();
+    if port.policy.is_some() {
+        recalled = perimeters.recall(id, burst, fdb.epoch(port.network), snapshot);
+        for index in bits(recalled.due) {
+            let (next_hop, until_ns) = decide(burst, index, snapshot, fdb, perimeters.now_ns());
+            let epoch = fdb.epoch(port.network);
+            perimeters.renew(id, burst, index, next_hop, until_ns, epoch, snapshot, &mut recalled);
+        }
+        if recalled.passed.count_ones() as usize == burst.length {
+            return true;
+        }
+    }
     burst.unask();
-    if port.policy.is_none() {
-        return false;
+    for index in bits(recalled.passed) {
+        (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
     }
-    let mut recalled = perimeters.recall(id, burst, fdb.epoch(port.network), snapshot);
-    while recalled.due != 0 {
-        let index = recalled.due.trailing_zeros() as usize;
-        recalled.due &= recalled.due - 1;
-        let (next_hop, until_ns) = decide(burst, index, snapshot, fdb, perimeters.now_ns());
-        let epoch = fdb.epoch(port.network);
-        recalled.passed += usize::from(perimeters.renew(id, burst, index, next_hop, until_ns, epoch, snapshot));
+    for index in bits(recalled.sent) {
+        burst.egress[index] = Stand::Leased;
     }
-    recalled.passed == burst.length
+    false
 }
 
 #[cfg(test)]
