@@ -81,6 +81,31 @@ impl NetHeader {
     }
 }
 
+/// What is written before each frame of a run: an outer header, say.
+pub trait Before<const BYTES: usize, const WORDS: usize> {
+    /// What is the same for all of them.
+    fn same(&self) -> &[u8; BYTES];
+
+    /// What stands there instead before this one: words of two bytes, and where. `None`: it is not to be sent.
+    fn words(&mut self, frame: &RawFrame) -> Option<[(usize, [u8; 2]); WORDS]>;
+}
+
+/// Nothing.
+#[derive(Debug, Clone, Copy)]
+pub struct Bare;
+
+impl Before<0, 0> for Bare {
+    #[inline(always)]
+    fn same(&self) -> &[u8; 0] {
+        &[]
+    }
+
+    #[inline(always)]
+    fn words(&mut self, _: &RawFrame) -> Option<[(usize, [u8; 2]); 0]> {
+        Some([])
+    }
+}
+
 /// Where the bytes behind the header copy are, in the ring or buffer that the frame was taken from. It means something
 /// to that ring alone, and until the burst is completed.
 #[derive(Debug, Clone, Copy, Default)]

@@ -264,6 +264,17 @@ impl Segment {
         unsafe { copy_short(from.as_ptr(), self.host as *mut u8, from.len()) }
     }
 
+    /// Writes 16 bits, `at` bytes from its start.
+    ///
+    /// # Safety
+    /// As for [`Segment::copy_out`].
+    #[inline(always)]
+    pub(crate) unsafe fn write_word(self, at: usize, word: [u8; 2]) {
+        assert!(at + 2 <= self.bytes as usize);
+        // SAFETY: mapped by the caller's promise, and long enough.
+        unsafe { ((self.host + at) as *mut [u8; 2]).write_unaligned(word) }
+    }
+
     /// Reads a virtio-net header of at least `LEGACY_BYTES` from its start: words, not bytes, so that what was just written
     /// and what is read next are the same to the processor's store buffer.
     ///

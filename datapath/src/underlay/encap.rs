@@ -3,11 +3,12 @@
 use std::hash::BuildHasher;
 use std::net::IpAddr;
 
+use dreamwire_vhost::frame::RawFrame;
 use foldhash::quality::RandomState;
 
 use super::neighbours::{Ask, Neighbours};
 use super::open::Station;
-use super::outer::{Ends, OuterHeader};
+use super::outer::{BeforeInner, Ends, OuterHeader};
 use crate::drop_reason::DropReason;
 use crate::mac::Mac;
 use crate::vxlan;
@@ -97,6 +98,12 @@ impl Encap {
             Some(kept) if kept.header.packet_bytes(inner_bytes) <= self.mtu => Ok(&mut kept.header),
             _ => Err(DropReason::UnderlayRefused),
         }
+    }
+
+    /// The header that was found last, for a run of frames whose hashes are `flow_hash`'s. `None` where each has to be summed.
+    #[inline]
+    pub(crate) fn before<F: Fn(&RawFrame) -> u32>(&mut self, flow_hash: F) -> Option<BeforeInner<'_, F>> {
+        self.kept[self.aimed].as_mut()?.header.before(self.mtu, flow_hash)
     }
 
     #[cold]

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use dreamwire_vhost::frame::{HEADER_COPY_BYTES, NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
-use dreamwire_vhost::ring::Ring;
+use dreamwire_vhost::ring::{Ring, Sent};
 
 pub use neighbours::NEIGHBOURS_MAX;
 pub use outer::{Ends, OUTER_BYTES_MAX, OuterHeader};
@@ -256,6 +256,22 @@ impl Tx {
             Self::Socket(tx) => tx.stage(inner).map(|()| Staged::Waiting),
             Self::Ring(tx) => tx.send(inner).map(|()| Staged::Sent),
             Self::Xdp(tx) => tx.send(inner).map(|()| Staged::Sent),
+        }
+    }
+
+    /// Writes a packet around each of a run of finished frames, of which `flow_hash` and `payload` give the rest. Returns how many are
+    /// on the wire, or will be with the next flush; an error if there is room for none. It may stop before any of them, which
+    /// is for [`Tx::stage`] then.
+    #[inline]
+    pub(crate) fn send_run<'f>(
+        &mut self,
+        frames: &[RawFrame],
+        flow_hash: impl Fn(&RawFrame) -> u32,
+        payload: impl Fn(usize) -> Payload<'f>,
+    ) -> Result<Sent, DropReason> {
+        match self {
+            Self::Ring(tx) => tx.send_run(frames, flow_hash, payload),
+            Self::Socket(_) | Self::Xdp(_) => Ok(Sent::default()),
         }
     }
 

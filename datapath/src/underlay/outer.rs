@@ -6,6 +6,8 @@
 
 use std::net::IpAddr;
 
+use dreamwire_vhost::frame::{Before, RawFrame};
+
 use crate::checksum::Sum;
 use crate::mac::Mac;
 use crate::stage::parse::{ETHERNET_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6};
@@ -20,6 +22,10 @@ pub(crate) const HOP_LIMIT: u8 = 64;
 
 /// The longest outer header: over IPv6.
 pub const OUTER_BYTES_MAX: usize = ETHERNET_BYTES + IPV6_BYTES + UDP_BYTES + vxlan::HEADER_BYTES;
+
+/// Over IPv4, and how many words of two bytes differ from frame to frame.
+const OUTER4_BYTES: usize = ETHERNET_BYTES + IPV4_BYTES + UDP_BYTES + vxlan::HEADER_BYTES;
+const OUTER4_WORDS: usize = 5;
 
 /// From where to where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,24 +126,28 @@ impl OuterHeader {
     #[inline]
     pub fn finish(&mut self, inner_bytes: usize, flow_hash: u32) -> &[u8] {
         let length = self.length();
-        let udp_at = length - vxlan::HEADER_BYTES - UDP_BYTES;
-        let udp_bytes = (length - udp_at + inner_bytes) as u16;
         if self.is_summed() {
-            self.bytes[ETHERNET_BYTES + 4..ETHERNET_BYTES + 6].copy_from_slice(&udp_bytes.to_be_bytes());
+            let udp_at = length - vxlan::HEADER_BYTES - UDP_BYTES;
+            let udp_bytes = ((length - udp_at + inner_bytes) as u16).to_be_bytes();
+            let port = vxlan::source_port(flow_hash).to_be_bytes();
+            for (at, word) in [(ETHERNET_BYTES + 4, udp_bytes), (udp_at, port), (udp_at + 4, udp_bytes)] {
+                self.bytes[at..at + 2].copy_from_slice(&word);
+            }
         } else {
-            let ip_bytes = self.packet_bytes(inner_bytes) as u16;
-            self.identification = self.identification.wrapping_add(1);
-            // RFC 1624: the checksum of what stays is known; only these two words are added.
-            let sum = self.constant.word(ip_bytes).word(self.identification).checksum();
-            let ip = &mut self.bytes[ETHERNET_BYTES..ETHERNET_BYTES + IPV4_BYTES];
-            ip[2..4].copy_from_slice(&ip_bytes.to_be_bytes());
-            ip[4..6].copy_from_slice(&self.identification.to_be_bytes());
-            ip[10..12].copy_from_slice(&sum);
+            for (at, word) in changing(self.constant, &mut self.identification, inner_bytes, flow_hash) {
+                self.bytes[at..at + 2].copy_from_slice(&word);
+            }
         }
-        let udp = &mut self.bytes[udp_at..udp_at + UDP_BYTES];
-        udp[..2].copy_from_slice(&vxlan::source_port(flow_hash).to_be_bytes());
-        udp[4..6].copy_from_slice(&udp_bytes.to_be_bytes());
         &self.bytes[..length]
+    }
+
+    /// For a run of frames, each with its hash. `None` over IPv6.
+    #[inline]
+    pub(crate) fn before<F: Fn(&RawFrame) -> u32>(&mut self, mtu: usize, flow_hash: F) -> Option<BeforeInner<'_, F>> {
+        let Self { bytes, constant, identification, .. } = self;
+        let is_ipv4 = usize::from(self.length) == OUTER4_BYTES;
+        let bytes = bytes.first_chunk().filter(|_| is_ipv4)?;
+        Some(BeforeInner { bytes, constant: *constant, identification, mtu, flow_hash })
     }
 
     /// As [`OuterHeader::finish`], with the UDP checksum where there is one; `inner` is the sum over the inner frame.
@@ -158,6 +168,56 @@ impl OuterHeader {
             self.bytes[checksum_at..checksum_at + 2].copy_from_slice(&sum);
         }
         &self.bytes[..length]
+    }
+}
+
+/// What differs from frame to frame over IPv4, and where.
+#[inline(always)]
+fn changing(
+    constant: Sum,
+    identification: &mut u16,
+    inner_bytes: usize,
+    flow_hash: u32,
+) -> [(usize, [u8; 2]); OUTER4_WORDS] {
+    const IP: usize = ETHERNET_BYTES;
+    const UDP: usize = ETHERNET_BYTES + IPV4_BYTES;
+    let ip_bytes = (OUTER4_BYTES - ETHERNET_BYTES + inner_bytes) as u16;
+    *identification = identification.wrapping_add(1);
+    // RFC 1624: the checksum of what stays is known; only these two words are added.
+    let sum = constant.word(ip_bytes).word(*identification).checksum();
+    [
+        (IP + 2, ip_bytes.to_be_bytes()),
+        (IP + 4, identification.to_be_bytes()),
+        (IP + 10, sum),
+        (UDP, vxlan::source_port(flow_hash).to_be_bytes()),
+        (UDP + 4, (ip_bytes - IPV4_BYTES as u16).to_be_bytes()),
+    ]
+}
+
+/// A header over IPv4 before each of a run of inner frames, whose hashes are `F`'s.
+#[derive(Debug)]
+pub(crate) struct BeforeInner<'a, F> {
+    bytes: &'a [u8; OUTER4_BYTES],
+    constant: Sum,
+    identification: &'a mut u16,
+    /// Bytes of an IP packet that the wire takes.
+    mtu: usize,
+    flow_hash: F,
+}
+
+impl<F: Fn(&RawFrame) -> u32> Before<OUTER4_BYTES, OUTER4_WORDS> for BeforeInner<'_, F> {
+    #[inline(always)]
+    fn same(&self) -> &[u8; OUTER4_BYTES] {
+        self.bytes
+    }
+
+    #[inline(always)]
+    fn words(&mut self, frame: &RawFrame) -> Option<[(usize, [u8; 2]); OUTER4_WORDS]> {
+        let inner_bytes = frame.frame_bytes as usize;
+        if OUTER4_BYTES - ETHERNET_BYTES + inner_bytes > self.mtu {
+            return None;
+        }
+        Some(changing(self.constant, self.identification, inner_bytes, (self.flow_hash)(frame)))
     }
 }
 

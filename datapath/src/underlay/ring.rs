@@ -15,7 +15,7 @@ use std::time::Instant;
 use dreamwire_vhost::frame::{HEADER_COPY_BYTES, NetHeader, RawFrame};
 use dreamwire_vhost::limiter::Limiter;
 use dreamwire_vhost::memory::Payload;
-use dreamwire_vhost::ring::{FRAME_BYTES_MAX, Ring, RingFault, SendError};
+use dreamwire_vhost::ring::{FRAME_BYTES_MAX, Ring, RingFault, SendError, Sent};
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE};
 
 use super::encap::Encap;
@@ -215,6 +215,29 @@ impl RingTx {
             self.ask();
         }
         aimed
+    }
+
+    /// See [`super::Tx::send_run`].
+    #[inline]
+    pub(super) fn send_run<'f>(
+        &mut self,
+        frames: &[RawFrame],
+        flow_hash: impl Fn(&RawFrame) -> u32,
+        payload: impl Fn(usize) -> Payload<'f>,
+    ) -> Result<Sent, DropReason> {
+        let Self { ring, encap, is_touched, .. } = self;
+        let Some(ring) = ring.as_mut() else { return Err(DropReason::PortDown) };
+        let Some(before) = encap.before(flow_hash) else { return Ok(Sent::default()) };
+        let was_broken = ring.is_broken();
+        let sent = ring.send_run(frames, before, |_| None, payload).map_err(refusal);
+        *is_touched |= sent.is_ok_and(|sent| sent.frames > 0);
+        if !was_broken
+            && ring.is_broken()
+            && let Some(fault) = ring.fault()
+        {
+            self.lines.report(0, fault);
+        }
+        sent
     }
 
     /// One frame, at once.

@@ -78,6 +78,18 @@ impl<'a> Run<'a> {
         Outgoing { burst: self.burst, tails: self.tails, index }
     }
 
+    /// The next one.
+    #[inline]
+    pub(super) fn first(&self) -> Option<Outgoing<'a>> {
+        (self.frames.len() > 0).then(|| self.at(self.frames.start))
+    }
+
+    /// How many come first that are from where the next one is from.
+    pub(super) fn of_one_origin(&self) -> usize {
+        let origins = &self.burst.origins[self.frames.clone()];
+        origins.iter().take_while(|origin| **origin == origins[0]).count()
+    }
+
     /// How many come first that a receiver with the negotiated `features` takes as they are.
     #[inline]
     pub(super) fn suited(&self, features: u64) -> usize {

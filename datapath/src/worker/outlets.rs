@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use dreamwire_vhost::frame::{NetHeader, RawFrame};
+use dreamwire_vhost::frame::{Bare, NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{Ring, SendError, Sent};
 use foldhash::quality::FixedState;
@@ -265,7 +265,7 @@ impl Outlets {
             let suited = frames.suited(sink.features);
             if suited > 0 {
                 let (net, payload) = (|ahead| frames.ahead(ahead).net_header(), |ahead| frames.ahead(ahead).payload());
-                match sink.ring.send_run(&frames.raw()[..suited], net, payload) {
+                match sink.ring.send_run(&frames.raw()[..suited], Bare, net, payload) {
                     Ok(run) => {
                         sent += run;
                         frames.leave_out(run.frames as usize);
@@ -320,25 +320,50 @@ impl Outlets {
         snapshot: &Snapshot,
         vtep: &IpAddr,
         id: NetworkId,
-        frames: Run<'_>,
+        mut frames: Run<'_>,
     ) -> bool {
         let Some(network) = snapshot.network(id) else { return false };
         let tunnel = network.tunnel.as_ref();
         let uplink = tunnel.and_then(|tunnel| Some((tunnel, self.uplinks[usize::from(tunnel.underlay.0)].as_mut()?)));
         let Some((tunnel, uplink)) = uplink else { return false };
         let now_ns = self.now_ns;
-        let (mut sent, mut bytes) = (0, 0);
+        let mut sent = Sent::default();
         let mut aimed = None;
-        for frame in frames {
-            let group = if tunnel.carries_group { frame.group(snapshot) } else { 0 };
+        while let Some(first) = frames.first() {
+            let group = if tunnel.carries_group { first.group(snapshot) } else { 0 };
             if aimed != Some(group) {
                 aimed = None;
                 if let Err(reason) = uplink.tx.aim(vtep, vxlan::Header::new(tunnel.vni, group), now_ns) {
                     network.counters.drops.add(reason, 1);
+                    frames.leave_out(1);
                     continue;
                 }
                 aimed = Some(group);
             }
+            let finished =
+                if tunnel.carries_group { frames.of_one_origin() } else { frames.len() }.min(frames.suited(0));
+            if finished > 0 {
+                let (hash, payload) = (
+                    |frame: &RawFrame| flow_hash(&self.hasher, frame.headers()),
+                    |ahead| frames.ahead(ahead).payload(),
+                );
+                match uplink.tx.send_run(&frames.raw()[..finished], hash, payload) {
+                    Ok(run) => {
+                        sent += run;
+                        frames.leave_out(run.frames as usize);
+                        if run.frames as usize == finished {
+                            continue;
+                        }
+                    }
+                    // As at a guest's.
+                    Err(reason) => {
+                        network.counters.drops.add(reason, finished as u64);
+                        frames.leave_out(finished);
+                        continue;
+                    }
+                }
+            }
+            let Some(frame) = frames.next() else { break };
             let flow_hash = flow_hash(&self.hasher, frame.header());
             let mut send = |header: &[u8], payload: Payload<'_>| {
                 if uplink.tx.is_full() {
@@ -347,10 +372,7 @@ impl Outlets {
                 let inner = Inner { network: id, flow_hash, header, payload };
                 match uplink.tx.stage(inner) {
                     Ok(Staged::Waiting) => {}
-                    Ok(Staged::Sent) => {
-                        sent += 1;
-                        bytes += inner.bytes() as u64;
-                    }
+                    Ok(Staged::Sent) => sent += Sent { frames: 1, bytes: inner.bytes() as u64 },
                     Err(reason) => network.counters.drops.add(reason, 1),
                 }
             };
@@ -362,8 +384,8 @@ impl Outlets {
                 }
             }
         }
-        if sent > 0 {
-            network.counters.tunnel_tx.add(sent, bytes);
+        if sent.frames > 0 {
+            network.counters.tunnel_tx.add(sent.frames, sent.bytes);
         }
         true
     }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::{BURST_SEGMENTS_MAX, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX, RingFault, RingSetup};
 use crate::dirty_log::RingLog;
-use crate::frame::{FrameFault, HEADER_COPY_BYTES, NetHeader, RawFrame, Tail};
+use crate::frame::{Before, FrameFault, HEADER_COPY_BYTES, NetHeader, RawFrame, Tail};
 use crate::memory::{Memory, Payload, PayloadCursor, Segment};
 
 /// Takes the pieces of a chain one by one; false to be given no more.
@@ -205,21 +205,33 @@ impl Buffers {
         into.skip(header.len() as u32)
     }
 
-    /// As [`Buffers::fill_one`], where nobody has to be told of what was written. Returns the bytes in use, or `None`, with nothing
-    /// that matters written, if the frame does not fit or has lost its tail.
+    /// As [`Buffers::fill_one`] for a frame of a run, where nobody has to be told of what was written. Returns the bytes in
+    /// use, or `None`, with nothing that matters written, if the frame does not fit, is not to be sent, or has lost its tail.
     #[inline(always)]
-    pub(super) fn fill_frame<'f>(
+    pub(super) fn fill_frame<'f, const BYTES: usize, const WORDS: usize>(
         &self,
         into: Segment,
         net: Option<NetHeader>,
+        before: &mut impl Before<BYTES, WORDS>,
         frame: &RawFrame,
         payload: impl FnOnce() -> Payload<'f>,
     ) -> Option<u32> {
-        let need = u64::from(self.net_header_bytes) + u64::from(frame.frame_bytes);
+        let need = u64::from(self.net_header_bytes) + BYTES as u64 + u64::from(frame.frame_bytes);
         if need > u64::from(into.bytes()) {
             return None;
         }
-        let rest = self.fill_start(into, net.map_or((0, 0), NetHeader::to_words), frame.headers());
+        let words = before.words(frame)?;
+        let net = net.map_or((0, 0), NetHeader::to_words);
+        let mut rest = self.fill_start(into, net, if BYTES > 0 { before.same() } else { frame.headers() });
+        if BYTES > 0 {
+            // Written, not read again: what differs is not waited for.
+            let start = into.skip(self.net_header_bytes);
+            // SAFETY: see the module's text.
+            words.into_iter().for_each(|(at, word)| unsafe { start.write_word(at, word) });
+            // SAFETY: as above.
+            unsafe { rest.copy_in(frame.headers()) };
+            rest = rest.skip(u32::from(frame.header_bytes));
+        }
         let tail_bytes = frame.tail_bytes();
         if tail_bytes > 0 {
             let payload = payload();

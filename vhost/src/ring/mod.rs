@@ -33,7 +33,7 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 
 use crate::dirty_log::RingLog;
 use crate::eventfd::EventFd;
-use crate::frame::{NetHeader, RawFrame};
+use crate::frame::{Before, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
 use crate::memory::{Memory, Payload};
 use inflight_packed::has_inflight;
@@ -329,9 +329,10 @@ impl Ring {
     /// As [`Ring::send`] for frames in a row, of which `net` and `payload` give the rest, if there is any. An error if there is room
     /// for none; it may stop before any of them, which is for [`Ring::send`] then.
     #[inline(always)]
-    pub fn send_run<'f>(
+    pub fn send_run<'f, const BYTES: usize, const WORDS: usize>(
         &mut self,
         frames: &[RawFrame],
+        before: impl Before<BYTES, WORDS>,
         net: impl Fn(usize) -> Option<NetHeader>,
         payload: impl Fn(usize) -> Payload<'f>,
     ) -> Result<Sent, SendError> {
@@ -344,7 +345,8 @@ impl Ring {
         if self.is_logged() {
             return Ok(Sent::default());
         }
-        with_layout!(&mut self.layout, ring => ring.send_run(frames, net, payload)).map_err(|error| match error {
+        with_layout!(&mut self.layout, ring => ring.send_run(frames, before, net, payload)).map_err(|error| match error
+        {
             SendError::Fault(fault) => SendError::Fault(self.break_down(fault)),
             other => other,
         })

@@ -41,7 +41,7 @@ use super::{
     RingSetup, SendError, Sent,
 };
 use crate::dirty_log::RingLog;
-use crate::frame::{NetHeader, RawFrame};
+use crate::frame::{Before, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
 use crate::memory::{CACHE_LINE_BYTES, Memory, Payload, Segment, Wish, prefetch};
 
@@ -329,9 +329,10 @@ impl PackedRing {
 
     /// [`PackedRing::send`] for frames in a row, as long as each has a buffer that is noted and large enough.
     #[inline(always)]
-    pub(super) fn send_run<'f>(
+    pub(super) fn send_run<'f, const BYTES: usize, const WORDS: usize>(
         &mut self,
         frames: &[RawFrame],
+        mut before: impl Before<BYTES, WORDS>,
         net: impl Fn(usize) -> Option<NetHeader>,
         payload: impl Fn(usize) -> Payload<'f>,
     ) -> Result<Sent, SendError> {
@@ -341,7 +342,8 @@ impl PackedRing {
         let mut sent = Sent::default();
         for (index, (frame, place)) in frames.iter().zip(self.simple_at..self.simple_end).enumerate() {
             let Simple { id, buffer } = self.simple[place];
-            let Some(bytes) = self.buffers.fill_frame(buffer, net(index), frame, || payload(index)) else { break };
+            let filled = self.buffers.fill_frame(buffer, net(index), &mut before, frame, || payload(index));
+            let Some(bytes) = filled else { break };
             self.stage(Chain { id, slots: 1 }, bytes, FLAG_WRITE);
             sent += Sent { frames: 1, bytes: u64::from(frame.frame_bytes) };
         }

@@ -19,7 +19,7 @@ use super::{
     RingSetup, SendError, Sent,
 };
 use crate::dirty_log::RingLog;
-use crate::frame::{HEADER_COPY_BYTES, NetHeader, RawFrame};
+use crate::frame::{Before, HEADER_COPY_BYTES, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
 use crate::memory::{Memory, Payload, Segment, Wish};
 
@@ -278,9 +278,10 @@ impl SplitRing {
 
     /// [`SplitRing::send`] for frames in a row, as long as each has a buffer that is noted and large enough.
     #[inline(always)]
-    pub(super) fn send_run<'f>(
+    pub(super) fn send_run<'f, const BYTES: usize, const WORDS: usize>(
         &mut self,
         frames: &[RawFrame],
+        mut before: impl Before<BYTES, WORDS>,
         net: impl Fn(usize) -> Option<NetHeader>,
         payload: impl Fn(usize) -> Payload<'f>,
     ) -> Result<Sent, SendError> {
@@ -292,7 +293,8 @@ impl SplitRing {
         for (frame, ahead) in frames.iter().zip(0..self.posted_end.wrapping_sub(next)) {
             let index = usize::from(ahead);
             let Posted { head, buffer } = self.posted[usize::from(next.wrapping_add(ahead)) % BURST];
-            let Some(bytes) = self.buffers.fill_frame(buffer, net(index), frame, || payload(index)) else { break };
+            let filled = self.buffers.fill_frame(buffer, net(index), &mut before, frame, || payload(index));
+            let Some(bytes) = filled else { break };
             used.write(first_used.wrapping_add(ahead), head, bytes);
             sent += Sent { frames: 1, bytes: u64::from(frame.frame_bytes) };
         }
