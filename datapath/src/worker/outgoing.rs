@@ -81,7 +81,7 @@ impl<'a> Run<'a> {
     /// The next one.
     #[inline]
     pub(super) fn first(&self) -> Option<Outgoing<'a>> {
-        (self.frames.len() > 0).then(|| self.at(self.frames.start))
+        (!self.frames.is_empty()).then(|| self.at(self.frames.start))
     }
 
     /// How many come first that are from where the next one is from.
