@@ -110,6 +110,8 @@ impl From<XdpUnderlay> for Underlay {
 pub(crate) enum Arrival {
     /// An inner frame, which was written to the place given.
     Inner(vxlan::Header, IpAddr),
+    /// Another one, with the tunnel header and from the VTEP of the last one.
+    Alike,
     /// Something for this host itself.
     Host,
     /// Nothing that is wanted.

@@ -84,6 +84,55 @@ impl TunnelPacket {
     }
 }
 
+/// What packets of one sender into one network have in common over IPv4: Ethernet and IP header, destination port and VXLAN header,
+/// without what differs from packet to packet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Alike([u64; 5]);
+
+impl Alike {
+    const UDP_AT: usize = ETHERNET_BYTES + IPV4_BYTES;
+    const BYTES: usize = Self::UDP_AT + UDP_BYTES + vxlan::HEADER_BYTES;
+
+    /// Of a packet that was opened; `None` if it is to be summed, or is none over IPv4 without options.
+    pub(crate) fn of(packet: &TunnelPacket, headers: &[u8]) -> Option<Self> {
+        let is_plain = packet.udp_at == Self::UDP_AT && packet.vtep.is_ipv4() && !packet.is_summed;
+        Some(Self::read(headers.first_chunk().filter(|_| is_plain)?))
+    }
+
+    #[inline(always)]
+    fn read(header: &[u8; Self::BYTES]) -> Self {
+        let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| header[at + byte]));
+        // Without DSCP and ECN; flags, fragment offset and protocol without TTL, source, destination, both ports' second and the
+        // checksum.
+        let (types, fragment) = (word(8) & 0x00ff_ffff_ffff_ffff, word(20) & 0x0000_0000_ff00_ffff);
+        let udp = u64::from(header[36]) << 32 | u64::from(header[37]) << 40;
+        let sum = u64::from(header[40]) << 48 | u64::from(header[41]) << 56;
+        Self([word(0), types, fragment | udp | sum, word(26), word(42)])
+    }
+
+    /// The bytes of a packet's inner frame if it is alike and sound.
+    #[inline(always)]
+    pub(crate) fn open(&self, headers: &[u8], frame_bytes: usize) -> Option<usize> {
+        let header: &[u8; Self::BYTES] = headers.first_chunk()?;
+        let (ip_bytes, udp_bytes) = (be16(header, ETHERNET_BYTES + 2), be16(header, Self::UDP_AT + 4));
+        let is_sound = ETHERNET_BYTES + ip_bytes <= frame_bytes
+            && IPV4_BYTES + udp_bytes <= ip_bytes
+            && udp_bytes >= UDP_BYTES + vxlan::HEADER_BYTES
+            && std::iter::zip(Self::read(header).0, self.0).fold(0, |differs, (one, other)| differs | (one ^ other))
+                == 0
+            && Sum::default().bytes(&header[ETHERNET_BYTES..Self::UDP_AT]).checksum() == [0, 0];
+        is_sound.then(|| udp_bytes - UDP_BYTES - vxlan::HEADER_BYTES)
+    }
+
+    /// Start of the inner frame.
+    pub(crate) const INNER_AT: usize = Self::BYTES;
+}
+
+#[inline(always)]
+fn be16(bytes: &[u8], at: usize) -> usize {
+    usize::from(u16::from_be_bytes([bytes[at], bytes[at + 1]]))
+}
+
 /// Looks at the first bytes of a frame that is `frame_bytes` long.
 #[inline]
 pub(crate) fn open(station: &Station, headers: &[u8], frame_bytes: usize) -> Opened {

@@ -21,7 +21,7 @@ use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_
 use super::encap::Encap;
 use super::host::{self, Heard};
 use super::neighbours::Neighbours;
-use super::open::{Opened, Station, TunnelPacket, open};
+use super::open::{Alike, Opened, Station, TunnelPacket, open};
 use super::outer::OUTER_BYTES_MAX;
 use super::{Arrival, Inner};
 use crate::checksum::Sum;
@@ -82,7 +82,7 @@ impl RingUnderlay {
             lines: Lines::default(),
         };
         let scratch = vec![0; FRAME_BYTES_MAX as usize].into();
-        let rx = RingRx { ring: None, station, scratch, lines: Lines::default() };
+        let rx = RingRx { ring: None, station, alike: None, scratch, lines: Lines::default() };
         (rx, tx)
     }
 }
@@ -111,6 +111,8 @@ impl Lines {
 pub(crate) struct RingRx {
     pub(super) ring: Option<Ring>,
     station: Station,
+    /// What the last packet of this burst that had an inner frame was like.
+    alike: Option<Alike>,
     /// For checksums: guest memory is summed in a private copy.
     scratch: Box<[u8]>,
     lines: Lines,
@@ -119,6 +121,7 @@ pub(crate) struct RingRx {
 impl RingRx {
     #[inline]
     pub(super) fn receive(&mut self, frames: &mut [RawFrame]) -> usize {
+        self.alike = None;
         let Some(ring) = self.ring.as_mut().filter(|ring| !ring.is_broken()) else { return 0 };
         match ring.receive(frames) {
             Ok(count) => count,
@@ -140,6 +143,14 @@ impl RingRx {
             // vhost-user, "Ring states": a disabled transmitq is consumed without side effects.
             return Arrival::Drop(DropReason::SenderDisabled);
         }
+        let alike = self.alike.as_ref().and_then(|last| last.open(frame.headers(), frame.frame_bytes as usize));
+        if let Some(inner_bytes) = alike.filter(|_| frame.net.is_empty()) {
+            ring.narrow(frame, Alike::INNER_AT as u16, inner_bytes as u32);
+            if slot != into {
+                frames.swap(slot, into);
+            }
+            return Arrival::Alike;
+        }
         // Nothing was offered, so nothing may be left undone.
         if u32::from(frame.net.flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0
             || u32::from(frame.net.gso_type) != VIRTIO_NET_HDR_GSO_NONE
@@ -156,6 +167,7 @@ impl RingRx {
         if packet.is_summed && !verify(packet, frame, ring.payload(frame), &mut self.scratch) {
             return Arrival::Drop(DropReason::OuterChecksum);
         }
+        self.alike = Alike::of(packet, frame.headers());
         ring.narrow(frame, packet.inner_at() as u16, packet.inner_bytes() as u32);
         frame.net = NetHeader::default();
         if slot != into {

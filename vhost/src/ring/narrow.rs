@@ -13,15 +13,25 @@ impl Ring {
     ///
     /// # Panics
     /// If the part is not within the frame, or starts behind the header copy.
-    #[inline]
+    #[inline(always)]
     pub fn narrow(&mut self, frame: &mut RawFrame, start: u16, bytes: u32) {
+        let end = u64::from(start) + u64::from(bytes);
+        assert!(start <= frame.header_bytes, "{start} is behind the header copy of {} bytes", frame.header_bytes);
+        assert!(end <= u64::from(frame.frame_bytes), "the part is not within the frame");
+        if frame.tail_bytes() > 0 {
+            return self.narrow_long(frame, start, bytes);
+        }
+        // As much as can be there: of a start that is known beforehand nothing is counted or called.
+        frame.header.copy_within(usize::from(start).min(HEADER_COPY_BYTES).., 0);
+        (frame.header_bytes, frame.frame_bytes) = (bytes as u16, bytes);
+    }
+
+    fn narrow_long(&mut self, frame: &mut RawFrame, start: u16, bytes: u32) {
         let segments = match &mut self.layout {
             Layout::Split(ring) => ring.burst_segments(),
             Layout::Packed(ring) => ring.burst_segments(),
         };
         let (old, start) = (usize::from(frame.header_bytes), usize::from(start));
-        assert!(start <= old, "{start} is behind the header copy of {old} bytes");
-        assert!(start as u64 + u64::from(bytes) <= u64::from(frame.frame_bytes), "the part is not within the frame");
         let first = usize::from(frame.tail.first);
         // A frame of another ring or burst would name segments that are not there: then it has no tail.
         let tail = segments.get_mut(first..first + usize::from(frame.tail.count)).unwrap_or_default();
