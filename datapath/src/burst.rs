@@ -90,8 +90,8 @@ impl Burst {
     #[inline]
     pub(crate) fn unask(&mut self) {
         self.is_parsed = 0;
-        self.egress[..self.length].fill(Stand::Unasked);
-        self.ingress[..self.length].fill(Stand::Unasked);
+        self.egress[..self.length].fill(Stand::UNASKED);
+        self.ingress[..self.length].fill(Stand::UNASKED);
     }
 
     /// No sender has left anything undone.
@@ -162,8 +162,8 @@ impl Default for Burst {
             next_hops: [NextHop::Undecided; BURST],
             datagrams: [0; BURST],
             groups: [0; BURST],
-            egress: [Stand::Unasked; BURST],
-            ingress: [Stand::Unasked; BURST],
+            egress: [Stand::UNASKED; BURST],
+            ingress: [Stand::UNASKED; BURST],
             parsed: vec![Parsed::Unreadable; BURST].into_boxed_slice(),
             is_parsed: 0,
             sought: [None; BURST],

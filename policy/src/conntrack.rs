@@ -9,6 +9,7 @@
 //! Owned by a port's worker. Fixed size, allocated by [`Conntrack::new`]; no operation allocates, and all are bounded.
 //! What a guest or its peers can fill is this port's own.
 
+use std::num::NonZeroU64;
 use std::ops::Range;
 
 use crate::bucket::TokenBucket;
@@ -74,29 +75,44 @@ pub enum ConnState {
     Untracked,
 }
 
-/// Refers to an entry of one [`Conntrack`]. Goes stale when the entry does.
+/// Refers to an entry of one [`Conntrack`]. Goes stale when the entry does. One word: what is handed on through many hands is never
+/// written in parts and read as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Connection {
-    slot: u32,
-    generation: u32,
-}
+pub struct Connection(NonZeroU64);
 
 impl Connection {
-    /// In one word, never 0.
+    /// Of the entry in a slot, which is taken: its generation is odd.
+    #[inline]
+    fn new(slot: usize, generation: u32) -> Option<Self> {
+        let slot = u32::try_from(slot).ok()?;
+        Self::from_bits(u64::from(generation) << 32 | u64::from(slot))
+    }
+
+    /// In one word, never 0 and never less than 2^32.
     #[inline]
     #[must_use]
     pub const fn to_bits(self) -> u64 {
-        (self.generation as u64) << 32 | self.slot as u64
+        self.0.get()
     }
 
     /// The inverse; `None` for 0.
     #[inline]
     #[must_use]
     pub const fn from_bits(bits: u64) -> Option<Self> {
-        match bits {
-            0 => None,
-            bits => Some(Self { slot: bits as u32, generation: (bits >> 32) as u32 }),
+        match NonZeroU64::new(bits) {
+            Some(bits) => Some(Self(bits)),
+            None => None,
         }
+    }
+
+    #[inline]
+    const fn slot(self) -> u32 {
+        self.0.get() as u32
+    }
+
+    #[inline]
+    const fn generation(self) -> u32 {
+        (self.0.get() >> 32) as u32
     }
 }
 
@@ -288,7 +304,7 @@ impl Conntrack {
         policy_generation: u32,
         now_ns: u64,
     ) -> Touched {
-        let Some(slot) = self.table.resolve(connection.slot, connection.generation) else { return Touched::Stale };
+        let Some(slot) = self.table.resolve(connection.slot(), connection.generation()) else { return Touched::Stale };
         let entry = self.table.entry(slot);
         if entry.expires_ns <= now_ns
             || entry.policy_generation != policy_generation
@@ -306,7 +322,7 @@ impl Conntrack {
 
     /// The rules' last word on a connection, and its first packet with its direction.
     pub(crate) fn grant(&self, connection: Connection) -> Option<(Grant, Key, Direction)> {
-        let entry = self.table.entry(self.table.resolve(connection.slot, connection.generation)?);
+        let entry = self.table.entry(self.table.resolve(connection.slot(), connection.generation())?);
         let rule = (entry.rule != u32::MAX).then_some(RuleId(entry.rule));
         let identity = entry.has(Entry::IDENTITY).then_some(entry.identity);
         let log = entry.has(Entry::LOG);
@@ -316,7 +332,7 @@ impl Conntrack {
 
     /// The rules have judged a connection again, and let it stay.
     pub(crate) fn regrant(&mut self, connection: Connection, grant: Grant) {
-        if let Some(slot) = self.table.resolve(connection.slot, connection.generation) {
+        if let Some(slot) = self.table.resolve(connection.slot(), connection.generation()) {
             apply(self.table.entry_mut(slot), grant);
         }
     }
@@ -326,7 +342,7 @@ impl Conntrack {
     /// middle, which other rules may let through, and open the way again. Others have no middle: what an end sends next begins
     /// one like any packet, and is judged so.
     pub(crate) fn revoke(&mut self, connection: Connection, refusal: Grant, now_ns: u64) {
-        let Some(slot) = self.table.resolve(connection.slot, connection.generation) else { return };
+        let Some(slot) = self.table.resolve(connection.slot(), connection.generation()) else { return };
         let entry = self.table.entry_mut(slot);
         if !matches!(entry.tracked, Tracked::Tcp(_)) {
             self.table.free(slot);
@@ -550,7 +566,7 @@ pub(crate) fn first_key(entry: &Entry) -> Key {
 }
 
 fn reference(slot: usize, entry: &Entry) -> Connection {
-    Connection { slot: u32::try_from(slot).expect("tables have fewer than 2^32 slots"), generation: entry.generation }
+    Connection::new(slot, entry.generation).expect("tables have fewer than 2^32 slots, and taken entries odd generations")
 }
 
 fn apply(entry: &mut Entry, grant: Grant) {

@@ -67,18 +67,35 @@ pub struct Perimeter {
     populated: usize,
 }
 
-/// What one direction's perimeter said of a frame.
+/// What one direction's perimeter said of a frame. One word, as [`Connection`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Stand {
+pub(crate) struct Stand(u64);
+
+impl Stand {
     /// There is none on its way.
-    #[default]
-    Unasked,
+    pub(crate) const UNASKED: Self = Self(0);
     /// It passes by a lease.
-    Leased,
+    pub(crate) const LEASED: Self = Self(1);
     /// It passes, this once.
-    Once,
+    pub(crate) const ONCE: Self = Self(2);
+    /// It passes, and so may those that follow it, which have no connection. All above are those that have one.
+    const KEPT: Self = Self(3);
+
     /// It passes, and so may those that follow it.
-    Kept(Option<Connection>),
+    #[inline]
+    pub(crate) fn kept(connection: Option<Connection>) -> Self {
+        connection.map_or(Self::KEPT, |connection| Self(connection.to_bits()))
+    }
+
+    /// Whether frames that follow it need not be judged here; if so, the connection that they belong to, if any.
+    #[inline]
+    pub(crate) fn keeps(self) -> Option<Option<Connection>> {
+        match self {
+            Self::UNASKED | Self::KEPT => Some(None),
+            Self::LEASED | Self::ONCE => None,
+            Self(bits) => Some(Connection::from_bits(bits)),
+        }
+    }
 }
 
 impl Perimeter {
@@ -266,8 +283,8 @@ impl Perimeters {
         parsed: &Parsed,
         sought: Option<Sought>,
     ) -> Result<Stand, DropReason> {
-        let Some(port) = snapshot.port(id) else { return Ok(Stand::Unasked) };
-        let Some(policy) = &port.policy else { return Ok(Stand::Unasked) };
+        let Some(port) = snapshot.port(id) else { return Ok(Stand::UNASKED) };
+        let Some(policy) = &port.policy else { return Ok(Stand::UNASKED) };
         let now_ns = self.now_ns;
         let Some(perimeter) = self.slots[usize::from(id.0)].as_deref_mut() else {
             return Err(DropReason::NoPerimeter);
@@ -283,9 +300,9 @@ impl Perimeters {
         match decision {
             Decision { allow: false, reason, .. } => Err(drop_reason(reason, direction)),
             // A flow that has no other frame needs no lease.
-            _ if is_first => Ok(Stand::Once),
-            Decision { cache: true, connection, .. } => Ok(Stand::Kept(connection)),
-            _ => Ok(Stand::Once),
+            _ if is_first => Ok(Stand::ONCE),
+            Decision { cache: true, connection, .. } => Ok(Stand::kept(connection)),
+            _ => Ok(Stand::ONCE),
         }
     }
 

@@ -20,7 +20,7 @@ pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
     // First the places of all, so that memory is waited for once.
     for index in 0..burst.length {
         if let NextHop::Port(to) = burst.next_hops[index]
-            && burst.ingress[index] == Stand::Unasked
+            && burst.ingress[index] == Stand::UNASKED
             && snapshot.port(to).is_some_and(|port| is_judged_here(port, snapshot))
         {
             burst.parse(index);
@@ -35,7 +35,7 @@ pub(crate) fn admit(burst: &mut Burst, snapshot: &Snapshot, perimeters: &mut Per
             _ => continue,
         };
         if let Some(to) = to
-            && burst.ingress[index] == Stand::Unasked
+            && burst.ingress[index] == Stand::UNASKED
         {
             match ingress(burst, index, to, snapshot, perimeters, fdb) {
                 Ok(stand) => burst.ingress[index] = stand,
@@ -94,13 +94,13 @@ fn ingress(
     perimeters: &mut Perimeters,
     fdb: &Fdb,
 ) -> Result<Stand, DropReason> {
-    let Some(port) = snapshot.port(to).filter(|port| is_judged_here(port, snapshot)) else { return Ok(Stand::Unasked) };
+    let Some(port) = snapshot.port(to).filter(|port| is_judged_here(port, snapshot)) else { return Ok(Stand::UNASKED) };
     let frame = &burst.frames[index];
     let identity = identity(burst, index, snapshot);
-    if burst.egress[index] == Stand::Unasked
+    if burst.egress[index] == Stand::UNASKED
         && perimeters.recall_inbound(to, frame, identity, fdb.epoch(port.network), snapshot)
     {
-        return Ok(Stand::Leased);
+        return Ok(Stand::LEASED);
     }
     perimeters.judge(snapshot, to, Direction::Ingress, identity, frame, burst.parsed(index), burst.sought[index])
 }
@@ -108,21 +108,16 @@ fn ingress(
 /// Gives frame `index` a lease if both ends have let it pass, and one of them only now.
 #[inline]
 fn lease(burst: &Burst, index: usize, snapshot: &Snapshot, perimeters: &mut Perimeters, fdb: &Fdb) {
-    let kept = |stand| match stand {
-        Stand::Kept(connection) => Some(connection),
-        Stand::Unasked => Some(None),
-        Stand::Leased | Stand::Once => None,
-    };
     let (egress, ingress) = (burst.egress[index], burst.ingress[index]);
-    if (egress, ingress) == (Stand::Unasked, Stand::Unasked) {
+    if (egress, ingress) == (Stand::UNASKED, Stand::UNASKED) {
         return;
     }
-    let (Some(sent), Some(received)) = (kept(egress), kept(ingress)) else { return };
+    let (Some(sent), Some(received)) = (egress.keeps(), ingress.keeps()) else { return };
     let id = burst.networks[index];
     let Some(network) = snapshot.network(id) else { return };
     // The sender's perimeter keeps it, if it has one: then it stands for the switch too.
     let from = match burst.origins[index] {
-        Origin::Port(port) if egress != Stand::Unasked => Some(port),
+        Origin::Port(port) if egress != Stand::UNASKED => Some(port),
         _ => None,
     };
     let identity = identity(burst, index, snapshot);

@@ -31,10 +31,10 @@ pub(crate) fn recall(
     }
     burst.unask();
     for index in bits(recalled.passed) {
-        (burst.egress[index], burst.ingress[index]) = (Stand::Leased, Stand::Leased);
+        (burst.egress[index], burst.ingress[index]) = (Stand::LEASED, Stand::LEASED);
     }
     for index in bits(recalled.sent) {
-        burst.egress[index] = Stand::Leased;
+        burst.egress[index] = Stand::LEASED;
     }
     false
 }
