@@ -3,13 +3,13 @@
 use std::net::IpAddr;
 use std::ops::Range;
 
-use dreamwire_policy::{Parsed, Sought};
+use dreamwire_policy::{Parsed, Sought, parse_into};
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
 
 use crate::drop_reason::DropReason;
 use crate::offload::Offload;
-use crate::perimeter::{Stand, parse_frame};
+use crate::perimeter::Stand;
 use crate::snapshot::{NetworkId, PortId};
 
 /// Where a frame goes. Set to its final value by the switch stage at the latest.
@@ -123,7 +123,8 @@ impl Burst {
     #[inline]
     pub(crate) fn parse(&mut self, index: usize) {
         if self.is_parsed & 1 << index == 0 {
-            self.parsed[index] = parse_frame(&self.frames[index]);
+            let frame = &self.frames[index];
+            parse_into(frame.headers(), frame.frame_bytes as usize, &mut self.parsed[index]);
             self.is_parsed |= 1 << index;
         }
     }

@@ -566,7 +566,8 @@ pub(crate) fn first_key(entry: &Entry) -> Key {
 }
 
 fn reference(slot: usize, entry: &Entry) -> Connection {
-    Connection::new(slot, entry.generation).expect("tables have fewer than 2^32 slots, and taken entries odd generations")
+    Connection::new(slot, entry.generation)
+        .expect("tables have fewer than 2^32 slots, and taken entries odd generations")
 }
 
 fn apply(entry: &mut Entry, grant: Grant) {

@@ -38,5 +38,5 @@ pub use model::{
     Action, Direction, Group, GroupId, IcmpKind, Identity, Policy, PolicyError, PortRange, Posture, Prefix, Protocol,
     Remote, Rule, RuleId,
 };
-pub use parse::{Fragment, Packet, Parsed, Transport, parse};
+pub use parse::{Fragment, Packet, Parsed, Transport, parse, parse_into};
 pub use source_guard::{Claim, SourceGuard};

@@ -102,15 +102,22 @@ pub struct Quoted {
 #[inline]
 #[must_use]
 pub fn parse(header: &[u8], frame_bytes: usize) -> Parsed {
-    match straight(header, frame_bytes) {
-        Some(packet) => Parsed::Ip(packet),
-        None => general(header, frame_bytes),
+    let mut parsed = Parsed::Unreadable;
+    parse_into(header, frame_bytes, &mut parsed);
+    parsed
+}
+
+/// The same, written where it is to be: a copy of what was just written in parts would wait for it.
+#[inline]
+pub fn parse_into(header: &[u8], frame_bytes: usize, into: &mut Parsed) {
+    if straight(header, frame_bytes, into).is_none() {
+        *into = general(header, frame_bytes);
     }
 }
 
 /// The common case: an untagged, unfragmented TCP or UDP packet without IP options or extension headers.
-#[inline]
-fn straight(header: &[u8], frame_bytes: usize) -> Option<Packet> {
+#[inline(always)]
+fn straight(header: &[u8], frame_bytes: usize, into: &mut Parsed) -> Option<()> {
     let ethernet: &[u8; ETHERNET_BYTES] = header.first_chunk()?;
     match [ethernet[12], ethernet[13]] {
         [8, 0] => {
@@ -120,8 +127,8 @@ fn straight(header: &[u8], frame_bytes: usize) -> Option<Packet> {
             if ip[0] != 0x45 || fragmented || total < IPV4_BYTES || total > frame_bytes.checked_sub(ETHERNET_BYTES)? {
                 return None;
             }
-            let key = ipv4_key(ip);
-            with_ports(key, &header[ETHERNET_BYTES + IPV4_BYTES..], total - IPV4_BYTES)
+            let rest = &header[ETHERNET_BYTES + IPV4_BYTES..];
+            with_ports(ip[9], rest, total - IPV4_BYTES, into, |ports| with(ipv4_key(ip), ports))
         }
         [0x86, 0xdd] => {
             let ip: &[u8; IPV6_BYTES] = header[ETHERNET_BYTES..].first_chunk()?;
@@ -129,39 +136,54 @@ fn straight(header: &[u8], frame_bytes: usize) -> Option<Packet> {
             if ip[0] >> 4 != 6 || payload_bytes > frame_bytes.checked_sub(ETHERNET_BYTES + IPV6_BYTES)? {
                 return None;
             }
-            with_ports(ipv6_key(ip), &header[ETHERNET_BYTES + IPV6_BYTES..], payload_bytes)
+            let rest = &header[ETHERNET_BYTES + IPV6_BYTES..];
+            with_ports(ip[6], rest, payload_bytes, into, |ports| with(ipv6_key(ip), ports))
         }
         _ => None,
     }
 }
 
-#[inline]
-fn with_ports(mut key: Key, rest: &[u8], payload_bytes: usize) -> Option<Packet> {
-    let transport = match key.protocol {
-        TCP => Transport::Tcp(Segment::parse(rest, payload_bytes)?),
+/// A whole TCP or UDP packet, whose key is `key` of its ports.
+#[inline(always)]
+fn with_ports(
+    protocol: u8,
+    rest: &[u8],
+    payload_bytes: usize,
+    into: &mut Parsed,
+    key: impl Fn([u16; 2]) -> Key,
+) -> Option<()> {
+    let fragment = Fragment::Whole;
+    match protocol {
+        TCP => {
+            let transport = Transport::Tcp(Segment::parse(rest, payload_bytes)?);
+            *into = Parsed::Ip(Packet { key: key(ports(rest)?), fragment, transport });
+        }
         UDP => {
             let udp: &[u8; UDP_BYTES] = rest.first_chunk()?;
             let length = usize::from(u16::from_be_bytes([udp[4], udp[5]]));
             if length < UDP_BYTES || length > payload_bytes {
                 return None;
             }
-            Transport::Other
+            *into = Parsed::Ip(Packet { key: key(ports(rest)?), fragment, transport: Transport::Other });
         }
         _ => return None,
-    };
-    set_ports(&mut key, rest)?;
-    Some(Packet { key, fragment: Fragment::Whole, transport })
-}
-
-#[inline]
-fn set_ports(key: &mut Key, rest: &[u8]) -> Option<()> {
-    let ports: &[u8; 4] = rest.first_chunk()?;
-    key.source_port = u16::from_be_bytes([ports[0], ports[1]]);
-    key.destination_port = u16::from_be_bytes([ports[2], ports[3]]);
+    }
     Some(())
 }
 
-#[inline]
+/// Source and destination.
+#[inline(always)]
+fn ports(rest: &[u8]) -> Option<[u16; 2]> {
+    let &[a, b, c, d] = rest.first_chunk()?;
+    Some([u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])])
+}
+
+#[inline(always)]
+fn with(key: Key, [source_port, destination_port]: [u16; 2]) -> Key {
+    Key { source_port, destination_port, ..key }
+}
+
+#[inline(always)]
 fn ipv4_key(ip: &[u8; IPV4_BYTES]) -> Key {
     Key {
         source: u32::from_be_bytes([ip[12], ip[13], ip[14], ip[15]]).into(),
@@ -173,7 +195,7 @@ fn ipv4_key(ip: &[u8; IPV4_BYTES]) -> Key {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn ipv6_key(ip: &[u8; IPV6_BYTES]) -> Key {
     let address = |at: usize| u128::from_be_bytes(*ip[at..].first_chunk().expect("16 of 40 bytes"));
     Key {
@@ -294,14 +316,16 @@ fn behind_ip(mut key: Key, fragment: Fragment, rest: &[u8], payload_bytes: usize
     let rest = &rest[..rest.len().min(payload_bytes)];
     let mut transport = Transport::Other;
     if fragment == Fragment::Whole && matches!(key.protocol, TCP | UDP) {
-        return with_ports(key, rest, payload_bytes);
+        let mut parsed = Parsed::Unreadable;
+        with_ports(key.protocol, rest, payload_bytes, &mut parsed, |ports| with(key, ports))?;
+        return if let Parsed::Ip(packet) = parsed { Some(packet) } else { None };
     }
     if key.protocol == TCP {
         transport = Transport::Tcp(Segment { fragmented: true, ..Segment::parse(rest, payload_bytes)? });
     }
     if protocol_has_ports(key.protocol) {
         rest.first_chunk::<UDP_BYTES>()?;
-        set_ports(&mut key, rest)?;
+        key = with(key, ports(rest)?);
     } else if key.is_icmp() {
         transport = icmp(&mut key, rest)?;
     }
@@ -356,7 +380,7 @@ fn quoted(family: Family, packet: &[u8]) -> Option<Quoted> {
         }
     };
     if protocol_has_ports(key.protocol) {
-        set_ports(&mut key, rest)?;
+        key = with(key, ports(rest)?);
     } else if matches!((family, key.protocol), (Family::V4, ICMP) | (Family::V6, ICMPV6)) {
         // An error about an error is never sent (RFC 1122 §3.2.2).
         if let Transport::IcmpError(_) = icmp_head(&mut key, rest)? {
