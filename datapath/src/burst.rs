@@ -116,6 +116,7 @@ impl Burst {
     /// Whether no sender of these frames has left anything undone.
     #[inline]
     pub(crate) fn are_finished(&self, frames: &Range<usize>) -> bool {
+        debug_assert!(!frames.is_empty());
         self.unfinished >> frames.start & ((1u64 << frames.len()) - 1) as u32 == 0
     }
 

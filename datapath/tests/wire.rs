@@ -353,6 +353,48 @@ fn hostile_packets_are_counted_and_go_nowhere() {
     assert_eq!(scene.counters.drops.get(DropReason::BadOffload), 1);
 }
 
+/// Those of one sender in a row are opened by what they have in common; what comes between them is not theirs.
+#[test]
+fn packets_of_all_kinds_in_one_burst_are_told_apart() {
+    let mut scene = Scene::new("192.0.2.1", "192.0.2.2");
+    let (near, far) = (scene.lan.stations[0].mac(), mac(200));
+    let inner = |seed: u8| frame(near, far, 60 + usize::from(seed) * 40, seed);
+    let known = |seed| scene.outer(&inner(seed));
+    let changed = |seed, at: usize| {
+        let mut packet = known(seed);
+        packet[at] ^= 1;
+        packet
+    };
+    // The header checksum, the VNI, and the source address with a header checksum that fits.
+    let (damaged, foreign) = (changed(50, 24), changed(51, 48));
+    let there = scene.there;
+    scene.there = "192.0.2.3".parse().unwrap();
+    let stranger = scene.outer(&inner(52));
+    scene.there = there;
+    let known = |seed| scene.outer(&inner(seed));
+    let packets = [
+        known(1),
+        known(2),
+        damaged,
+        known(3),
+        foreign.clone(),
+        foreign.clone(),
+        known(4),
+        stranger.clone(),
+        stranger,
+        known(5),
+        known(6),
+        foreign,
+        known(7),
+    ];
+    packets.iter().for_each(|packet| scene.wire.send(packet));
+    assert_eq!(scene.lan.run(), packets.len());
+    assert_eq!(scene.lan.received(0), (1..=7).map(inner).collect::<Vec<_>>());
+    scene.assert_unclaimed(&[(DropReason::UnknownVni, 3), (DropReason::OuterChecksum, 1)]);
+    let counters = &scene.lan.snapshot.networks[0].as_ref().unwrap().counters;
+    assert_eq!((counters.tunnel_rx.frames.get(), counters.drops.get(DropReason::UnknownVtep)), (9, 2));
+}
+
 #[test]
 fn without_a_front_end_or_room_frames_are_dropped_and_counted() {
     let there: IpAddr = "192.0.2.2".parse().unwrap();

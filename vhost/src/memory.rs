@@ -7,7 +7,7 @@
 //! A front-end that can truncate the file behind it may do so: see [`crate::sigbus`] and [`Memory::is_truncated`].
 //!
 //! One of the files with unsafe code in this crate; the others are `sigbus.rs`, `dirty_log.rs`, `interrupt.rs` and those of
-//! `ring/`: `buffers.rs`, `split.rs`, `packed.rs`, their `_chain.rs`, `narrow.rs`.
+//! `ring/`: `buffers.rs`, `split.rs`, `packed.rs`, their `_chain.rs`, `split_entries.rs`, `narrow.rs`.
 
 use std::io;
 use std::marker::PhantomData;

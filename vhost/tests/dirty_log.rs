@@ -11,9 +11,9 @@ use std::sync::Arc;
 use common::packed::{PackedGuestRing, Piece};
 use common::*;
 use dreamwire_vhost::dirty_log::{DirtyLog, LOG_PAGE_BYTES, RingLog};
-use dreamwire_vhost::frame::NetHeader;
+use dreamwire_vhost::frame::{Bare, NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
-use dreamwire_vhost::ring::{Ring, RingSetup, SendError};
+use dreamwire_vhost::ring::{Ring, RingSetup, SendError, Sent};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 
@@ -253,6 +253,21 @@ fn one_frame(log: RingLog, packed_from: Option<u32>) {
     driver.post(&[(0x3000, 2048, WRITE)]);
     ring.send(NetHeader::default(), &[1; 60], Payload::EMPTY).unwrap();
     ring.flush();
+}
+
+/// Of a run nothing is written: each frame goes by itself, and is logged.
+#[test]
+fn a_ring_that_is_logged_takes_no_runs() {
+    for packed_from in [None, Some(0)] {
+        let guest = Guest::new(&REGIONS);
+        let mut driver = Driver::new(&guest, 0x1_4000, packed_from);
+        let log = log(8);
+        let mut ring = driver.open(F_VERSION_1, Some(RingLog { log: Arc::clone(&log), used_address: None }));
+        driver.post(&[(0x3000, 2048, WRITE)]);
+        let frame = RawFrame { header_bytes: 60, frame_bytes: 60, ..RawFrame::EMPTY };
+        assert_eq!(ring.send_run(&[frame], Bare, |_| None, |_| Payload::EMPTY), Ok(Sent::default()));
+        assert_eq!(marked(&log), [].into());
+    }
 }
 
 #[test]

@@ -11,10 +11,10 @@ use std::sync::Arc;
 
 use common::packed::{At, PackedGuestRing};
 use common::{F_INDIRECT, F_VERSION_1, Guest, GuestRing, NEXT, WRITE, frame_bytes, frames};
-use dreamwire_vhost::frame::NetHeader;
+use dreamwire_vhost::frame::{Bare, NetHeader, RawFrame};
 use dreamwire_vhost::inflight::{Inflight, InflightPart};
 use dreamwire_vhost::memory::Payload;
-use dreamwire_vhost::ring::{Ring, RingSetup};
+use dreamwire_vhost::ring::{Ring, RingSetup, Sent};
 
 const SIZE: u16 = 16;
 const FEATURES: u64 = F_VERSION_1 | F_INDIRECT;
@@ -286,6 +286,9 @@ fn buffers_that_another_device_kept_are_filled_first() {
     drop(Ring::new(split_setup(&driver, &region)).unwrap());
     region.write(region.entry(2), &[1]);
     let mut ring = Ring::resume(split_setup(&driver, &region)).unwrap();
+    // They go the general way, each by itself.
+    let raw = RawFrame { header_bytes: 60, frame_bytes: 60, ..RawFrame::EMPTY };
+    assert_eq!(ring.send_run(&[raw], Bare, |_| None, |_| Payload::EMPTY), Ok(Sent::default()));
     (0..2).for_each(|number| ring.send(NetHeader::default(), &frame(number), Payload::EMPTY).unwrap());
     ring.flush();
     assert_eq!([0, 1].map(|index| driver.used_entry(index).0), [2, 1]);

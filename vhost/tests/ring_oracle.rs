@@ -6,7 +6,7 @@ mod common;
 use std::collections::HashMap;
 
 use common::*;
-use dreamwire_vhost::frame::{FrameFault, HEADER_COPY_BYTES, NetHeader};
+use dreamwire_vhost::frame::{Bare, Before, FrameFault, HEADER_COPY_BYTES, NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{BURST, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX, MERGED_CHAINS_MAX, Ring, SendError};
 use proptest::collection::vec;
@@ -326,12 +326,7 @@ fn frames_from_the_guest_are_the_same(scenario: &Scenario) -> Result<(), TestCas
     Ok(())
 }
 
-fn compare_frame(
-    ring: &Ring,
-    frame: &dreamwire_vhost::frame::RawFrame,
-    bytes: &[u8],
-    net_header_bytes: usize,
-) -> Result<(), TestCaseError> {
+fn compare_frame(ring: &Ring, frame: &RawFrame, bytes: &[u8], net_header_bytes: usize) -> Result<(), TestCaseError> {
     let Some((net, bytes)) = bytes.split_at_checked(net_header_bytes) else {
         prop_assert_eq!(frame.fault, Some(FrameFault::NoHeader));
         return Ok(());
@@ -350,7 +345,94 @@ fn compare_frame(
     Ok(())
 }
 
-fn frames_to_the_guest_are_the_same(scenario: &Scenario) -> Result<(), TestCaseError> {
+/// How frames are put into a ring.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    OneByOne,
+    /// In runs, as far as they go.
+    Runs,
+    /// In runs, each behind an outer header.
+    Wrapped,
+}
+
+/// 50 bytes, of which two words are the frame's own.
+struct Outer;
+
+impl Outer {
+    const SAME: [u8; 50] = [0xe0; 50];
+
+    fn of(length: usize) -> [u8; 50] {
+        let mut bytes = Self::SAME;
+        bytes[16..18].copy_from_slice(&(length as u16).to_be_bytes());
+        bytes[48..50].copy_from_slice(&[1, length as u8]);
+        bytes
+    }
+}
+
+impl Before<50, 2> for Outer {
+    fn same(&self) -> &[u8; 50] {
+        &Self::SAME
+    }
+
+    fn words(&mut self, frame: &RawFrame) -> Option<[(usize, [u8; 2]); 2]> {
+        // One kind of frame is not to be sent.
+        let length = frame.frame_bytes;
+        (length % 13 != 5).then_some([(16, (length as u16).to_be_bytes()), (48, [1, length as u8])])
+    }
+}
+
+/// The frame of this length that is number `number` of its burst, as a burst has it, and its tail.
+fn raw(number: usize, length: usize) -> (RawFrame, Vec<u8>) {
+    let bytes: Vec<u8> = (0..length).map(|at| (at * 7 + number) as u8).collect();
+    let (header, tail) = bytes.split_at(length.min(HEADER_COPY_BYTES));
+    let mut frame = RawFrame { header_bytes: header.len() as u16, frame_bytes: length as u32, ..RawFrame::EMPTY };
+    frame.header[..header.len()].copy_from_slice(header);
+    (frame, tail.to_vec())
+}
+
+/// Sends a burst in runs, and each frame that a run stops at by itself, as the datapath does. The oracle sends them one by one.
+fn send_in_runs(ring: &mut Ring, oracle: &mut Oracle, burst: &[usize], is_wrapped: bool) -> Result<(), TestCaseError> {
+    let net = |number: usize| NetHeader { hdr_len: number as u16, gso_size: 7, ..NetHeader::default() };
+    // None of every third: its header is empty.
+    let run_net = |number: usize| (!number.is_multiple_of(3)).then(|| net(number));
+    let (frames, tails): (Vec<_>, Vec<_>) = (0..).zip(burst).map(|(number, &length)| raw(number, length)).unzip();
+    let expected = |number: usize| {
+        let outer = if is_wrapped { Outer::of(burst[number]).to_vec() } else { Vec::new() };
+        [outer, frames[number].headers().to_vec(), tails[number].clone()].concat()
+    };
+    let mut at = 0;
+    while at < burst.len() {
+        let (net_of, payload) = (|ahead| run_net(at + ahead), |ahead: usize| Payload::private(&tails[at + ahead]));
+        let sent = match is_wrapped {
+            true => ring.send_run(&frames[at..], Outer, net_of, payload),
+            false => ring.send_run(&frames[at..], Bare, net_of, payload),
+        };
+        let sent = match sent {
+            Ok(sent) => sent,
+            Err(error) => {
+                let net = run_net(at).unwrap_or_default();
+                prop_assert_eq!(oracle.send(net, &expected(at)), Err(error), "there is room for none");
+                return Ok(());
+            }
+        };
+        let end = at + sent.frames as usize;
+        prop_assert_eq!(sent.bytes, burst[at..end].iter().map(|&length| length as u64).sum::<u64>());
+        for (number, length) in burst.iter().enumerate().take(end).skip(at) {
+            prop_assert!(!is_wrapped || length % 13 != 5, "not to be sent");
+            let sent = oracle.send(run_net(number).unwrap_or_default(), &expected(number));
+            prop_assert_eq!(sent, Ok(()), "frame {}", number);
+        }
+        if end < burst.len() {
+            let whole = expected(end);
+            let sent = ring.send(net(end), &whole, Payload::EMPTY);
+            prop_assert_eq!(sent, oracle.send(net(end), &whole), "frame {} by itself", end);
+        }
+        at = end + 1;
+    }
+    Ok(())
+}
+
+fn frames_to_the_guest_are_the_same(scenario: &Scenario, way: Way) -> Result<(), TestCaseError> {
     let mut driver = Driver::new(scenario);
     let mut ring = driver.rings[0].open(scenario.features);
     let mut oracle = Oracle::new(&driver.rings[1], scenario.features);
@@ -362,11 +444,17 @@ fn frames_to_the_guest_are_the_same(scenario: &Scenario) -> Result<(), TestCaseE
         driver.wish(round);
         for burst in round.frames.chunks(BURST) {
             let before = ring.next_used();
-            for (number, &length) in burst.iter().enumerate() {
-                let frame: Vec<u8> = (0..length).map(|at| (at * 7 + number) as u8).collect();
-                let (header, tail) = frame.split_at(length.min(HEADER_COPY_BYTES));
-                let sent = ring.send(net, header, Payload::private(tail));
-                prop_assert_eq!(sent, oracle.send(net, &frame), "frame {} of {} bytes", number, length);
+            match way {
+                Way::OneByOne => {
+                    for (number, &length) in burst.iter().enumerate() {
+                        let (frame, tail) = raw(number, length);
+                        let sent = ring.send(net, frame.headers(), Payload::private(&tail));
+                        let whole = [frame.headers(), &tail].concat();
+                        prop_assert_eq!(sent, oracle.send(net, &whole), "frame {} of {} bytes", number, length);
+                    }
+                }
+                Way::Runs => send_in_runs(&mut ring, &mut oracle, burst, false)?,
+                Way::Wrapped => send_in_runs(&mut ring, &mut oracle, burst, true)?,
             }
             let used = ring.next_used() != before;
             compare_notification(ring.flush(), &mut oracle, used, scenario, round)?;
@@ -392,7 +480,12 @@ proptest! {
 
     #[test]
     fn frames_to_the_guest_land_where_virtio_queue_writes_them(scenario in scenario()) {
-        frames_to_the_guest_are_the_same(&scenario)?;
+        frames_to_the_guest_are_the_same(&scenario, Way::OneByOne)?;
+    }
+
+    #[test]
+    fn runs_of_frames_land_where_single_ones_do(scenario in scenario(), is_wrapped: bool) {
+        frames_to_the_guest_are_the_same(&scenario, if is_wrapped { Way::Wrapped } else { Way::Runs })?;
     }
 }
 

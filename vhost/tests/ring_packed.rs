@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 
 use common::packed::*;
 use common::*;
-use dreamwire_vhost::frame::{HEADER_COPY_BYTES, NetHeader};
+use dreamwire_vhost::frame::{Bare, HEADER_COPY_BYTES, NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{BURST, Ring, RingSetup, SendError};
 use proptest::collection::vec;
@@ -251,7 +251,43 @@ fn both_deliver_the_same_frames_from_the_guest(scenario: &Scenario) -> Result<()
     Ok(())
 }
 
-fn both_deliver_the_same_frames_to_the_guest(scenario: &Scenario) -> Result<(), TestCaseError> {
+/// Sends a burst in runs, and each frame that a run stops at by itself, to the packed ring; one by one to the split ring.
+fn send_in_runs(split: &mut Ring, packed: &mut Ring, burst: &[usize]) -> Result<(), TestCaseError> {
+    let net = |number: usize| NetHeader { hdr_len: number as u16, ..NetHeader::default() };
+    let bytes = |(number, &length)| (0..length).map(|at| (at * 7 + number) as u8).collect();
+    let whole: Vec<Vec<u8>> = burst.iter().enumerate().map(bytes).collect();
+    let parts: Vec<_> = whole.iter().map(|frame| frame.split_at(frame.len().min(HEADER_COPY_BYTES))).collect();
+    let raw = |&(header, tail): &(&[u8], &[u8])| {
+        let frame_bytes = (header.len() + tail.len()) as u32;
+        let mut frame = RawFrame { header_bytes: header.len() as u16, frame_bytes, ..RawFrame::EMPTY };
+        frame.header[..header.len()].copy_from_slice(header);
+        frame
+    };
+    let frames: Vec<_> = parts.iter().map(raw).collect();
+    let mut one = |number: usize| split.send(net(number), parts[number].0, Payload::private(parts[number].1));
+    let mut at = 0;
+    while at < burst.len() {
+        let (net_of, payload) = (|ahead| Some(net(at + ahead)), |ahead: usize| Payload::private(parts[at + ahead].1));
+        let end = match packed.send_run(&frames[at..], Bare, net_of, payload) {
+            Ok(sent) => at + sent.frames as usize,
+            Err(error) => {
+                prop_assert_eq!(one(at), Err(error), "there is room for none");
+                return Ok(());
+            }
+        };
+        for number in at..end {
+            prop_assert_eq!(one(number), Ok(()), "frame {}", number);
+        }
+        if end < burst.len() {
+            let sent = packed.send(net(end), parts[end].0, Payload::private(parts[end].1));
+            prop_assert_eq!(sent, one(end), "frame {} by itself", end);
+        }
+        at = end + 1;
+    }
+    Ok(())
+}
+
+fn both_deliver_the_same_frames_to_the_guest(scenario: &Scenario, in_runs: bool) -> Result<(), TestCaseError> {
     let mut driver = Driver::new(scenario);
     let (mut split, mut packed) = (driver.split.open(scenario.features), driver.packed.open(scenario.features));
     let net = NetHeader { flags: 1, gso_type: 3, hdr_len: 54, gso_size: 1448, csum_start: 34, csum_offset: 16 };
@@ -262,7 +298,10 @@ fn both_deliver_the_same_frames_to_the_guest(scenario: &Scenario) -> Result<(), 
             packed = resumed(packed, &driver)?;
         }
         for burst in round.frames.chunks(BURST) {
-            for (number, &length) in burst.iter().enumerate() {
+            if in_runs {
+                send_in_runs(&mut split, &mut packed, burst)?;
+            }
+            for (number, &length) in burst.iter().enumerate().filter(|_| !in_runs) {
                 let frame: Vec<u8> = (0..length).map(|at| (at * 7 + number) as u8).collect();
                 let (header, tail) = frame.split_at(length.min(HEADER_COPY_BYTES));
                 let sent = split.send(net, header, Payload::private(tail));
@@ -291,7 +330,12 @@ proptest! {
 
     #[test]
     fn frames_to_the_guest_are_those_of_a_split_ring(scenario in scenario()) {
-        both_deliver_the_same_frames_to_the_guest(&scenario)?;
+        both_deliver_the_same_frames_to_the_guest(&scenario, false)?;
+    }
+
+    #[test]
+    fn runs_of_frames_to_the_guest_are_those_of_a_split_ring(scenario in scenario()) {
+        both_deliver_the_same_frames_to_the_guest(&scenario, true)?;
     }
 }
 

@@ -149,7 +149,7 @@ fn half(bytes: &[u8], at: usize) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use dreamwire_policy::{Family, Fragment, Parsed, Transport, parse};
+    use dreamwire_policy::{Family, Fragment, Packet, Parsed, Transport, parse};
     use proptest::prelude::*;
 
     use super::*;
@@ -186,8 +186,18 @@ mod tests {
     }
 
     fn check<const WORDS: usize>(frame: &[u8], key: Option<FlowKey<WORDS>>, family: Family) {
-        let Some(key) = key else { return };
-        match parse(frame, frame.len()) {
+        let parsed = parse(frame, frame.len());
+        let Some(key) = key else {
+            let header_bytes = if family == Family::V4 { usize::from(frame[14] & 15) * 4 } else { 40 };
+            let has_one = matches!(&parsed, Parsed::Ip(Packet { key, fragment: Fragment::Whole, .. })
+                if key.family == family && matches!(key.protocol, PROTOCOL_TCP | PROTOCOL_UDP));
+            // Behind options or extension headers there is none.
+            let is_plain = header_bytes == if family == Family::V4 { 20 } else { 40 }
+                && (family == Family::V4 || matches!(frame[20], PROTOCOL_TCP | PROTOCOL_UDP));
+            assert!(!has_one || !is_plain, "a key is missing: {parsed:?}");
+            return;
+        };
+        match parsed {
             Parsed::Ip(packet) => {
                 assert_eq!((packet.fragment, packet.key.family), (Fragment::Whole, family));
                 assert_eq!(matches!(packet.transport, Transport::Tcp(_)), key.is_tcp());

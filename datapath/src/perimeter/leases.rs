@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use dreamwire_policy::Connection;
 use dreamwire_vhost::memory::{Wish, prefetch};
-use foldhash::fast::RandomState;
+use foldhash::quality::RandomState;
 
 use super::flow_key::FlowKey;
 

@@ -84,7 +84,9 @@ impl Stand {
     /// It passes, and so may those that follow it.
     #[inline]
     pub(crate) fn kept(connection: Option<Connection>) -> Self {
-        connection.map_or(Self::KEPT, |connection| Self(connection.to_bits()))
+        let stand = connection.map_or(Self::KEPT, |connection| Self(connection.to_bits()));
+        debug_assert!(stand.0 >= Self::KEPT.0);
+        stand
     }
 
     /// Whether frames that follow it need not be judged here; if so, the connection that they belong to, if any.

@@ -90,31 +90,74 @@ mod tests {
         }
     }
 
+    /// A port's worker without its rings.
+    struct Bench {
+        snapshot: Snapshot,
+        perimeters: Perimeters,
+        fdb: Fdb,
+        cache: FlowCache<()>,
+        burst: Burst,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let snapshot = snapshot();
+            let mut perimeters = Perimeters::default();
+            perimeters.guard(&snapshot, PortId(0), Some(Box::new(Perimeter::new(PerimeterLimits::default(), 7))));
+            let (fdb, cache, burst) = (Fdb::default(), FlowCache::default(), Burst::default());
+            Self { snapshot, perimeters, fdb, cache, burst }
+        }
+
+        /// A burst of UDP frames from these ports; whether leases let all of them pass. What they do not is judged.
+        fn passes(&mut self, source_ports: &[u8]) -> bool {
+            let Self { snapshot, perimeters, fdb, cache, burst } = self;
+            let port = snapshot.port(PortId(0)).unwrap();
+            for (index, &source_port) in source_ports.iter().enumerate() {
+                let frame = &mut burst.frames[index];
+                frame.header[..6].copy_from_slice(&TO.0);
+                frame.header[6..12].copy_from_slice(&FROM.0);
+                frame.header[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17]);
+                (frame.header[35], frame.header[39]) = (source_port, 26);
+                (frame.header_bytes, frame.frame_bytes) = (60, 60);
+                (burst.networks[index], burst.origins[index]) = (NetworkId(0), Origin::Port(PortId(0)));
+                burst.next_hops[index] = NextHop::Undecided;
+            }
+            burst.length = source_ports.len();
+            let passes = recall(burst, PortId(0), port, snapshot, perimeters, fdb);
+            if !passes {
+                let leased: Vec<_> = (0..burst.length).map(|index| burst.egress[index] == Stand::LEASED).collect();
+                let decided: Vec<_> =
+                    (0..burst.length).map(|index| burst.next_hops[index] != NextHop::Undecided).collect();
+                assert_eq!(leased, decided);
+                police(burst, PortId(0), port, snapshot, perimeters);
+                switch(burst, snapshot, fdb, cache, |_, _| (), 0);
+                admit(burst, snapshot, perimeters, fdb);
+            }
+            assert_eq!(burst.next_hops[..burst.length], vec![NextHop::Port(PortId(1)); burst.length]);
+            passes
+        }
+    }
+
     #[test]
     fn a_flows_second_frame_gets_the_lease_that_its_third_passes_by() {
-        let snapshot = snapshot();
-        let port = snapshot.port(PortId(0)).unwrap();
-        let (mut perimeters, mut fdb, mut cache) = (Perimeters::default(), Fdb::default(), FlowCache::<()>::default());
-        perimeters.guard(&snapshot, PortId(0), Some(Box::new(Perimeter::new(PerimeterLimits::default(), 7))));
-        let mut burst = Burst::default();
-        let mut passes_by_lease = |source_port: u8| {
-            let frame = &mut burst.frames[0];
-            frame.header[..6].copy_from_slice(&TO.0);
-            frame.header[6..12].copy_from_slice(&FROM.0);
-            frame.header[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17]);
-            (frame.header[35], frame.header[39]) = (source_port, 26);
-            (frame.header_bytes, frame.frame_bytes) = (60, 60);
-            (burst.length, burst.networks[0], burst.origins[0]) = (1, NetworkId(0), Origin::Port(PortId(0)));
-            burst.next_hops[0] = NextHop::Undecided;
-            let passes = recall(&mut burst, PortId(0), port, &snapshot, &mut perimeters, &mut fdb);
-            if !passes {
-                police(&mut burst, PortId(0), port, &snapshot, &mut perimeters);
-                switch(&mut burst, &snapshot, &mut fdb, &mut cache, |_, _| (), 0);
-                admit(&mut burst, &snapshot, &mut perimeters, &fdb);
-            }
-            assert_eq!(burst.next_hops[0], NextHop::Port(PortId(1)));
-            passes
-        };
-        assert_eq!([1, 1, 1, 2, 2, 2, 1].map(&mut passes_by_lease), [false, false, true, false, false, true, true]);
+        let mut bench = Bench::new();
+        let passes = [1, 1, 1, 2, 2, 2, 1].map(|source_port| bench.passes(&[source_port]));
+        assert_eq!(passes, [false, false, true, false, false, true, true]);
+    }
+
+    #[test]
+    fn each_frame_of_a_burst_passes_by_its_own_flows_lease() {
+        let mut bench = Bench::new();
+        for source_port in [1, 1, 2, 2] {
+            bench.passes(&[source_port]);
+        }
+        assert!(bench.passes(&[1, 1, 2, 1, 2, 2]));
+        // One in the middle of a run has none, and gets it with its second frame.
+        assert!(!bench.passes(&[1, 3, 1]));
+        assert!(!bench.passes(&[1, 1, 3, 2]));
+        assert!(bench.passes(&[3, 1, 1, 3, 3, 2]));
+        let all = [1, 2, 3].repeat(10);
+        assert!(bench.passes(&all));
+        assert!(bench.passes(&[1; dreamwire_vhost::ring::BURST]));
     }
 }

@@ -343,6 +343,53 @@ mod tests {
         }
     }
 
+    proptest! {
+        /// Whatever is changed in a packet: if it still passes for one like the first, opening it finds the same.
+        #[test]
+        fn what_is_alike_is_what_opening_finds(
+            changes in proptest::collection::vec((0..60usize, any::<u8>()), 0..3),
+            lengths in proptest::option::of((0..300u16, 0..300u16)),
+            is_summed_again: bool,
+            cut in 40..250usize,
+        ) {
+            let first = ipv4();
+            let Opened::Tunnel(opened_first) = opened("192.0.2.1", &first) else { panic!("no tunnel packet") };
+            let alike = Alike::of(&opened_first, &first[..128]).unwrap();
+            prop_assert_eq!(alike.open(&first[..128], first.len()), Some(200));
+            let mut frame = first;
+            for (at, value) in changes {
+                frame[at] = value;
+            }
+            if let Some((ip_bytes, udp_bytes)) = lengths {
+                frame[16..18].copy_from_slice(&ip_bytes.to_be_bytes());
+                frame[38..40].copy_from_slice(&udp_bytes.to_be_bytes());
+            }
+            if is_summed_again {
+                frame[24..26].copy_from_slice(&[0, 0]);
+                let sum = Sum::default().bytes(&frame[14..34]).checksum();
+                frame[24..26].copy_from_slice(&sum);
+            }
+            frame.truncate(cut);
+            if let Some(inner_bytes) = alike.open(&frame[..frame.len().min(128)], frame.len()) {
+                let Opened::Tunnel(found) = opened("192.0.2.1", &frame) else { panic!("alike, but no tunnel packet") };
+                prop_assert_eq!((found.vtep, found.tunnel), (opened_first.vtep, opened_first.tunnel));
+                prop_assert_eq!((found.inner_at(), found.inner_bytes()), (Alike::INNER_AT, inner_bytes));
+                prop_assert!(!found.is_summed);
+            }
+        }
+    }
+
+    #[test]
+    fn packets_that_are_summed_or_have_options_have_none_alike() {
+        for (here, change) in [("192.0.2.1", 41), ("2001:db8::1", 0)] {
+            let there = if change == 0 { "2001:db8::2" } else { "192.0.2.2" };
+            let mut frame = packet(here, there);
+            frame[change] |= u8::from(change != 0);
+            let Opened::Tunnel(found) = opened(here, &frame) else { panic!("no tunnel packet") };
+            assert!(found.is_summed && Alike::of(&found, &frame[..128]).is_none(), "{here}");
+        }
+    }
+
     #[test]
     fn padding_behind_the_packet_is_not_the_inner_frame_s() {
         let mut frame = ipv4();

@@ -329,6 +329,8 @@ impl Outlets {
         let now_ns = self.now_ns;
         let mut sent = Sent::default();
         let mut aimed = None;
+        // Whether the wire takes runs, as far as is known.
+        let mut takes_runs = true;
         while let Some(first) = frames.first() {
             let group = if tunnel.carries_group { first.group(snapshot) } else { 0 };
             if aimed != Some(group) {
@@ -340,8 +342,11 @@ impl Outlets {
                 }
                 aimed = Some(group);
             }
-            let finished =
-                if tunnel.carries_group { frames.of_one_origin() } else { frames.len() }.min(frames.suited(0));
+            let finished = match takes_runs {
+                true if tunnel.carries_group => frames.of_one_origin().min(frames.suited(0)),
+                true => frames.suited(0),
+                false => 0,
+            };
             if finished > 0 {
                 let (hash, payload) = (
                     |frame: &RawFrame| flow_hash(&self.hasher, frame.headers()),
@@ -350,6 +355,7 @@ impl Outlets {
                 match uplink.tx.send_run(&frames.raw()[..finished], hash, payload) {
                     Ok(run) => {
                         sent += run;
+                        takes_runs = run.frames > 0;
                         frames.leave_out(run.frames as usize);
                         if run.frames as usize == finished {
                             continue;

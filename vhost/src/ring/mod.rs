@@ -7,7 +7,9 @@
 //! guest, [`Ring::send`] fills one chain (or several, with mergeable buffers) per frame and [`Ring::flush`] shows all of
 //! them to the guest at once. `complete` and `flush` notify the guest if it asked for that.
 //!
-//! What the guest controls is read once: the available index once per burst, each ring entry and descriptor once.
+//! What the guest controls is read once: the available index once per burst, each ring entry and descriptor once. Chains are seen
+//! ahead, and those of one buffer are taken as they were seen then; nothing that was seen of another counts, it is read when
+//! its turn comes.
 //! A violation of the ring's format ([`RingFault`]) stops the ring for good: the guest has to reset its device.
 //!
 //! Both layouts of VIRTIO 1.2 are served, split (§2.7) and packed (§2.8, with RING_PACKED negotiated), behind one type:
@@ -19,10 +21,12 @@ mod inflight_split;
 mod narrow;
 mod packed;
 mod packed_chain;
+mod packed_resumed;
 mod position;
 mod recover;
 mod split;
 mod split_chain;
+mod split_entries;
 
 use std::ops::AddAssign;
 use std::sync::Arc;
@@ -55,8 +59,8 @@ pub const CHAIN_SEGMENTS_MAX: usize = 256;
 /// have millions read in a burst.
 pub const CHAIN_DESCRIPTORS_MAX: u16 = 512;
 
-/// Descriptors after which a burst takes no further chain: a full burst of 32 descriptors each. With the last chain's
-/// own limit a burst reads at most twice as many.
+/// Descriptors after which a burst takes no further chain, but for those of one buffer: a full burst of 32 descriptors each. With the
+/// last chain's own limit a burst reads at most twice as many.
 pub const BURST_DESCRIPTORS_MAX: usize = 1024;
 
 /// Pieces of guest memory that one burst may refer to: at least one chain of the longest kind beside a burst of usual

@@ -21,7 +21,6 @@
 //! were checked at set-up to lie whole and aligned in one mapped region that [`Memory`] keeps mapped, indices stay below
 //! the size, and no Rust reference to guest memory is made other than to an atomic. JUSTIFICATION: as there.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
@@ -30,11 +29,11 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 
 use super::buffers::{Buffers, Direction};
-use super::inflight_packed::{Chained, Copied, Found, PackedTracker};
+use super::inflight_packed::{Copied, PackedTracker};
 use super::packed_chain::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_NEXT, FLAG_WRITE, Head, Table, descriptor, second_word,
-    walk,
+    Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_WRITE, Head, Table, descriptor, second_word, walk,
 };
+use super::packed_resumed::Resumed;
 use super::position::Position;
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
@@ -101,38 +100,6 @@ pub(super) struct PackedRing {
     inflight: Option<Box<PackedTracker>>,
     /// Chains of the device before us that are to be served first.
     resumed: Option<Box<Resumed>>,
-}
-
-/// What takes the place of the descriptors from the ring's position on, of which some may be overwritten.
-#[derive(Debug)]
-struct Resumed {
-    /// The descriptors of all chains, private.
-    words: Box<[[u64; 2]]>,
-    /// First descriptor, their number, and where the in-flight region has them.
-    chains: VecDeque<(u16, u16, Chained)>,
-}
-
-impl Resumed {
-    fn new(found: Found) -> (Position, Self) {
-        let mut words = Vec::new();
-        let mut chains = VecDeque::new();
-        for (chained, copies) in found.chains {
-            // All chains together have at most as many descriptors as the ring: the tracker has checked it.
-            let (first, slots) = (words.len() as u16, copies.len() as u16);
-            for (index, copy) in copies.iter().enumerate() {
-                // The copy says how long the chain is, not its flags.
-                let next = if index + 1 < copies.len() { FLAG_NEXT } else { 0 };
-                let flags = copy.flags & !FLAG_NEXT | next;
-                words.push([copy.address.to_le(), second_word(copy.bytes, copy.id, flags)]);
-            }
-            chains.push_back((first, slots, chained));
-        }
-        (found.position, Self { words: words.into(), chains })
-    }
-
-    fn table(&self) -> Table {
-        Table { host: self.words.as_ptr() as usize, size: self.words.len() as u16 }
-    }
 }
 
 impl PackedRing {
@@ -338,6 +305,9 @@ impl PackedRing {
     ) -> Result<Sent, SendError> {
         if self.simple_at == self.simple_end {
             self.look_for_room();
+            if self.simple_end == 0 && self.next_head(self.next, 0).is_none() {
+                return Err(SendError::Full);
+            }
         }
         let mut sent = Sent::default();
         for (index, (frame, place)) in frames.iter().zip(self.simple_at..self.simple_end).enumerate() {

@@ -14,6 +14,7 @@ use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_U
 use super::buffers::{Buffers, Direction};
 use super::inflight_split::SplitTracker;
 use super::split_chain::{DESCRIPTOR_BYTES, Table, descriptor, walk};
+use super::split_entries::{Heads, UsedEntries};
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
     RingSetup, SendError, Sent,
@@ -76,42 +77,6 @@ pub(super) struct SplitRing {
 struct Resumed {
     first: u16,
     heads: Vec<u16>,
-}
-
-/// The heads in an available ring that was checked to lie whole in mapped memory.
-#[derive(Clone, Copy)]
-struct Heads {
-    host: usize,
-    /// Of an index: which of them.
-    mask: u16,
-}
-
-impl Heads {
-    #[inline]
-    fn get(self, index: u16) -> u16 {
-        let entry = (self.host + 2 * usize::from(index & self.mask)) as *mut u16;
-        // SAFETY: a masked index is below the size, so the entry lies in the ring, which is 2-byte aligned and mapped while
-        // the ring's `buffers.memory` lives.
-        unsafe { AtomicU16::from_ptr(entry) }.load(Ordering::Relaxed)
-    }
-}
-
-/// The entries of a used ring that was checked likewise.
-#[derive(Clone, Copy)]
-struct UsedEntries {
-    host: usize,
-    mask: u16,
-}
-
-impl UsedEntries {
-    #[inline]
-    fn write(self, index: u16, head: u16, bytes: u32) {
-        let entry = (self.host + 8 * usize::from(index & self.mask)) as *mut u64;
-        // `struct virtq_used_elem`: id in the lower half, len in the upper, little-endian.
-        let value = (u64::from(head) | u64::from(bytes) << 32).to_le();
-        // SAFETY: as in `Heads::get`; 4-byte aligned. The guest does not read it before the used index is published.
-        unsafe { entry.write_unaligned(value) };
-    }
 }
 
 impl SplitRing {
@@ -202,6 +167,9 @@ impl SplitRing {
         debug_assert_eq!(self.taken, 0, "the last burst was not completed");
         let ready = usize::from(self.refresh_available(BURST as u16)?);
         let burst = ready.min(frames.len()).min(BURST);
+        if burst == 0 {
+            return Ok(0);
+        }
         // All buffers before any is read: cache misses then overlap.
         self.look_ahead(burst as u16, Direction::DeviceReads);
         self.buffers.clear();
@@ -570,12 +538,12 @@ impl SplitRing {
     /// The heads in the available ring.
     #[inline]
     fn heads(&self) -> Heads {
-        Heads { host: self.available + 4, mask: self.size - 1 }
+        Heads::new(self.available, self.size)
     }
 
     #[inline]
     fn used_entries(&self) -> UsedEntries {
-        UsedEntries { host: self.used + 4, mask: self.size - 1 }
+        UsedEntries::new(self.used, self.size)
     }
 
     /// Writes a used entry that the guest does not see yet.
