@@ -22,6 +22,7 @@ mod narrow;
 mod packed;
 mod packed_chain;
 mod packed_resumed;
+mod packed_staging;
 mod position;
 mod recover;
 mod split;

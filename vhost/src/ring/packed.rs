@@ -34,6 +34,7 @@ use super::packed_chain::{
     Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_WRITE, Head, Table, descriptor, second_word, walk,
 };
 use super::packed_resumed::Resumed;
+use super::packed_staging::Staging;
 use super::position::Position;
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
@@ -84,12 +85,7 @@ pub(super) struct PackedRing {
     mergeable: bool,
     in_order: bool,
     kicks: Kicks,
-    /// Next descriptor to take, and to use.
-    next: Position,
-    /// The first used descriptor that the driver does not see yet: where, and its second word.
-    first_staged: Option<(u16, u64)>,
-    /// Descriptors between that one and `next`.
-    staged_slots: u32,
+    staging: Staging,
     /// Chains taken by `receive` and not completed yet.
     taken: u16,
     chains: [Chain; BURST],
@@ -133,9 +129,7 @@ impl PackedRing {
             mergeable: super::mergeable(setup.features),
             in_order: super::in_order(setup.features),
             kicks: Kicks::Unknown,
-            next,
-            first_staged: None,
-            staged_slots: 0,
+            staging: Staging { next, first: None, slots: 0 },
             taken: 0,
             chains: [Chain::default(); BURST],
             simple: [Simple { id: 0, buffer: Segment::EMPTY }; BURST],
@@ -149,7 +143,7 @@ impl PackedRing {
             ring.inflight = Some(Box::new(tracker));
             if let Some(found) = found {
                 let (position, resumed) = Resumed::new(found);
-                ring.next = position;
+                ring.staging.next = position;
                 ring.resumed = Some(Box::new(resumed));
             }
         }
@@ -162,7 +156,7 @@ impl PackedRing {
 
     /// Where the next available descriptor is looked for and where the next used one goes: they are the same.
     pub(super) fn position(&self) -> u16 {
-        self.next.bits()
+        self.staging.next.bits()
     }
 
     pub(super) fn memory(&self) -> &Arc<Memory> {
@@ -184,7 +178,7 @@ impl PackedRing {
 
     /// Nothing was ever made available in a ring that is still at its start, where all memory is zero.
     pub(super) fn never_used(&self) -> bool {
-        self.next == (Position { index: 0, wrap: true }) && self.available(self.next).is_none()
+        self.staging.next == (Position { index: 0, wrap: true }) && self.available(self.staging.next).is_none()
     }
 
     #[inline]
@@ -194,7 +188,7 @@ impl PackedRing {
         self.buffers.clear();
         let mut taken = 0;
         let mut visited = 0;
-        let mut at = self.next;
+        let mut at = self.staging.next;
         while taken < burst && self.buffers.has_room() {
             // All usual chains at once, before any buffer is read: cache misses then overlap.
             let simple = self.look_ahead(at, burst - taken, Direction::DeviceReads);
@@ -269,9 +263,11 @@ impl PackedRing {
     #[inline]
     pub(super) fn complete(&mut self) {
         if !self.in_order || !self.stage_batch() {
+            let mut staging = self.staging;
             for index in 0..usize::from(self.taken) {
-                self.stage_used(self.chains[index], 0, 0);
+                self.stage_used(&mut staging, self.chains[index], 0, 0);
             }
+            self.staging = staging;
         }
         self.taken = 0;
         self.buffers.clear();
@@ -288,8 +284,10 @@ impl PackedRing {
             return self.send_merged(net, header, payload, need);
         };
         self.buffers.fill_one(buffer, net, header, payload);
+        let mut staging = self.staging;
         // At most the buffer's bytes.
-        self.stage_used(Chain { id, slots: 1 }, need as u32, FLAG_WRITE);
+        self.stage(&mut staging, Chain { id, slots: 1 }, need as u32, FLAG_WRITE);
+        self.staging = staging;
         self.simple_at += 1;
         Ok(())
     }
@@ -305,18 +303,19 @@ impl PackedRing {
     ) -> Result<Sent, SendError> {
         if self.simple_at == self.simple_end {
             self.look_for_room();
-            if self.simple_end == 0 && self.next_head(self.next, 0).is_none() {
+            if self.simple_end == 0 && self.next_head(self.staging.next, 0).is_none() {
                 return Err(SendError::Full);
             }
         }
-        let mut sent = Sent::default();
+        let (mut sent, mut staging) = (Sent::default(), self.staging);
         for (index, (frame, place)) in frames.iter().zip(self.simple_at..self.simple_end).enumerate() {
             let Simple { id, buffer } = self.simple[place];
             let filled = self.buffers.fill_frame(buffer, net(index), &mut before, frame, || payload(index));
             let Some(bytes) = filled else { break };
-            self.stage(Chain { id, slots: 1 }, bytes, FLAG_WRITE);
+            self.stage(&mut staging, Chain { id, slots: 1 }, bytes, FLAG_WRITE);
             sent += Sent { frames: 1, bytes: u64::from(frame.frame_bytes) };
         }
+        self.staging = staging;
         self.simple_at += sent.frames as usize;
         Ok(sent)
     }
@@ -324,7 +323,7 @@ impl PackedRing {
     /// Notes the next buffers that the guest has posted to be written to, if they are of the usual kind.
     #[inline(never)]
     fn look_for_room(&mut self) {
-        self.simple_end = self.look_ahead(self.next, BURST, Direction::DeviceWrites);
+        self.simple_end = self.look_ahead(self.staging.next, BURST, Direction::DeviceWrites);
         self.simple_at = 0;
     }
 
@@ -334,7 +333,7 @@ impl PackedRing {
         let mut count = 0;
         let mut room = 0u64;
         let mut visited = 0;
-        let mut at = self.next;
+        let mut at = self.staging.next;
         self.buffers.clear();
         while room < need {
             if count > 0 && (!self.mergeable || count == MERGED_CHAINS_MAX) {
@@ -359,9 +358,11 @@ impl PackedRing {
         if self.resumed.is_some() {
             self.take_resumed(count);
         }
+        let mut staging = self.staging;
         for &(chain, bytes) in &chains[..count] {
-            self.stage_used(chain, bytes, FLAG_WRITE);
+            self.stage_used(&mut staging, chain, bytes, FLAG_WRITE);
         }
+        self.staging = staging;
         // Chains of one descriptor are the next that were noted; of others it is not known where they lead.
         let noted =
             chains[..count].iter().all(|(chain, _)| chain.slots == 1) && count <= self.simple_end - self.simple_at;
@@ -372,10 +373,10 @@ impl PackedRing {
     /// Publishes staged used descriptors; returns whether the guest wants to be notified of them.
     #[inline]
     pub(super) fn publish(&mut self) -> bool {
-        let Some((index, word)) = self.first_staged.take() else { return false };
-        let slots = std::mem::take(&mut self.staged_slots);
+        let Some((index, word)) = self.staging.first.take() else { return false };
+        let slots = std::mem::take(&mut self.staging.slots);
         if let Some(tracker) = &mut self.inflight {
-            tracker.using(self.next);
+            tracker.using(self.staging.next);
         }
         // Release: pairs with the driver's read barrier after it reads the flags; the descriptors behind and the
         // buffers written before are visible with it (§2.8.15).
@@ -387,7 +388,7 @@ impl PackedRing {
         // the mirror image); pairs with the driver's barrier after it writes its event suppression structure.
         fence(Ordering::SeqCst);
         if let Some(tracker) = &mut self.inflight {
-            tracker.used(self.next);
+            tracker.used(self.staging.next);
         }
         let (event, flags) = self.driver_event();
         match flags & EVENT_FLAGS {
@@ -396,8 +397,8 @@ impl PackedRing {
                 // §2.8.10: notify when the descriptor at `event` was used just now. Counted from the start of this lap:
                 // `next` lies there, what was used goes back up to a whole ring, and so does an event of the lap before.
                 let size = i32::from(self.table.size);
-                let new = i32::from(self.next.index);
-                let behind = if event.wrap == self.next.wrap { 0 } else { size };
+                let new = i32::from(self.staging.next.index);
+                let behind = if event.wrap == self.staging.next.wrap { 0 } else { size };
                 let event = i32::from(event.index) - behind;
                 (new - slots.min(size as u32) as i32..new).contains(&event)
             }
@@ -417,7 +418,7 @@ impl PackedRing {
 
     #[inline]
     pub(super) fn has_work(&self) -> bool {
-        self.available(self.next).is_some()
+        self.available(self.staging.next).is_some()
     }
 
     pub(super) fn disable_kicks(&mut self) {
@@ -442,7 +443,7 @@ impl PackedRing {
 
     /// Both halves in one store: drivers read them in one load.
     fn write_device_event(&self, flags: u16) {
-        let word = u32::from(self.next.bits()) | u32::from(flags) << 16;
+        let word = u32::from(self.staging.next.bits()) | u32::from(flags) << 16;
         // SAFETY: the structure was checked at set-up: 4 bytes, aligned to 4, mapped while `self.buffers.memory` lives.
         unsafe { AtomicU32::from_ptr(self.device_event as *mut u32) }.store(word.to_le(), Ordering::Relaxed);
         if let Some(RingLog { log, used_address: Some(_) }) = &self.buffers.log {
@@ -493,7 +494,7 @@ impl PackedRing {
     fn track_taken(&mut self) {
         let resumed = self.take_resumed(usize::from(self.taken));
         let Some(mut tracker) = self.inflight.take() else { return };
-        let mut at = self.next;
+        let mut at = self.staging.next;
         for (index, chain) in self.chains[..usize::from(self.taken)].iter().enumerate() {
             if index >= resumed {
                 // A second look at what the driver may change meanwhile: it misleads nobody but its own next device, which
@@ -544,38 +545,35 @@ impl PackedRing {
         let (Some(last), true) = (chains.last(), slots <= u32::from(self.table.size)) else { return false };
         let batch = Chain { id: last.id, slots: slots as u16 };
         if batch.slots > 1 {
-            let tail = self.next.after(batch.slots - 1, self.table.size);
+            let tail = self.staging.next.after(batch.slots - 1, self.table.size);
             let word = second_word(slots, batch.id, FLAG_BATCH_END | tail.used_flags());
             self.second_word_at(tail.index).store(word, Ordering::Relaxed);
         }
-        self.stage(batch, 0, 0);
+        let mut staging = self.staging;
+        self.stage(&mut staging, batch, 0, 0);
+        self.staging = staging;
         true
     }
 
-    /// Gives the chain at `next` back; the driver sees nothing of it before `publish`.
+    /// Gives the next chain back; the driver sees nothing of it before `publish`.
     #[inline]
-    fn stage_used(&mut self, chain: Chain, bytes: u32, flags: u16) {
+    fn stage_used(&self, staging: &mut Staging, chain: Chain, bytes: u32, flags: u16) {
         // The chain's other descriptors first: once its head is used, all of it is the driver's.
-        let mut at = self.next;
+        let mut at = staging.next;
         for _ in 1..chain.slots {
             at = at.after(1, self.table.size);
             self.flags_at(at.index).store(at.used_flags().to_le(), Ordering::Relaxed);
         }
-        self.stage(chain, bytes, flags);
+        self.stage(staging, chain, bytes, flags);
     }
 
-    /// The used descriptor of a chain at `next`, or of several.
-    #[inline]
-    fn stage(&mut self, chain: Chain, bytes: u32, flags: u16) {
-        let word = second_word(bytes, chain.id, flags | self.next.used_flags());
-        if self.first_staged.is_none() {
-            self.first_staged = Some((self.next.index, word));
-        } else {
+    /// The used descriptor of the next chain, or of several.
+    #[inline(always)]
+    fn stage(&self, staging: &mut Staging, chain: Chain, bytes: u32, flags: u16) {
+        if let Some((index, word)) = staging.give_back(chain, bytes, flags, self.table.size) {
             // Relaxed: the driver does not look behind the first one, whose store is the release.
-            self.second_word_at(self.next.index).store(word, Ordering::Relaxed);
+            self.second_word_at(index).store(word, Ordering::Relaxed);
         }
-        self.staged_slots += u32::from(chain.slots);
-        self.next = self.next.after(chain.slots, self.table.size);
     }
 
     #[inline]
