@@ -102,8 +102,7 @@ impl Alike {
     #[inline(always)]
     fn read(header: &[u8; Self::BYTES]) -> Self {
         let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| header[at + byte]));
-        // Without DSCP and ECN; flags, fragment offset and protocol without TTL, source, destination, both ports' second and the
-        // checksum.
+        // Of IP all but DSCP, ECN, lengths, identification, TTL and checksum; of UDP the destination port and the checksum.
         let (types, fragment) = (word(8) & 0x00ff_ffff_ffff_ffff, word(20) & 0x0000_0000_ff00_ffff);
         let udp = u64::from(header[36]) << 32 | u64::from(header[37]) << 40;
         let sum = u64::from(header[40]) << 48 | u64::from(header[41]) << 56;
@@ -380,7 +379,19 @@ mod tests {
     }
 
     #[test]
-    fn packets_that_are_summed_or_have_options_have_none_alike() {
+    fn a_packet_with_ip_options_has_none_alike() {
+        let mut frame = ipv4();
+        frame.splice(34..34, [1; 4]);
+        (frame[14], frame[17]) = (0x46, frame[17] + 4);
+        frame[24..26].copy_from_slice(&[0, 0]);
+        let sum = Sum::default().bytes(&frame[14..38]).checksum();
+        frame[24..26].copy_from_slice(&sum);
+        let Opened::Tunnel(found) = opened("192.0.2.1", &frame) else { panic!("no tunnel packet") };
+        assert!(found.udp_at == 38 && Alike::of(&found, &frame[..128]).is_none());
+    }
+
+    #[test]
+    fn packets_that_are_summed_have_none_alike() {
         for (here, change) in [("192.0.2.1", 41), ("2001:db8::1", 0)] {
             let there = if change == 0 { "2001:db8::2" } else { "192.0.2.2" };
             let mut frame = packet(here, there);
