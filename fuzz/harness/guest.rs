@@ -6,8 +6,8 @@
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::sync::Arc;
 
-use dreamwire_vhost::frame::RawFrame;
-use dreamwire_vhost::memory::Memory;
+use dreamwire_vhost::frame::{Bare, NetHeader, RawFrame};
+use dreamwire_vhost::memory::{Memory, Payload};
 use dreamwire_vhost::ring::{FRAME_BYTES_MAX, Ring, RingSetup};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
@@ -116,4 +116,15 @@ pub(crate) fn check_frames(ring: &Ring, frames: &[RawFrame]) {
         let mut copy = vec![0; payload.bytes() as usize];
         payload.copy_out(&mut copy);
     }
+}
+
+/// Sends three frames of these bytes in a run; returns how many went in.
+pub(crate) fn send_run(ring: &mut Ring, header: &[u8], payload: &[u8]) -> u16 {
+    let frame_bytes = (header.len() + payload.len()) as u32;
+    let mut frame = RawFrame { header_bytes: header.len() as u16, frame_bytes, ..RawFrame::EMPTY };
+    frame.header[..header.len()].copy_from_slice(header);
+    let frames = [frame.clone(), frame.clone(), frame];
+    let net = |number| (number == 1).then_some(NetHeader::default());
+    let sent = ring.send_run(&frames, Bare, net, |_| Payload::private(payload));
+    sent.map_or(0, |sent| sent.frames as u16)
 }

@@ -9,7 +9,7 @@ use dreamwire_vhost::frame::{NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{BURST, Ring, RingSetup};
 
-use super::guest::{AVAILABLE, ENTRIES_MAX, Guest, USED, buffer, check_frames};
+use super::guest::{AVAILABLE, ENTRIES_MAX, Guest, USED, buffer, check_frames, send_run};
 
 const RING_PACKED: u64 = 1 << 34;
 const WRAP: u16 = 1 << 15;
@@ -144,6 +144,10 @@ fn send(guest: &Guest, mut ring: Ring, turns: u8, frame_bytes: usize) {
         let sent = ring.send(NetHeader::default(), header, Payload::private(payload));
         assert_eq!(ring.next_used(), ring.next_avail());
         assert_eq!(sent.is_ok(), moved(before, ring.next_avail(), size) > 0, "all of a frame, or nothing");
+        let before = ring.next_avail();
+        let run = send_run(&mut ring, header, payload);
+        assert_eq!(ring.next_used(), ring.next_avail());
+        assert_eq!(moved(before, ring.next_avail(), size), run, "a descriptor each");
         ring.flush();
         offer(guest, ring.next_avail(), size, turns >> 3);
     }

@@ -6,7 +6,7 @@ use dreamwire_vhost::frame::{NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{BURST, Ring};
 
-use super::guest::{AVAILABLE, Guest, buffer, check_frames};
+use super::guest::{AVAILABLE, Guest, buffer, check_frames, send_run};
 
 thread_local! {
     /// Made once: fuzzers run a case in microseconds.
@@ -79,6 +79,9 @@ fn send(guest: &Guest, mut ring: Ring, turns: u8, frame_bytes: usize) {
         let moved = (ring.next_avail().wrapping_sub(avail), ring.next_used().wrapping_sub(used));
         assert_eq!(moved.0, moved.1);
         assert_eq!(sent.is_ok(), moved.0 > 0, "all of a frame, or nothing");
+        let (avail, used) = (ring.next_avail(), ring.next_used());
+        let run = send_run(&mut ring, header, payload);
+        assert_eq!((ring.next_avail().wrapping_sub(avail), ring.next_used().wrapping_sub(used)), (run, run));
         ring.flush();
         guest.set(AVAILABLE + 2, ring.next_avail().wrapping_add(u16::from(turns >> 3)));
     }
