@@ -1,11 +1,14 @@
 //! Buffers and the descriptor chains that describe them: slot `s` of a ring owns descriptors
 //! `s * n .. (s + 1) * n` and, by default, one buffer. Shared by the transmit and the receive queue.
 
+use std::sync::Arc;
+
 use super::error::FrontEndError;
 use super::layout::{DESC_INDIRECT, DESC_NEXT, DESCRIPTOR_BYTES, Descriptor};
 use super::memory::{Arena, GuestMemory};
 use super::packed::PackedRing;
-use super::ring::Ring;
+use super::ring::{Ring, either};
+use super::slots::Slots;
 use super::split::RingError;
 
 /// Longest chain that we make. Linux's virtio-net never exceeds MAX_SKB_FRAGS + 2 = 19.
@@ -44,6 +47,7 @@ impl Buffer {
 #[derive(Debug)]
 pub(super) struct Chains {
     pub(super) ring: Ring,
+    pub(super) memory: Arc<GuestMemory>,
     pub(super) header_bytes: usize,
     shape: ChainShape,
     /// Ring descriptors per chain.
@@ -51,7 +55,7 @@ pub(super) struct Chains {
     buffers: Box<[Buffer]>,
     buffer_bytes: usize,
     tables: Box<[Buffer]>,
-    outstanding: Box<[bool]>,
+    pub(super) slots: Slots,
 }
 
 impl Chains {
@@ -83,13 +87,10 @@ impl Chains {
             buffers: pieces(buffer_stride, slots)?,
             buffer_bytes,
             tables: pieces(usize::from(shape.descriptors) * DESCRIPTOR_BYTES, if shape.indirect { slots } else { 0 })?,
-            outstanding: vec![false; usize::from(slots)].into(),
+            slots: Slots::new(slots, stride),
+            memory,
             ring,
         })
-    }
-
-    pub(super) fn slots(&self) -> u16 {
-        self.outstanding.len() as u16
     }
 
     /// Bytes of a slot's buffer, header included.
@@ -102,30 +103,56 @@ impl Chains {
         self.buffers[usize::from(slot)]
     }
 
-    /// Where the buffer of the chain at `head` begins; `None` for a head that there is not.
+    /// A chain is one descriptor of the ring's.
     #[inline(always)]
-    pub(super) fn offset_of(&self, head: u32) -> Option<usize> {
-        let stride = u32::from(self.stride);
-        let slot = if stride == 1 { head } else { head / stride };
-        self.buffers.get(slot as usize).map(|buffer| buffer.offset)
+    fn is_plain(&self) -> bool {
+        self.shape.descriptors == 1 && !self.shape.indirect
     }
 
-    /// Describes `bytes` (header included) at `buffer` as slot's chain and offers it. `flags`: DESC_WRITE or 0.
+    /// Offers chains with `contents` (of a slot: its buffer and bytes), as many as are free but `most`; returns how many.
     #[inline(always)]
-    pub(super) fn offer(&mut self, slot: u16, buffer: Buffer, bytes: usize, flags: u16) {
-        let head = slot * self.stride;
-        self.outstanding[usize::from(slot)] = true;
-        if self.shape.descriptors == 1 && !self.shape.indirect {
-            let descriptor = Descriptor { address: buffer.guest_address, bytes: bytes as u32, flags, next: 0 };
-            self.ring.offer_one(head, descriptor);
+    pub(super) fn offer_each(
+        &mut self,
+        most: u16,
+        flags: u16,
+        mut contents: impl FnMut(Buffer) -> (Buffer, usize),
+    ) -> u16 {
+        let count = most.min(self.slots.free());
+        if self.is_plain() {
+            let chains = self.slots.give(count).map(|slot| {
+                let (buffer, bytes) = contents(self.buffers[usize::from(slot)]);
+                (slot, Descriptor { address: buffer.guest_address, bytes: bytes as u32, flags, next: 0 })
+            });
+            either!(&mut self.ring, ring => ring.offer_each(chains));
         } else {
-            self.describe(slot, head, buffer, bytes, flags);
-            self.ring.offer(head);
+            for slot in self.slots.give(count).collect::<Vec<_>>() {
+                let (buffer, bytes) = contents(self.buffer(slot));
+                self.describe(slot, buffer, bytes, flags);
+                self.ring.offer(slot * self.stride);
+            }
         }
+        count
     }
 
+    /// Takes up to `most` chains back that the device is done with; shows each slot's buffer, and the bytes that were written, to
+    /// `each`. Returns how many.
+    #[inline(always)]
+    pub(super) fn reap(&mut self, most: u16, mut each: impl FnMut(Buffer, u32)) -> Result<u16, RingError> {
+        let (slots, buffers) = (&mut self.slots, &self.buffers);
+        let mut ends = slots.ends();
+        let count = either!(&mut self.ring, ring => ring.reap(most, |used| {
+            let slot = slots.take_back(&mut ends, used.head)?;
+            each(buffers[usize::from(slot)], used.bytes);
+            Ok(())
+        }))?;
+        slots.set_ends(ends);
+        Ok(count)
+    }
+
+    /// Describes `bytes` (header included) at `buffer` as slot's chain. `flags`: DESC_WRITE or 0.
     #[inline(never)]
-    fn describe(&mut self, slot: u16, head: u16, buffer: Buffer, bytes: usize, flags: u16) {
+    fn describe(&mut self, slot: u16, buffer: Buffer, bytes: usize, flags: u16) {
+        let head = slot * self.stride;
         let mut chain = [Descriptor::default(); CHAIN_DESCRIPTORS_MAX as usize];
         let count = self.cut(&mut chain, buffer, bytes, flags);
         if !self.shape.indirect {
@@ -171,24 +198,5 @@ impl Chains {
             count += 1;
         }
         count
-    }
-
-    /// The slot of a head that the device is done with; its chain is ours again.
-    #[inline(always)]
-    pub(super) fn take_back(&mut self, head: u32) -> Result<u16, RingError> {
-        let stride = u32::from(self.stride);
-        let (slot, rest) = if stride == 1 { (head, 0) } else { (head / stride, head % stride) };
-        match self.outstanding.get_mut(slot as usize) {
-            Some(outstanding) if *outstanding && rest == 0 => {
-                *outstanding = false;
-                Ok(slot as u16)
-            }
-            _ => Err(RingError::HeadNotOutstanding { head }),
-        }
-    }
-
-    /// The reverse of [`Self::take_back`], for a frame of which a part is still missing.
-    pub(super) fn undo_take_back(&mut self, slot: u16) {
-        self.outstanding[usize::from(slot)] = true;
     }
 }

@@ -105,8 +105,13 @@ impl VirtioNetHeader {
 
     /// The reverse of [`Self::to_bytes`].
     pub fn from_bytes(bytes: [u8; HEADER_BYTES_MAX]) -> Self {
-        let word = |at: usize| u64::from(u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]));
-        Self::from_words(word(0) | word(4) << 32, word(8) as u32)
+        let (first, last) = words(bytes);
+        Self::from_words(first, last)
+    }
+
+    /// The reverse of [`Self::from_words`].
+    pub fn to_words(self) -> (u64, u32) {
+        words(self.to_bytes())
     }
 
     /// From the little-endian words of its first eight and last four bytes: twelve bytes copied as a block and then taken
@@ -123,6 +128,11 @@ impl VirtioNetHeader {
             num_buffers: (last >> 16) as u16,
         }
     }
+}
+
+fn words(bytes: [u8; HEADER_BYTES_MAX]) -> (u64, u32) {
+    let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    (u64::from(word(0)) | u64::from(word(4)) << 32, word(8))
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
@@ -248,18 +249,7 @@ impl GuestMemory {
     /// Copies bytes out. Order them with an acquire load of an index before.
     #[inline]
     pub fn read(&self, offset: usize, into: &mut [u8]) {
-        let from = self.at(offset, into.len());
-        // SAFETY: `from` is good for into.len() (checked), `into` is private memory and cannot overlap. A
-        // back-end that still writes leaves torn bytes, which are bytes.
-        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
-    }
-
-    /// Copies `N` bytes out, for headers of known size.
-    #[inline]
-    pub fn read_array<const N: usize>(&self, offset: usize) -> [u8; N] {
-        let from = self.at(offset, N).cast::<[u8; N]>();
-        // SAFETY: in range (checked), any bytes are a valid array, and the read has no alignment to keep.
-        unsafe { from.read_unaligned() }
+        self.view(offset, into.len()).read(into);
     }
 
     /// Asks for the cache line at `offset`, which another core wrote last: fetching it takes as long as a frame costs.
@@ -276,12 +266,50 @@ impl GuestMemory {
         let _ = pointer;
     }
 
-    /// Copies `N` words out, from any offset.
+    /// The `bytes` bytes at `offset`, for several reads with one check.
+    #[inline(always)]
+    pub fn view(&self, offset: usize, bytes: usize) -> View<'_> {
+        View { start: self.at(offset, bytes), bytes, memory: PhantomData }
+    }
+}
+
+/// A part of guest memory that has been found to be inside of it. Not what is in it: the other side may write at any time.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    start: *const u8,
+    bytes: usize,
+    memory: PhantomData<&'a GuestMemory>,
+}
+
+impl View<'_> {
+    /// Length, bytes.
+    #[inline(always)]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies the little-endian words at `places` out, counted from byte `start` on; `None` if it ends before one of them does.
+    #[inline(always)]
+    pub fn words<const N: usize>(&self, start: usize, places: [usize; N]) -> Option<[u64; N]> {
+        let end = places.into_iter().max().unwrap_or(0) + 8;
+        if self.bytes < end || start > self.bytes - end {
+            return None;
+        }
+        // SAFETY: all inside of the view (just checked), and that of a mapping that outlives it; any bits are a valid word, and
+        // the read has no alignment to keep.
+        Some(places.map(|at| u64::from_le(unsafe { self.start.add(start + at).cast::<u64>().read_unaligned() })))
+    }
+
+    /// Copies its first bytes out.
+    ///
+    /// # Panics
+    /// If `into` is longer.
     #[inline]
-    pub fn read_words<const N: usize>(&self, offset: usize) -> [u64; N] {
-        let from = self.at(offset, 8 * N).cast::<[u64; N]>();
-        // SAFETY: in range (checked), any bits are valid words, and the read has no alignment to keep.
-        unsafe { from.read_unaligned() }.map(u64::from_le)
+    pub fn read(&self, into: &mut [u8]) {
+        assert!(into.len() <= self.bytes, "{} of {} bytes", into.len(), self.bytes);
+        // SAFETY: inside of the view (just checked), `into` is private memory and cannot overlap. A back-end that still writes
+        // leaves torn bytes, which are bytes.
+        unsafe { std::ptr::copy_nonoverlapping(self.start, into.as_mut_ptr(), into.len()) }
     }
 }
 
@@ -332,7 +360,9 @@ mod tests {
         let memory = GuestMemory::new(8192, 1).unwrap();
         memory.write(5, b"frame");
         memory.store_u16(100, 0x1234, Ordering::Release);
-        assert_eq!(&memory.read_array::<5>(5), b"frame");
+        let mut read = [0; 5];
+        memory.read(5, &mut read);
+        assert_eq!(&read, b"frame");
         let mut bytes = [0; 2];
         memory.file().unwrap().read_exact_at(&mut bytes, 100).unwrap();
         assert_eq!(bytes, [0x34, 0x12], "virtio is little-endian");

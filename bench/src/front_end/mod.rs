@@ -8,9 +8,9 @@
 //! ```text
 //!  send_burst, repost_burst                                     receive_burst, receive_views
 //!        v                                                                 ^
-//!  transmit (free slots) -> chains -> ring   |   ring -> chains -> receive (merge, refill)
-//!                                     \      |      /
-//!                                           back-end (device)
+//!  transmit (templates) -> chains (slots) -> ring   |   ring -> chains (slots) -> receive (merge, refill)
+//!                                          \      |      /
+//!                                                back-end (device)
 //! ```
 //! Tests that play a hostile guest take [`FrontEnd::raw`] for the rings and [`FrontEnd::connection`] for the messages.
 //!
@@ -29,6 +29,7 @@ pub mod packed;
 pub mod raw;
 pub mod receive;
 pub mod ring;
+mod slots;
 pub mod split;
 pub mod transmit;
 
@@ -50,7 +51,7 @@ pub use handshake::Negotiated;
 pub use header::{VirtioNetHeader, feature};
 pub use options::{MessageOrder, Options};
 pub use raw::RawDriver;
-pub use receive::{Receive, Received};
+pub use receive::{Receive, Received, Taker};
 pub use transmit::{BURST, Transmit};
 
 use doorbell::Doorbell;

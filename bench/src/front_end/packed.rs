@@ -3,9 +3,9 @@
 //! Theory of operation. A split driver names a chain by its head in a table that it owns for good. So does this one,
 //! towards its caller: `set_descriptor` writes into a private table, and `offer` copies the chain at a head to where
 //! the ring goes on, with the head as buffer id. Descriptors are written whole and at once, but for the flags of the
-//! first chain since the last `publish`: those follow last, so that the device sees all or nothing. `pending` collects
-//! what the device has used, in its order; what a used descriptor stands for, and how many descriptors it skips, is
-//! known by its id.
+//! first chain since the last `publish`: those follow last, so that the device sees all or nothing. What a used descriptor
+//! stands for, and how many descriptors it skips, is known by its id. Where the device goes on is expected, though, and not
+//! computed from what it wrote: descriptors in a row come from its core one after the other only if each says where the next is.
 //!
 //! With IN_ORDER the device may use a batch with one descriptor, which has the id of the last chain: all that were offered
 //! before are used with it. They get length 0, as chains for sending do: a device that does so with a receiveq is not
@@ -13,7 +13,6 @@
 //!
 //! Nothing that the device writes is trusted, as in split.rs.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -96,19 +95,19 @@ pub struct PackedRing {
     table: Box<[Descriptor]>,
     /// Ring descriptors of the chain with each id, 0: it is not outstanding.
     slots: Box<[u16]>,
-    /// With IN_ORDER: the ids outstanding, as they were offered.
-    order: Option<VecDeque<u16>>,
+    /// By where they were put: the chains' ids and ring descriptors.
+    chains: Box<[(u16, u16)]>,
+    in_order: bool,
+    /// All chains up to this id are used, as the device has said with it.
+    batch: Option<u16>,
     /// Of the first descriptor since the last publish the second word, and where it goes.
     first: Option<(usize, u64)>,
     /// Descriptors written since then.
     unpublished: u32,
-    /// Chains published, not yet found used.
+    /// Chains published, not yet reaped.
     in_flight: u16,
     /// Chains offered since the last publish.
     offered: u16,
-    /// Used; those before `reaped` are reaped.
-    found: Vec<Used>,
-    reaped: usize,
 }
 
 impl PackedRing {
@@ -129,13 +128,13 @@ impl PackedRing {
             used: at,
             table: vec![Descriptor::default(); entries].into(),
             slots: vec![0; entries].into(),
-            order: in_order.then(|| VecDeque::with_capacity(entries)),
+            chains: vec![(0, 0); entries].into(),
+            in_order,
+            batch: None,
             first: None,
             unpublished: 0,
             in_flight: 0,
             offered: 0,
-            found: Vec::with_capacity(3 * entries),
-            reaped: 0,
             memory,
             layout,
         };
@@ -165,7 +164,7 @@ impl PackedRing {
 
     /// Chains offered and not yet reaped.
     pub fn outstanding(&self) -> u16 {
-        self.in_flight + self.offered + (self.found.len() - self.reaped) as u16
+        self.in_flight + self.offered
     }
 
     /// Sets a descriptor of the caller's table. The caller sees to it that no outstanding chain contains it.
@@ -177,37 +176,41 @@ impl PackedRing {
     /// Writes a chain into the ring; invisible to the device until [`Self::publish`].
     #[inline]
     pub fn offer(&mut self, head: u16) {
-        let mut slots = 1;
-        let mut descriptor = self.table[usize::from(head)];
-        self.put(head, descriptor);
-        while descriptor.flags & DESC_NEXT != 0 {
-            descriptor = self.table[usize::from(descriptor.next)];
-            self.put(head, descriptor);
+        let (start, mut slots) = (self.available, 0);
+        let mut next = Some(head);
+        while let Some(index) = next {
+            let descriptor = self.table[usize::from(index)];
+            self.available = self.put(self.available, head, descriptor);
             slots += 1;
+            next = (descriptor.flags & DESC_NEXT != 0).then_some(descriptor.next);
         }
         debug_assert!(slots <= self.layout.size, "a chain of {slots} at {head}");
-        self.note(head, slots);
+        self.note(start, head, slots);
     }
 
-    /// As [`Self::offer`], of one descriptor that need not be in the table: the usual chain, and none of the rest's costs.
+    /// As [`Self::offer`], of chains of one descriptor, by their heads, which need not be in the table.
     #[inline(always)]
-    pub fn offer_one(&mut self, head: u16, descriptor: Descriptor) {
-        self.put(head, descriptor);
-        self.note(head, 1);
-    }
-
-    #[inline(always)]
-    fn note(&mut self, head: u16, slots: u16) {
-        self.slots[usize::from(head)] = slots;
-        if let Some(order) = &mut self.order {
-            order.push_back(head);
+    pub fn offer_each(&mut self, chains: impl Iterator<Item = (u16, Descriptor)>) {
+        let mut at = self.available;
+        for (head, descriptor) in chains {
+            let after = self.put(at, head, descriptor);
+            self.note(at, head, 1);
+            at = after;
         }
+        self.available = at;
+    }
+
+    #[inline(always)]
+    fn note(&mut self, start: Position, head: u16, slots: u16) {
+        self.slots[usize::from(head)] = slots;
+        self.chains[usize::from(start.index)] = (head, slots);
+        self.unpublished += u32::from(slots);
         self.offered += 1;
     }
 
+    /// Writes a descriptor; returns where the next goes.
     #[inline(always)]
-    fn put(&mut self, id: u16, descriptor: Descriptor) {
-        let at = self.available;
+    fn put(&mut self, at: Position, id: u16, descriptor: Descriptor) -> Position {
         let [address, rest] = Self::words(descriptor, id, descriptor.flags | at.available_flags());
         let offset = self.layout.descriptor(at.index);
         self.memory.store_u64(offset, address);
@@ -215,8 +218,7 @@ impl PackedRing {
             None => self.first = Some((offset + 8, rest)),
             Some(_) => self.memory.store_u64(offset + 8, rest),
         }
-        self.unpublished += 1;
-        self.available = at.after(1, self.layout.size);
+        at.after(1, self.layout.size)
     }
 
     /// A descriptor's two words as a packed ring has them: id before flags, and no next.
@@ -247,66 +249,57 @@ impl PackedRing {
         }
     }
 
-    /// Chains that the device used and we have not reaped.
+    /// Shows up to `most` chains that the device has used to `each`, in its order; returns how many. What is in their buffers may
+    /// be read afterwards.
     ///
     /// # Errors
-    /// [`RingError::HeadNotOutstanding`] if it used what it was not given.
+    /// [`RingError::HeadNotOutstanding`] if it used what it was not given; what `each` says.
     #[inline(always)]
-    pub fn pending(&mut self) -> Result<u16, RingError> {
-        if self.reaped > self.slots.len() {
-            self.found.drain(..std::mem::take(&mut self.reaped));
-        }
-        let before = self.found.len();
-        while self.in_flight > 0 {
-            let offset = self.layout.descriptor(self.used.index);
-            let rest = self.memory.load_u64(offset + 8);
-            if (rest >> 48) as u16 & (DESC_AVAIL | DESC_USED) != self.used.used_flags() {
-                break;
+    pub fn reap(&mut self, most: u16, mut each: impl FnMut(Used) -> Result<(), RingError>) -> Result<u16, RingError> {
+        let most = most.min(self.in_flight);
+        let mut at = self.used;
+        let mut count = 0;
+        while count < most {
+            let (expected, mut slots) = self.chains[usize::from(at.index)];
+            let (mut id, mut bytes) = (expected, 0);
+            if self.batch.is_none() {
+                let rest = self.memory.load_u64(self.layout.descriptor(at.index) + 8);
+                if (rest >> 48) as u16 & (DESC_AVAIL | DESC_USED) != at.used_flags() {
+                    break;
+                }
+                (id, bytes) = ((rest >> 32) as u16, rest as u32);
+            } else if self.batch == Some(id) {
+                self.batch = None;
             }
-            let id = (rest >> 32) as u16;
-            if self.slots.get(usize::from(id)).is_none_or(|slots| *slots == 0) {
-                return Err(RingError::HeadNotOutstanding { head: u32::from(id) });
+            if id != expected || slots == 0 || self.slots[usize::from(id)] != slots {
+                slots = self.unexpected(id)?;
+                if self.in_order {
+                    self.batch = Some(id);
+                    continue;
+                }
             }
-            while let Some(next) = self.order.as_mut().and_then(VecDeque::pop_front)
-                && next != id
-            {
-                self.take(next, 0)?;
-            }
-            self.take(id, rest as u32)?;
+            self.slots[usize::from(id)] = 0;
+            each(Used { head: u32::from(id), bytes })?;
+            at = at.after(slots, self.layout.size);
+            count += 1;
         }
-        if self.found.len() > before {
-            // Acquire: pairs with the device's release stores of the flags.
-            fence(Ordering::Acquire);
+        self.used = at;
+        self.in_flight -= count;
+        // Acquire: pairs with the device's release stores of the flags.
+        fence(Ordering::Acquire);
+        match self.batch {
+            Some(id) if self.in_flight == 0 => Err(RingError::HeadNotOutstanding { head: u32::from(id) }),
+            _ => Ok(count),
         }
-        Ok((self.found.len() - self.reaped) as u16)
     }
 
-    /// A chain that is outstanding is used.
-    #[inline(always)]
-    fn take(&mut self, id: u16, bytes: u32) -> Result<(), RingError> {
-        if self.in_flight == 0 {
-            return Err(RingError::HeadNotOutstanding { head: u32::from(id) });
-        }
-        let slots = std::mem::take(&mut self.slots[usize::from(id)]);
-        self.found.push(Used { head: u32::from(id), bytes });
-        self.used = self.used.after(slots, self.layout.size);
-        self.in_flight -= 1;
-        Ok(())
-    }
-
-    /// The used chain `ahead` places after the next one to reap. Only below [`Self::pending`].
-    #[inline(always)]
-    pub fn peek(&self, ahead: u16) -> Used {
-        self.found[self.reaped + usize::from(ahead)]
-    }
-
-    /// Moves on by `count` used chains, which were peeked at. Only up to [`Self::pending`].
-    #[inline(always)]
-    pub fn advance(&mut self, count: u16) {
-        self.reaped += usize::from(count);
-        if self.reaped == self.found.len() {
-            self.found.clear();
-            self.reaped = 0;
+    /// How many descriptors the chain with this id has. Not inlined: whoever does expect it does not wait for the answer.
+    #[cold]
+    #[inline(never)]
+    fn unexpected(&self, id: u16) -> Result<u16, RingError> {
+        match self.slots.get(usize::from(id)) {
+            None | Some(0) => Err(RingError::HeadNotOutstanding { head: u32::from(id) }),
+            Some(slots) => Ok(*slots),
         }
     }
 
@@ -323,7 +316,7 @@ impl PackedRing {
         fence(Ordering::SeqCst);
         let flags = self.memory.load_u16(self.layout.descriptor(self.used.index) + 14, Ordering::Acquire);
         let used = self.in_flight > 0 && flags & (DESC_AVAIL | DESC_USED) == self.used.used_flags();
-        self.found.len() == self.reaped && !used
+        self.batch.is_none() && !used
     }
 
     fn write_event(&self, flags: u16) {
@@ -367,6 +360,16 @@ mod tests {
         ring.memory.store_u64(offset + 8, rest);
     }
 
+    fn reap(ring: &mut PackedRing, most: u16) -> Result<Vec<Used>, RingError> {
+        let mut all = Vec::new();
+        let count = ring.reap(most, |used| {
+            all.push(used);
+            Ok(())
+        })?;
+        assert_eq!(usize::from(count), all.len());
+        Ok(all)
+    }
+
     #[test]
     fn offered_chains_stay_invisible_until_published() {
         let mut ring = ring(3, false, 2);
@@ -381,11 +384,9 @@ mod tests {
         assert_eq!(flags(&ring, 0), DESC_USED);
         assert_eq!(ring.memory.load_u64(ring.layout.descriptor(0)), 0x2000);
         assert!(!ring.publish(), "nothing new");
-        assert_eq!(ring.pending(), Ok(0));
+        assert_eq!(reap(&mut ring, 9), Ok(vec![]));
         device_uses(&ring, Position { index: 2, wrap: true }, 0, 72);
-        assert_eq!(ring.pending(), Ok(1));
-        assert_eq!(ring.peek(0), Used { head: 0, bytes: 72 });
-        ring.advance(1);
+        assert_eq!(reap(&mut ring, 9), Ok(vec![Used { head: 0, bytes: 72 }]));
         assert_eq!((ring.outstanding(), ring.position()), (0, Position { index: 1, wrap: false }));
     }
 
@@ -395,7 +396,37 @@ mod tests {
         ring.offer(2);
         ring.publish();
         device_uses(&ring, Position::START, 3, 0);
-        assert_eq!(ring.pending(), Err(RingError::HeadNotOutstanding { head: 3 }));
+        assert_eq!(reap(&mut ring, 9), Err(RingError::HeadNotOutstanding { head: 3 }));
+    }
+
+    #[test]
+    fn an_id_that_was_given_back_is_an_error() {
+        let mut ring = ring(4, true, 0);
+        for head in [2, 1] {
+            ring.offer(head);
+        }
+        ring.publish();
+        device_uses(&ring, Position::START, 2, 0);
+        device_uses(&ring, Position { index: 1, wrap: true }, 2, 0);
+        assert_eq!(reap(&mut ring, 1).unwrap().len(), 1);
+        assert_eq!(reap(&mut ring, 1), Err(RingError::HeadNotOutstanding { head: 2 }));
+    }
+
+    #[test]
+    fn a_device_may_finish_in_any_order() {
+        let mut ring = ring(4, true, 3);
+        ring.set_descriptor(1, Descriptor { address: 0x1000, bytes: 12, flags: DESC_NEXT, next: 2 });
+        for head in [3, 1, 0] {
+            ring.offer(head);
+        }
+        ring.publish();
+        // The second one is two descriptors long, so the next one that it uses is two further on.
+        device_uses(&ring, Position { index: 3, wrap: true }, 1, 5);
+        device_uses(&ring, Position { index: 1, wrap: false }, 0, 6);
+        device_uses(&ring, Position { index: 2, wrap: false }, 3, 7);
+        let used = [(1, 5), (0, 6), (3, 7)].map(|(head, bytes)| Used { head, bytes });
+        assert_eq!(reap(&mut ring, 9).unwrap(), used);
+        assert_eq!((ring.outstanding(), ring.position()), (0, Position { index: 3, wrap: false }));
     }
 
     #[test]
@@ -408,13 +439,15 @@ mod tests {
         ring.publish();
         ring.offer(0);
         device_uses(&ring, Position { index: 3, wrap: true }, 1, 0);
-        assert_eq!(ring.pending(), Ok(2));
-        assert_eq!([ring.peek(0).head, ring.peek(1).head], [3, 1]);
-        ring.advance(2);
+        // In as many pieces as the caller likes.
+        for head in [3, 1] {
+            assert_eq!(reap(&mut ring, 1), Ok(vec![Used { head, bytes: 0 }]));
+        }
+        assert_eq!(reap(&mut ring, 1), Ok(vec![]));
         assert_eq!((ring.outstanding(), ring.position()), (1, Position { index: 2, wrap: false }));
         ring.publish();
         device_uses(&ring, ring.position(), 0, 0);
-        assert_eq!(ring.pending(), Ok(1));
+        assert_eq!(reap(&mut ring, 9).unwrap().len(), 1);
     }
 
     #[test]
@@ -425,7 +458,7 @@ mod tests {
         ring.offer(1);
         ring.offer(2);
         device_uses(&ring, Position::START, 2, 0);
-        assert!(ring.pending().is_err());
+        assert!(reap(&mut ring, 9).is_err());
     }
 
     #[test]

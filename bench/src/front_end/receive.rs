@@ -8,13 +8,20 @@ use super::doorbell::Doorbell;
 use super::error::FrontEndError;
 use super::header::{HEADER_BYTES_MAX, VirtioNetHeader};
 use super::layout::DESC_WRITE;
-use super::memory::{Arena, GuestMemory};
+use super::memory::{Arena, GuestMemory, View};
 use super::ring::Ring;
 use super::split::RingError;
 use super::transmit::BURST;
 
 /// Longest frame: 64 KiB of IP packet, Ethernet header and two VLAN tags.
 pub const FRAME_BYTES_MAX: usize = 65535 + 14 + 8;
+
+/// A buffer that the device has written to: where it begins, and how many bytes the device says.
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    offset: usize,
+    bytes: usize,
+}
 
 /// One receive queue.
 #[derive(Debug)]
@@ -23,6 +30,8 @@ pub struct Receive {
     mergeable: bool,
     doorbell: Doorbell,
     scratch: Box<[u8]>,
+    /// Buffers that the device is done with and nobody has seen yet.
+    written: Vec<Written>,
     /// Where the parts of a merged frame lie: offset and bytes.
     pieces: Vec<(usize, usize)>,
     received: u64,
@@ -49,6 +58,7 @@ impl Receive {
             mergeable,
             doorbell,
             scratch: vec![0; FRAME_BYTES_MAX].into(),
+            written: Vec::with_capacity(usize::from(BURST)),
             pieces: Vec::with_capacity(usize::from(BURST)),
             received: 0,
             torn: 0,
@@ -70,7 +80,7 @@ impl Receive {
     pub fn frames_held(&self, bytes: usize) -> u16 {
         let buffers =
             if self.mergeable { (self.chains.header_bytes + bytes).div_ceil(self.chains.buffer_bytes()) } else { 1 };
-        (usize::from(self.chains.slots()) / buffers) as u16
+        (usize::from(self.chains.slots.count()) / buffers) as u16
     }
 
     /// Frames received since the start.
@@ -91,19 +101,14 @@ impl Receive {
 
     /// Posts every buffer. Once, at the start.
     pub(super) fn fill(&mut self) {
-        for slot in 0..self.chains.slots() {
-            self.post(slot);
-        }
-        self.publish();
+        self.post(self.chains.slots.count());
     }
 
-    #[inline]
-    fn post(&mut self, slot: u16) {
-        self.chains.offer(slot, self.chains.buffer(slot), self.chains.buffer_bytes(), DESC_WRITE);
-    }
-
-    #[inline]
-    fn publish(&mut self) {
+    /// Gives the device the `count` buffers that it has not had for longest.
+    #[inline(always)]
+    fn post(&mut self, count: u16) {
+        let bytes = self.chains.buffer_bytes();
+        self.chains.offer_each(count, DESC_WRITE, |buffer| (buffer, bytes));
         if self.chains.ring.publish() {
             self.doorbell.kick();
         }
@@ -115,7 +120,7 @@ impl Receive {
     /// # Errors
     /// If the device broke the ring's rules.
     pub fn receive_burst(&mut self, mut sink: impl FnMut(&[u8], VirtioNetHeader)) -> Result<usize, RingError> {
-        self.receive_views(|mut frame| {
+        self.receive_views(&mut |mut frame: Received<'_>| {
             let header = frame.header();
             sink(frame.bytes(), header);
         })
@@ -126,110 +131,96 @@ impl Receive {
     /// # Errors
     /// As [`Self::receive_burst`].
     #[inline]
-    pub fn receive_views(&mut self, mut sink: impl FnMut(Received<'_>)) -> Result<usize, RingError> {
-        let pending = self.chains.ring.pending()?.min(BURST);
-        self.prefetch(pending);
+    pub fn receive_views(&mut self, taker: &mut impl Taker) -> Result<usize, RingError> {
+        self.reap()?;
+        let memory = &*self.chains.memory.clone();
+        let (header_bytes, most) = (self.chains.header_bytes, self.chains.buffer_bytes());
         let mut frames = 0;
         let mut done = 0;
-        while done < pending {
-            let used = self.chains.ring.peek(done);
-            let slot = self.chains.take_back(used.head)?;
-            if used.bytes == 0 {
-                // Nothing was written: a device that was killed in the middle of a burst gives buffers back so when it
-                // resumes. Drivers drop it as a short packet.
-                self.empty += 1;
-                self.post(slot);
-                done += 1;
+        while let Some(Written { offset, bytes, .. }) = self.written.get(done).copied() {
+            let header = HeaderWords::read(memory, offset);
+            if bytes < header_bytes || bytes > most || self.mergeable && header.num_buffers() != 1 {
+                match self.receive_other(done, taker)? {
+                    Some(0) => done += 1,
+                    Some(buffers) => (frames, done) = (frames + 1, done + buffers),
+                    None => break,
+                }
                 continue;
             }
-            let bytes = self.written(used.bytes, self.chains.header_bytes)?;
-            let offset = self.chains.buffer(slot).offset;
-            let header = self.header(offset);
-            if self.mergeable && header.num_buffers != 1 {
-                let Some(frame_bytes) = self.merge(done, header.num_buffers, slot, bytes)? else {
-                    // Not all there yet: as if it had not been seen.
-                    self.chains.undo_take_back(slot);
-                    self.torn += 1;
-                    break;
-                };
-                let (memory, scratch) = (self.chains.ring.memory(), &mut self.scratch);
-                sink(Received { place: Place::Pieces(memory, &self.pieces), bytes: frame_bytes, header, scratch });
-                done += header.num_buffers;
-            } else {
-                let header_bytes = self.chains.header_bytes;
-                let (memory, scratch) = (self.chains.ring.memory(), &mut self.scratch);
-                let place = Place::Memory(memory, offset + header_bytes);
-                sink(Received { place, bytes: bytes - header_bytes, header, scratch });
-                self.post(slot);
-                done += 1;
-            }
-            frames += 1;
+            let place = Place::Memory(memory.view(offset + header_bytes, bytes - header_bytes));
+            let bytes = bytes - header_bytes;
+            taker.take(Received { place, bytes, header, header_bytes, scratch: &mut self.scratch });
+            (frames, done) = (frames + 1, done + 1);
         }
         if done > 0 {
-            self.chains.ring.advance(done);
+            self.written.drain(..done);
             self.received += frames as u64;
-            self.publish();
+            self.post(done as u16);
         }
         Ok(frames)
     }
 
-    /// Asks for the beginning of each buffer that the device has just written.
-    #[inline]
-    fn prefetch(&self, pending: u16) {
-        for ahead in 0..pending {
-            let head = self.chains.ring.peek(ahead).head;
-            if let Some(offset) = self.chains.offset_of(head) {
-                self.chains.ring.memory().prefetch(offset);
-            }
+    /// What follows the usual way's end, at `done`: a frame of several buffers (how many), or nothing at all; `None`, if not all
+    /// of them are used yet.
+    #[inline(never)]
+    fn receive_other(&mut self, done: usize, taker: &mut impl Taker) -> Result<Option<usize>, RingError> {
+        let Written { offset, bytes } = self.written[done];
+        if bytes == 0 {
+            // Nothing was written: a device that was killed in the middle of a burst gives buffers back so when it
+            // resumes. Drivers drop it as a short packet.
+            self.empty += 1;
+            return Ok(Some(0));
         }
-    }
-
-    #[inline]
-    fn written(&self, bytes: u32, least: usize) -> Result<usize, RingError> {
-        let most = self.chains.buffer_bytes();
-        if (least..=most).contains(&(bytes as usize)) {
-            Ok(bytes as usize)
-        } else {
-            Err(RingError::WrittenBytes { bytes, least: least as u32, most: most as u32 })
-        }
-    }
-
-    #[inline]
-    fn header(&self, offset: usize) -> VirtioNetHeader {
-        let memory = self.chains.ring.memory();
-        let ([first], [last]) = (memory.read_words(offset), memory.read_words(offset + 4));
-        let header = VirtioNetHeader::from_words(first, (last >> 32) as u32);
-        // Without num_buffers the last two bytes are the frame's.
-        let num_buffers = if self.chains.header_bytes < HEADER_BYTES_MAX { 0 } else { header.num_buffers };
-        VirtioNetHeader { num_buffers, ..header }
-    }
-
-    /// Notes where the parts of a frame of `buffers` lie and reposts them, which the device does not see before the sink
-    /// has seen the frame; `None` if not all are used yet.
-    fn merge(&mut self, done: u16, buffers: u16, first: u16, first_bytes: usize) -> Result<Option<usize>, RingError> {
-        if buffers == 0 || buffers > self.chains.slots() {
+        let header = HeaderWords::read(&self.chains.memory, offset);
+        let header_bytes = self.chains.header_bytes;
+        self.check(bytes, header_bytes)?;
+        let buffers = header.num_buffers();
+        if buffers == 0 || buffers > self.chains.slots.count() {
             return Err(RingError::BufferCount(buffers));
         }
-        if self.chains.ring.pending()? < done + buffers {
-            return Ok(None);
+        let buffers = usize::from(buffers);
+        while self.written.len() < done + buffers {
+            if self.reap()? == 0 {
+                self.torn += 1;
+                return Ok(None);
+            }
         }
         self.pieces.clear();
         let mut frame_bytes = 0;
         for ahead in 0..buffers {
-            let (slot, start, bytes) = if ahead == 0 {
-                (first, self.chains.header_bytes, first_bytes)
-            } else {
-                let used = self.chains.ring.peek(done + ahead);
-                (self.chains.take_back(used.head)?, 0, self.written(used.bytes, 0)?)
-            };
+            let Written { offset, bytes } = self.written[done + ahead];
+            let start = if ahead == 0 { header_bytes } else { 0 };
+            self.check(bytes, start)?;
             frame_bytes += bytes - start;
             if frame_bytes > self.scratch.len() {
                 return Err(RingError::FrameTooLong(frame_bytes));
             }
-            self.pieces.push((self.chains.buffer(slot).offset + start, bytes - start));
-            self.post(slot);
+            self.pieces.push((offset + start, bytes - start));
         }
-        Ok(Some(frame_bytes))
+        let place = Place::Pieces(&self.chains.memory, &self.pieces);
+        taker.take(Received { place, bytes: frame_bytes, header, header_bytes, scratch: &mut self.scratch });
+        Ok(Some(buffers))
+    }
+
+    /// Notes which buffers the device is done with, up to a burst, and asks for their beginnings: it has just written them. Returns
+    /// how many.
+    #[inline(never)]
+    fn reap(&mut self) -> Result<u16, RingError> {
+        let before = self.written.len();
+        let written = &mut self.written;
+        let count = self.chains.reap(BURST, |buffer, bytes| {
+            written.push(Written { offset: buffer.offset, bytes: bytes as usize });
+        })?;
+        for fresh in &self.written[before..] {
+            self.chains.memory.prefetch(fresh.offset);
+        }
+        Ok(count)
+    }
+
+    fn check(&self, bytes: usize, least: usize) -> Result<(), RingError> {
+        let most = self.chains.buffer_bytes();
+        let error = RingError::WrittenBytes { bytes: bytes as u32, least: least as u32, most: most as u32 };
+        if (least..=most).contains(&bytes) { Ok(()) } else { Err(error) }
     }
 
     /// Asks for a call at the next frame; false if one is there already. See [`Ring::enable_calls`].
@@ -243,11 +234,43 @@ impl Receive {
     }
 }
 
+/// Whom frames are handed to.
+pub trait Taker {
+    /// Takes the next one.
+    fn take(&mut self, frame: Received<'_>);
+}
+
+impl<F: FnMut(Received<'_>)> Taker for F {
+    #[inline(always)]
+    fn take(&mut self, frame: Received<'_>) {
+        self(frame);
+    }
+}
+
+/// A virtio-net header as it lies in memory, not yet taken apart: its first eight bytes and its last four.
+#[derive(Clone, Copy, Debug)]
+struct HeaderWords(u64, u32);
+
+impl HeaderWords {
+    /// At `offset`, in a buffer that has room for a longest one.
+    #[inline(always)]
+    fn read(memory: &GuestMemory, offset: usize) -> Self {
+        let view = memory.view(offset, HEADER_BYTES_MAX);
+        let [first, last] = view.words(0, [0, HEADER_BYTES_MAX - 8]).expect("two words, which overlap");
+        Self(first, (last >> 32) as u32)
+    }
+
+    #[inline(always)]
+    fn num_buffers(self) -> u16 {
+        VirtioNetHeader::from_words(self.0, self.1).num_buffers
+    }
+}
+
 /// Where a frame lies.
 #[derive(Clone, Copy, Debug)]
 enum Place<'a> {
-    /// In guest memory, in one piece, from this offset on.
-    Memory(&'a GuestMemory, usize),
+    /// In guest memory, in one piece.
+    Memory(View<'a>),
     /// In guest memory, in several: offset and bytes of each.
     Pieces(&'a GuestMemory, &'a [(usize, usize)]),
     /// In private memory.
@@ -259,14 +282,17 @@ enum Place<'a> {
 pub struct Received<'a> {
     place: Place<'a>,
     bytes: usize,
-    header: VirtioNetHeader,
+    header: HeaderWords,
+    header_bytes: usize,
     scratch: &'a mut [u8],
 }
 
 impl<'a> Received<'a> {
     /// A frame that came by another way than a ring: all of `frame`.
     pub fn private(frame: &'a mut [u8], header: VirtioNetHeader) -> Self {
-        Self { place: Place::Scratch, bytes: frame.len(), header, scratch: frame }
+        let (first, last) = header.to_words();
+        let header = HeaderWords(first, last);
+        Self { place: Place::Scratch, bytes: frame.len(), header, header_bytes: HEADER_BYTES_MAX, scratch: frame }
     }
 }
 
@@ -274,7 +300,12 @@ impl Received<'_> {
     /// The virtio-net header.
     #[inline]
     pub fn header(&self) -> VirtioNetHeader {
-        self.header
+        let header = VirtioNetHeader::from_words(self.header.0, self.header.1);
+        // Without num_buffers the last two bytes are the frame's.
+        VirtioNetHeader {
+            num_buffers: if self.header_bytes < HEADER_BYTES_MAX { 0 } else { header.num_buffers },
+            ..header
+        }
     }
 
     /// Length of the frame, bytes, without virtio-net header.
@@ -289,24 +320,25 @@ impl Received<'_> {
         self.bytes == 0
     }
 
-    /// A private copy of `N` little-endian words from byte `start` on; `None` if the frame is shorter, or if they do not lie
-    /// in its first buffer. (Words, because bytes copied as a block and then looked at across its seams stall the
-    /// core for 20 cycles: half of what a frame cost.)
-    #[inline]
-    pub fn words<const N: usize>(&self, start: usize) -> Option<[u64; N]> {
-        let end = start + 8 * N;
-        if self.bytes < end {
-            return None;
-        }
+    /// A private copy of the little-endian words at `places`, counted from byte `start` on; `None` if the frame is shorter, or
+    /// if they do not all lie in its first buffer. (Words, because bytes copied as a block and then looked at across its seams
+    /// stall the core for 20 cycles: half of what a frame cost.)
+    #[inline(always)]
+    pub fn words<const N: usize>(&self, start: usize, places: [usize; N]) -> Option<[u64; N]> {
         match self.place {
-            Place::Memory(memory, offset) => Some(memory.read_words(offset + start)),
-            Place::Pieces(memory, pieces) => match pieces.first() {
-                Some((offset, bytes)) if *bytes >= end => Some(memory.read_words(offset + start)),
-                _ => None,
-            },
+            Place::Memory(view) => view.words(start, places),
+            Place::Pieces(memory, pieces) => {
+                let (offset, bytes) = *pieces.first()?;
+                memory.view(offset, bytes).words(start, places)
+            }
             Place::Scratch => {
-                let (words, _) = self.scratch[start..end].as_chunks::<8>();
-                Some(std::array::from_fn(|index| u64::from_le_bytes(words[index])))
+                let word =
+                    |at: usize| Some(u64::from_le_bytes(*self.scratch[..self.bytes].get(start + at..)?.first_chunk()?));
+                let mut words = [0; N];
+                for (word_at, at) in words.iter_mut().zip(places) {
+                    *word_at = word(at)?;
+                }
+                Some(words)
             }
         }
     }
@@ -314,7 +346,7 @@ impl Received<'_> {
     /// A private copy of the whole.
     pub fn bytes(&mut self) -> &[u8] {
         match std::mem::replace(&mut self.place, Place::Scratch) {
-            Place::Memory(memory, offset) => memory.read(offset, &mut self.scratch[..self.bytes]),
+            Place::Memory(view) => view.read(&mut self.scratch[..self.bytes]),
             Place::Pieces(memory, pieces) => {
                 let mut rest = &mut self.scratch[..self.bytes];
                 for (offset, bytes) in pieces {

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use super::header::feature;
-use super::layout::{Descriptor, RingLayout, Used};
+use super::layout::{Descriptor, RingLayout};
 use super::memory::{Arena, GuestMemory};
 use super::options::Options;
 use super::packed::PackedRing;
-use super::split::{RingError, SplitRing};
+use super::split::SplitRing;
 
 /// One virtqueue, driven by us.
 #[derive(Debug)]
@@ -23,11 +23,12 @@ pub enum Ring {
 macro_rules! either {
     ($ring:expr, $it:ident => $do:expr) => {
         match $ring {
-            Ring::Split($it) => $do,
-            Ring::Packed($it) => $do,
+            $crate::front_end::ring::Ring::Split($it) => $do,
+            $crate::front_end::ring::Ring::Packed($it) => $do,
         }
     };
 }
+pub(super) use either;
 
 impl Ring {
     /// The ring of `options` in `arena`; `None` when memory is short.
@@ -81,43 +82,10 @@ impl Ring {
         either!(self, ring => ring.offer(head));
     }
 
-    /// Sets the one descriptor of the chain at `head` and enters it.
-    #[inline(always)]
-    pub fn offer_one(&mut self, head: u16, descriptor: Descriptor) {
-        match self {
-            Self::Split(ring) => {
-                ring.set_descriptor(head, descriptor);
-                ring.offer(head);
-            }
-            Self::Packed(ring) => ring.offer_one(head, descriptor),
-        }
-    }
-
     /// Makes all offered chains visible. True if the device has to be kicked for them.
     #[inline(always)]
     pub fn publish(&mut self) -> bool {
         either!(self, ring => ring.publish())
-    }
-
-    /// Chains that the device used and we have not reaped.
-    ///
-    /// # Errors
-    /// If the device used what it was not given.
-    #[inline(always)]
-    pub fn pending(&mut self) -> Result<u16, RingError> {
-        either!(self, ring => ring.pending())
-    }
-
-    /// The used chain `ahead` places after the next one to reap. Only below [`Self::pending`].
-    #[inline(always)]
-    pub fn peek(&self, ahead: u16) -> Used {
-        either!(self, ring => ring.peek(ahead))
-    }
-
-    /// Moves on by `count` used chains, which were peeked at. Only up to [`Self::pending`].
-    #[inline(always)]
-    pub fn advance(&mut self, count: u16) {
-        either!(self, ring => ring.advance(count));
     }
 
     /// The driver polls: no calls, please.

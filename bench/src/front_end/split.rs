@@ -150,12 +150,30 @@ impl SplitRing {
     /// Enters a chain into the available ring; invisible to the device until [`Self::publish`].
     #[inline(always)]
     pub fn offer(&mut self, head: u16) {
-        let slot = usize::from(self.available & (self.layout.size - 1));
+        self.enter(self.available, head);
+        self.available = self.available.wrapping_add(1);
+    }
+
+    #[inline(always)]
+    fn enter(&mut self, index: u16, head: u16) {
+        let slot = usize::from(index & (self.layout.size - 1));
         if self.entries[slot] != head {
-            self.memory.store_u16(self.layout.available_entry(self.available), head, Ordering::Relaxed);
+            self.memory.store_u16(self.layout.available_entry(index), head, Ordering::Relaxed);
             self.entries[slot] = head;
         }
-        self.available = self.available.wrapping_add(1);
+    }
+
+    /// Sets the one descriptor of each chain, by its head, and enters it.
+    #[inline(always)]
+    pub fn offer_each(&mut self, chains: impl Iterator<Item = (u16, Descriptor)>) {
+        // Counted in a register: an index stored and loaded again for each chain was half of its cost.
+        let mut available = self.available;
+        for (head, descriptor) in chains {
+            self.set_descriptor(head, descriptor);
+            self.enter(available, head);
+            available = available.wrapping_add(1);
+        }
+        self.available = available;
     }
 
     /// Makes all offered chains visible. True if the device has to be kicked for them.
@@ -179,51 +197,28 @@ impl SplitRing {
         }
     }
 
-    /// Entries that the device used and we have not reaped.
+    /// Shows up to `most` used entries to `each`, oldest first; returns how many.
     ///
     /// # Errors
-    /// [`RingError::IndexJump`] if the device used more than there was.
+    /// [`RingError::IndexJump`] if the device used more than there was; what `each` says.
     #[inline(always)]
-    pub fn pending(&self) -> Result<u16, RingError> {
+    pub fn reap(&mut self, most: u16, mut each: impl FnMut(Used) -> Result<(), RingError>) -> Result<u16, RingError> {
         // Acquire: pairs with the device's release store of idx; entries and buffers written before are visible.
         let to = self.memory.load_u16(self.layout.used_index(), Ordering::Acquire);
-        let pending = to.wrapping_sub(self.used);
         let outstanding = self.published.wrapping_sub(self.used);
+        let pending = to.wrapping_sub(self.used);
         if pending > outstanding {
             return Err(RingError::IndexJump { from: self.used, to, outstanding });
         }
-        Ok(pending)
-    }
-
-    /// The used entry `ahead` places after the next one to reap. Only below [`Self::pending`].
-    #[inline(always)]
-    pub fn peek(&self, ahead: u16) -> Used {
-        let offset = self.layout.used_entry(self.used.wrapping_add(ahead));
-        Used { head: self.memory.load_u32(offset), bytes: self.memory.load_u32(offset + 4) }
-    }
-
-    /// Moves on by `count` used entries, which were peeked at. Only up to [`Self::pending`].
-    #[inline(always)]
-    pub fn advance(&mut self, count: u16) {
+        let count = pending.min(most);
+        for ahead in 0..count {
+            let offset = self.layout.used_entry(self.used.wrapping_add(ahead));
+            each(Used { head: self.memory.load_u32(offset), bytes: self.memory.load_u32(offset + 4) })?;
+        }
         self.used = self.used.wrapping_add(count);
         // Rarely rewritten: the line also ends the available ring, which the device reads.
         if self.polling && self.event_idx && self.event.wrapping_sub(self.used) < EVENT_AHEAD / 2 {
             self.write_event_ahead();
-        }
-    }
-
-    /// Takes up to `most` used entries, oldest first.
-    ///
-    /// # Errors
-    /// As [`Self::pending`].
-    #[inline]
-    pub fn reap(&mut self, most: u16, mut each: impl FnMut(Used)) -> Result<u16, RingError> {
-        let count = self.pending()?.min(most);
-        for ahead in 0..count {
-            each(self.peek(ahead));
-        }
-        if count > 0 {
-            self.advance(count);
         }
         Ok(count)
     }
@@ -336,8 +331,13 @@ mod tests {
         ring.publish();
         device_uses(&ring, &[(2, 20), (0, 10)], 1);
         let mut seen = Vec::new();
-        assert_eq!(ring.reap(1, |used| seen.push(used)), Ok(1));
-        assert_eq!(ring.reap(9, |used| seen.push(used)), Ok(1));
+        for most in [1, 9] {
+            let note = |used| {
+                seen.push(used);
+                Ok(())
+            };
+            assert_eq!(ring.reap(most, note), Ok(1));
+        }
         assert_eq!(seen, [Used { head: 2, bytes: 20 }, Used { head: 0, bytes: 10 }]);
         assert_eq!(ring.outstanding(), 2);
     }
@@ -348,7 +348,7 @@ mod tests {
         ring.offer(0);
         ring.publish();
         device_uses(&ring, &[], 2);
-        assert_eq!(ring.pending(), Err(RingError::IndexJump { from: 0, to: 2, outstanding: 1 }));
+        assert_eq!(ring.reap(9, |_| Ok(())), Err(RingError::IndexJump { from: 0, to: 2, outstanding: 1 }));
     }
 
     #[test]
@@ -360,7 +360,7 @@ mod tests {
             let event = ring.memory.load_u16(ring.layout.used_event(), Ordering::Relaxed);
             assert!(!crosses(event, round.wrapping_add(8), round), "round {round}");
             device_uses(&ring, &[(u32::from(round & 7), 0)], round.wrapping_add(1));
-            ring.reap(8, |_| ()).unwrap();
+            ring.reap(8, |_| Ok(())).unwrap();
         }
     }
 

@@ -7,7 +7,7 @@ use super::chains::{Buffer, ChainShape, Chains};
 use super::doorbell::Doorbell;
 use super::error::FrontEndError;
 use super::header::VirtioNetHeader;
-use super::memory::Arena;
+use super::memory::{Arena, GuestMemory};
 use super::ring::Ring;
 use super::split::RingError;
 
@@ -25,7 +25,6 @@ struct Template {
 #[derive(Debug)]
 pub struct Transmit {
     chains: Chains,
-    free: FreeSlots,
     templates: Vec<Template>,
     /// Memory of all templates that there ever were, and how many bytes each piece holds.
     rooms: Vec<(Buffer, usize)>,
@@ -44,8 +43,7 @@ impl Transmit {
         doorbell: Doorbell,
     ) -> Result<Self, FrontEndError> {
         let chains = Chains::new(ring, arena, shape, header_bytes, header_bytes + buffer_bytes)?;
-        let free = FreeSlots::full(chains.slots());
-        Ok(Self { chains, free, templates: Vec::new(), rooms: Vec::new(), next_template: 0, doorbell, sent: 0 })
+        Ok(Self { chains, templates: Vec::new(), rooms: Vec::new(), next_template: 0, doorbell, sent: 0 })
     }
 
     /// The ring, for looking at.
@@ -65,25 +63,16 @@ impl Transmit {
 
     /// Frames posted that the device has not finished with, as of the last reaping.
     pub fn in_flight(&self) -> u16 {
-        self.chains.slots() - self.free.len()
+        self.chains.slots.count() - self.chains.slots.free()
     }
 
     /// Takes finished chains back; returns how many.
     ///
     /// # Errors
     /// If the device broke the ring's rules.
-    #[inline]
+    #[inline(never)]
     pub fn reap(&mut self) -> Result<u16, RingError> {
-        let count = self.chains.ring.pending()?;
-        for ahead in 0..count {
-            let head = self.chains.ring.peek(ahead).head;
-            let slot = self.chains.take_back(head)?;
-            self.free.push(slot);
-        }
-        if count > 0 {
-            self.chains.ring.advance(count);
-        }
-        Ok(count)
+        self.chains.reap(u16::MAX, |_, _| ())
     }
 
     /// Sends frames with empty headers until the ring is full; returns how many went in.
@@ -107,29 +96,24 @@ impl Transmit {
         frames: impl Iterator<Item = (VirtioNetHeader, &'a [u8])>,
     ) -> Result<usize, FrontEndError> {
         self.reap()?;
+        let (memory, header_bytes) = (self.chains.memory.clone(), self.chains.header_bytes);
+        let most = self.chains.buffer_bytes() - header_bytes;
         let mut count = 0;
         for (header, frame) in frames {
-            let most = self.chains.buffer_bytes() - self.chains.header_bytes;
             if frame.len() > most {
                 self.publish(count);
                 return Err(FrontEndError::FrameTooLong { bytes: frame.len(), most });
             }
-            let Some(slot) = self.free.pop() else { break };
-            let buffer = self.chains.buffer(slot);
-            let bytes = self.write_frame(buffer, header, frame);
-            self.chains.offer(slot, buffer, bytes, 0);
+            let sent = self
+                .chains
+                .offer_each(1, 0, |buffer| (buffer, write_frame(&memory, buffer, header, header_bytes, frame)));
+            if sent == 0 {
+                break;
+            }
             count += 1;
         }
         self.publish(count);
         Ok(count)
-    }
-
-    fn write_frame(&self, buffer: Buffer, header: VirtioNetHeader, frame: &[u8]) -> usize {
-        let header_bytes = self.chains.header_bytes;
-        let memory = self.chains.ring.memory();
-        memory.write(buffer.offset, &header.to_bytes()[..header_bytes]);
-        memory.write(buffer.offset + header_bytes, frame);
-        header_bytes + frame.len()
     }
 
     #[inline]
@@ -158,14 +142,14 @@ impl Transmit {
             // An odd number of cache lines, as in Chains.
             let room = ((header_bytes + frame.len()).div_ceil(64) | 1) * 64;
             if self.rooms.get(index).is_none_or(|(_, bytes)| *bytes < room) {
-                let fresh = (Buffer::take(self.chains.ring.memory(), arena, room)?, room);
+                let fresh = (Buffer::take(&self.chains.memory, arena, room)?, room);
                 match self.rooms.get_mut(index) {
                     Some(place) => *place = fresh,
                     None => self.rooms.push(fresh),
                 }
             }
             let (buffer, _) = self.rooms[index];
-            let bytes = self.write_frame(buffer, header, frame);
+            let bytes = write_frame(&self.chains.memory, buffer, header, header_bytes, frame);
             self.templates.push(Template { buffer, bytes });
         }
         Ok(())
@@ -182,16 +166,12 @@ impl Transmit {
     pub fn repost_burst(&mut self, most: u16) -> Result<u16, RingError> {
         assert!(!self.templates.is_empty(), "no frames were loaded to be reposted");
         self.reap()?;
-        let count = most.min(self.free.len());
-        for _ in 0..count {
-            let slot = self.free.pop().expect("count is at most the free slots");
-            let template = self.templates[self.next_template];
-            self.next_template += 1;
-            if self.next_template == self.templates.len() {
-                self.next_template = 0;
-            }
-            self.chains.offer(slot, template.buffer, template.bytes, 0);
-        }
+        let (templates, next) = (&self.templates[..], &mut self.next_template);
+        let count = self.chains.offer_each(most, 0, |_| {
+            let Template { buffer, bytes } = templates[*next];
+            *next = if *next + 1 == templates.len() { 0 } else { *next + 1 };
+            (buffer, bytes)
+        });
         self.publish(usize::from(count));
         Ok(count)
     }
@@ -221,61 +201,15 @@ impl Transmit {
     }
 }
 
-/// Slots not in flight, first in first out: with a device that finishes in order the available ring repeats itself,
-/// and no entry has to be written again.
-#[derive(Debug)]
-struct FreeSlots {
-    slots: Box<[u16]>,
-    head: usize,
-    count: u16,
-}
-
-impl FreeSlots {
-    fn full(count: u16) -> Self {
-        Self { slots: (0..count).collect(), head: 0, count }
-    }
-
-    #[inline]
-    fn len(&self) -> u16 {
-        self.count
-    }
-
-    #[inline]
-    fn pop(&mut self) -> Option<u16> {
-        if self.count == 0 {
-            return None;
-        }
-        let slot = self.slots[self.head];
-        self.head += 1;
-        if self.head == self.slots.len() {
-            self.head = 0;
-        }
-        self.count -= 1;
-        Some(slot)
-    }
-
-    #[inline]
-    fn push(&mut self, slot: u16) {
-        let mut tail = self.head + usize::from(self.count);
-        if tail >= self.slots.len() {
-            tail -= self.slots.len();
-        }
-        self.slots[tail] = slot;
-        self.count += 1;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slots_come_back_first_in_first_out() {
-        let mut free = FreeSlots::full(3);
-        assert_eq!((free.pop(), free.pop()), (Some(0), Some(1)));
-        free.push(1);
-        assert_eq!((free.pop(), free.pop(), free.pop()), (Some(2), Some(1), None));
-        free.push(0);
-        assert_eq!(free.len(), 1);
-    }
+/// Header and frame at `buffer`; returns the bytes of both.
+fn write_frame(
+    memory: &GuestMemory,
+    buffer: Buffer,
+    header: VirtioNetHeader,
+    header_bytes: usize,
+    frame: &[u8],
+) -> usize {
+    memory.write(buffer.offset, &header.to_bytes()[..header_bytes]);
+    memory.write(buffer.offset + header_bytes, frame);
+    header_bytes + frame.len()
 }

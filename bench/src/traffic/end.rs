@@ -102,13 +102,11 @@ impl End for FrontEnd {
     }
 
     fn receive_into(&mut self, sink: &mut Sink<'_>) -> Result<usize, FrontEndError> {
-        Ok(self.pairs()[0].receive.receive_views(|frame| {
-            sink.take(frame);
-        })?)
+        Ok(self.pairs()[0].receive.receive_views(sink)?)
     }
 
     fn receive_each(&mut self, each: &mut dyn FnMut(Received<'_>)) -> Result<usize, FrontEndError> {
-        Ok(self.pairs()[0].receive.receive_views(each)?)
+        Ok(self.pairs()[0].receive.receive_views(&mut |frame: Received<'_>| each(frame))?)
     }
 
     fn frames_held(&self, bytes: usize) -> u16 {

@@ -10,8 +10,8 @@
 
 use super::frame::{FRAME_BYTES_MIN, FlowSet, MAGIC, SEQUENCE_AT, TCP_CHECKSUM_AT};
 use super::vxlan::{OUTER_BYTES, OUTER_WORDS, Outer, OuterCheck};
-use crate::front_end::Received;
 use crate::front_end::header::{VirtioNetHeader, bits};
+use crate::front_end::{Received, Taker};
 
 /// Compared in every frame: headers, magic, sequence number. All frames have them.
 pub const CHECKED_BYTES: usize = SEQUENCE_AT + 6;
@@ -42,6 +42,14 @@ pub struct Arrived {
 /// The beginning of a frame: what all have in common, and what is its own.
 type Prefix = ([u64; COMMON_WORDS], [u64; OWN_WORDS]);
 
+/// A frame's number in the set, its flow, and its place in that: index = place * flows + flow. Counted up instead of divided.
+#[derive(Clone, Copy, Debug, Default)]
+struct Turn {
+    index: usize,
+    flow: usize,
+    place: u32,
+}
+
 /// A checking receiver of one [`FlowSet`].
 #[derive(Debug)]
 pub struct Sink<'a> {
@@ -60,6 +68,8 @@ pub struct Sink<'a> {
     /// Per flow, the place in the set (sequence / flows) that comes next; `None` before its first frame.
     next: Vec<Option<u32>>,
     places: u32,
+    /// The frame of the set that comes next if none is missing and flows keep to each other's order.
+    follows: Turn,
     sample: u64,
     until_sample: u64,
     arrived: Arrived,
@@ -94,6 +104,7 @@ impl<'a> Sink<'a> {
             outer: None,
             header: set.is_segmented().then(|| set.header()),
             pseudo_sums: None,
+            follows: Turn::default(),
             places: (set.frames().len() / set.flows()) as u32,
             set,
             sample: sample.max(1),
@@ -153,36 +164,57 @@ impl<'a> Sink<'a> {
     }
 
     /// Takes one frame; its number in the set if it is good.
-    #[inline]
+    #[inline(always)]
     pub fn take(&mut self, frame: Received<'_>) -> Option<usize> {
         let Some(prefix) = self.prefix(&frame) else {
             self.arrived.foreign += 1;
             return None;
         };
-        let known = usize::try_from(sequence_of(&prefix)).ok().and_then(|index| Some((index, self.own.get(index)?)));
-        match known {
-            Some((index, own)) if same(&(self.common, *own), &prefix) && self.is_carried_right(&frame) => {
-                // Also if the rest of it turns out to be wrong: it has arrived.
-                self.in_order(index);
-                self.until_sample -= 1;
-                if self.until_sample == 0 {
-                    self.until_sample = self.sample;
-                    return self.compare(index, frame);
-                }
-                self.arrived.good += 1;
-                return Some(index);
-            }
-            _ if magic_of(&prefix) == MAGIC => self.corrupt(frame),
-            _ => self.arrived.foreign += 1,
+        // Nearly always it is the next one, which need not be read to know what it has to be.
+        if self.is_frame(self.follows.index, &prefix) && self.is_carried_right(&frame) {
+            self.accept(self.follows, frame)
+        } else {
+            self.take_other(frame)
+        }
+    }
+
+    #[inline(never)]
+    fn take_other(&mut self, frame: Received<'_>) -> Option<usize> {
+        let prefix = self.prefix(&frame)?;
+        let index = usize::try_from(sequence_of(&prefix)).unwrap_or(usize::MAX);
+        if index < self.own.len() && self.is_frame(index, &prefix) && self.is_carried_right(&frame) {
+            let flows = self.next.len();
+            return self.accept(Turn { index, flow: index % flows, place: (index / flows) as u32 }, frame);
+        }
+        if magic_of(&prefix) == MAGIC {
+            self.corrupt(frame);
+        } else {
+            self.arrived.foreign += 1;
         }
         None
     }
 
-    #[inline]
+    #[inline(always)]
+    fn is_frame(&self, index: usize, prefix: &Prefix) -> bool {
+        same(&self.common, &self.own[index], prefix)
+    }
+
+    /// It has arrived, also if its end, which is looked at in one of many, turns out to be wrong.
+    #[inline(always)]
+    fn accept(&mut self, turn: Turn, frame: Received<'_>) -> Option<usize> {
+        self.in_order(turn);
+        self.until_sample -= 1;
+        if self.until_sample == 0 {
+            self.until_sample = self.sample;
+            return self.compare(turn.index, frame);
+        }
+        self.arrived.good += 1;
+        Some(turn.index)
+    }
+
+    #[inline(always)]
     fn prefix(&self, frame: &Received<'_>) -> Option<Prefix> {
-        let words = frame.words::<6>(self.start)?;
-        let [last] = frame.words::<1>(self.start + LAST_AT)?;
-        let [a, b, c, d, mut e, f] = words;
+        let [a, b, c, d, mut e, f, last] = frame.words(self.start, [0, 8, 16, 24, 32, 40, LAST_AT])?;
         if let Some([sent, other]) = self.pseudo_sums
             && checksum_of(e) == other
         {
@@ -192,7 +224,7 @@ impl<'a> Sink<'a> {
     }
 
     /// Length, what the virtio-net header says, and outer headers.
-    #[inline]
+    #[inline(always)]
     fn is_carried_right(&self, frame: &Received<'_>) -> bool {
         if let Some(sent) = &self.header {
             let header = frame.header();
@@ -204,7 +236,9 @@ impl<'a> Sink<'a> {
             None => frame.len() == self.bytes,
             Some(outer) => {
                 frame.len() == self.bytes + OUTER_BYTES
-                    && frame.words::<OUTER_WORDS>(0).is_some_and(|words| outer.matches(&words))
+                    && frame
+                        .words(0, std::array::from_fn::<_, OUTER_WORDS, _>(|index| 8 * index))
+                        .is_some_and(|words| outer.matches(&words))
             }
         }
     }
@@ -230,18 +264,20 @@ impl<'a> Sink<'a> {
         Some(index)
     }
 
-    #[inline]
-    fn in_order(&mut self, sequence: usize) {
-        let flows = self.next.len();
-        let (flow, place) =
-            if flows == 1 { (0, sequence as u32) } else { (sequence % flows, (sequence / flows) as u32) };
-        if let Some(expected) = self.next[flow]
+    #[inline(always)]
+    fn in_order(&mut self, Turn { index, flow, place }: Turn) {
+        let after = if place + 1 == self.places { 0 } else { place + 1 };
+        if let Some(expected) = self.next[flow].replace(after)
             && expected != place
         {
             let gap = if place > expected { place - expected } else { place + self.places - expected };
             self.arrived.gaps += u64::from(gap);
         }
-        self.next[flow] = Some(if place + 1 == self.places { 0 } else { place + 1 });
+        self.follows = if flow + 1 < self.next.len() {
+            Turn { index: index + 1, flow: flow + 1, place }
+        } else {
+            Turn { index: if after == 0 { 0 } else { index + 1 }, flow: 0, place: after }
+        };
     }
 
     #[cold]
@@ -258,6 +294,13 @@ impl<'a> Sink<'a> {
     }
 }
 
+impl Taker for Sink<'_> {
+    #[inline(always)]
+    fn take(&mut self, frame: Received<'_>) {
+        Sink::take(self, frame);
+    }
+}
+
 /// Of a frame to be segmented: how, and where its checksum goes.
 #[inline]
 fn offloads_of(header: &VirtioNetHeader) -> [u16; 4] {
@@ -265,11 +308,11 @@ fn offloads_of(header: &VirtioNetHeader) -> [u16; 4] {
 }
 
 /// Without a branch per word.
-#[inline]
-fn same(left: &Prefix, right: &Prefix) -> bool {
+#[inline(always)]
+fn same(common: &[u64; COMMON_WORDS], own: &[u64; OWN_WORDS], prefix: &Prefix) -> bool {
     let differ =
         |left: &[u64], right: &[u64]| left.iter().zip(right).fold(0, |all, (left, right)| all | (left ^ right));
-    differ(&left.0, &right.0) | differ(&left.1, &right.1) == 0
+    differ(common, &prefix.0) | differ(own, &prefix.1) == 0
 }
 
 /// The TCP checksum of a frame to be segmented: the end of the first word of its own.
