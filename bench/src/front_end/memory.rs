@@ -31,6 +31,15 @@ const GUEST_GAP_BYTES: u64 = 0x4000_0000;
 /// Regions begin at page boundaries: mmap(2) takes nothing else as an offset.
 const PAGE_BYTES: usize = 4096;
 
+/// What a cache line is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// To be read.
+    Read,
+    /// To be written.
+    Write,
+}
+
 /// One entry of the memory table sent to the back-end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
@@ -254,16 +263,20 @@ impl GuestMemory {
 
     /// Asks for the cache line at `offset`, which another core wrote last: fetching it takes as long as a frame costs.
     #[inline(always)]
-    pub fn prefetch(&self, offset: usize) {
+    pub fn prefetch(&self, offset: usize, wish: Wish) {
         let pointer = self.at(offset, 1);
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a hint, which faults nowhere; the pointer is in range besides.
+        // SAFETY: neither instruction accesses memory as the program sees it; the pointer is in range besides. PREFETCHW does
+        // nothing where a processor lacks it.
         // JUSTIFICATION: a burst of 64 frames waits for its lines together instead of one by one.
         unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(pointer.cast());
+            match wish {
+                Wish::Read => std::arch::asm!("prefetcht0 [{}]", in(reg) pointer, options(nostack, preserves_flags, readonly)),
+                Wish::Write => std::arch::asm!("prefetchw [{}]", in(reg) pointer, options(nostack, preserves_flags, readonly)),
+            }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = pointer;
+        let _ = (pointer, wish);
     }
 
     /// The `bytes` bytes at `offset`, for several reads with one check.

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::layout::{DESC_NEXT, DESCRIPTOR_BYTES, Descriptor, RingLayout, Used};
-use super::memory::GuestMemory;
+use super::memory::{GuestMemory, Wish};
 use super::split::RingError;
 
 /// VIRTQ_DESC_F_AVAIL.
@@ -192,12 +192,24 @@ impl PackedRing {
     #[inline(always)]
     pub fn offer_each(&mut self, chains: impl Iterator<Item = (u16, Descriptor)>) {
         let mut at = self.available;
+        self.prefetch(chains.size_hint().0);
         for (head, descriptor) in chains {
             let after = self.put(at, head, descriptor);
             self.note(at, head, 1);
             at = after;
         }
         self.available = at;
+    }
+
+    /// Asks for the next `count` descriptors, to write them: the device had them last.
+    #[inline(always)]
+    fn prefetch(&self, count: usize) {
+        const PER_LINE: u16 = (64 / DESCRIPTOR_BYTES) as u16;
+        let mut at = self.available;
+        for _ in (0..count).step_by(PER_LINE.into()) {
+            self.memory.prefetch(self.layout.descriptor(at.index), Wish::Write);
+            at = at.after(PER_LINE.min(self.layout.size), self.layout.size);
+        }
     }
 
     #[inline(always)]

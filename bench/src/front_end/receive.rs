@@ -8,7 +8,7 @@ use super::doorbell::Doorbell;
 use super::error::FrontEndError;
 use super::header::{HEADER_BYTES_MAX, VirtioNetHeader};
 use super::layout::DESC_WRITE;
-use super::memory::{Arena, GuestMemory, View};
+use super::memory::{Arena, GuestMemory, View, Wish};
 use super::ring::Ring;
 use super::split::RingError;
 use super::transmit::BURST;
@@ -212,7 +212,7 @@ impl Receive {
             written.push(Written { offset: buffer.offset, bytes: bytes as usize });
         })?;
         for fresh in &self.written[before..] {
-            self.chains.memory.prefetch(fresh.offset);
+            self.chains.memory.prefetch(fresh.offset, Wish::Read);
         }
         Ok(count)
     }
