@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use crate::intervals::{Intervals, NONE, Ranged, Table};
 use crate::key::{Family, ICMP, ICMPV6};
-use crate::lpm::Lpm;
+use crate::lpm::{Bits, Lpm};
 use crate::model::{GroupId, Policy, Prefix, Protocol, Remote, Rule, mask};
 
 /// A layer is merged with the one around it while both together have at most this many port ranges ...
@@ -61,17 +61,36 @@ pub(crate) struct Rows {
     /// `row * slots + slot`.
     tables: Vec<Table>,
     intervals: Intervals,
-    /// Ranges of `layers`.
-    sets: Vec<(u32, u32)>,
-    /// Rows.
-    layers: Vec<u32>,
+    /// Sets of layers, each how many and then their rows. One is named by where it begins.
+    sets: Vec<u32>,
     /// The set of everybody: the rules for remote `any`.
     everybody: u32,
-    /// By family: sets of an address, groups included.
-    members: [Lpm; 2],
+    /// Sets of an address, groups included.
+    members: Lpms,
     /// The same without groups, for remotes whose groups are known otherwise. `None`: no rule names a group.
-    prefixes: Option<[Lpm; 2]>,
+    prefixes: Option<Lpms>,
     identities: HashMap<u16, u32>,
+}
+
+/// One for each family.
+#[derive(Debug, Default)]
+struct Lpms {
+    v4: Lpm<u32>,
+    v6: Lpm<u128>,
+}
+
+impl Lpms {
+    #[inline]
+    fn lookup(&self, family: Family, address: u128) -> u32 {
+        match family {
+            Family::V4 => self.v4.lookup(family.align(address)),
+            Family::V6 => self.v6.lookup(family.align(address)),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.v4.bytes() + self.v6.bytes()
+    }
 }
 
 /// What is looked up: slot, destination port (or ICMP type and code), and the remote.
@@ -93,17 +112,17 @@ impl Rows {
     /// The best rank that matches, or [`NONE`].
     #[inline]
     pub(crate) fn lookup(&self, question: Question) -> u32 {
-        let lpm = match (question.identity, &self.prefixes) {
+        let lpms = match (question.identity, &self.prefixes) {
             (Some(_), Some(prefixes)) => prefixes,
             _ => &self.members,
         };
         let set = match question.remote {
-            Some((family, address)) => lpm[family as usize].lookup(family.align(address)),
+            Some((family, address)) => lpms.lookup(family, address),
             None => self.everybody,
         };
-        let (start, count) = self.sets[set as usize];
+        let (count, rows) = self.sets[set as usize..].split_first().expect("a set begins there");
         let mut best = NONE;
-        for &row in &self.layers[start as usize..(start + count) as usize] {
+        for &row in &rows[..*count as usize] {
             best = self.better(best, row, question);
         }
         if let Some(&row) = question.identity.and_then(|tag| self.identities.get(&tag)) {
@@ -122,12 +141,8 @@ impl Rows {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        let lpms = self.members.iter().chain(self.prefixes.iter().flatten()).map(Lpm::bytes).sum::<usize>();
-        self.tables.len() * size_of::<Table>()
-            + self.intervals.bytes()
-            + self.sets.len() * size_of::<(u32, u32)>()
-            + self.layers.len() * size_of::<u32>()
-            + lpms
+        let lpms = self.members.bytes() + self.prefixes.as_ref().map_or(0, Lpms::bytes);
+        self.tables.len() * size_of::<Table>() + self.intervals.bytes() + self.sets.len() * size_of::<u32>() + lpms
     }
 }
 
@@ -194,10 +209,9 @@ impl<'a> Builder<'a> {
                 group.members.iter().for_each(|&prefix| add(&mut members, prefix, spec));
             }
         }
-        self.out.members = [Family::V4, Family::V6].map(|family| self.lpm(&members, family, &everybody));
+        self.out.members = self.lpms(&members, &everybody);
         if names_groups {
-            let lpms = [Family::V4, Family::V6].map(|family| self.lpm(&prefixes, family, &everybody));
-            self.out.prefixes = Some(lpms);
+            self.out.prefixes = Some(self.lpms(&prefixes, &everybody));
             self.identities();
         }
         self.out.intervals.shrink();
@@ -217,8 +231,12 @@ impl<'a> Builder<'a> {
         }
     }
 
+    fn lpms(&mut self, nodes: &Nodes, everybody: &[u32]) -> Lpms {
+        Lpms { v4: self.lpm(nodes, Family::V4, everybody), v6: self.lpm(nodes, Family::V6, everybody) }
+    }
+
     /// Walks the prefixes of one family from the outside in, and gives each its layers.
-    fn lpm(&mut self, nodes: &Nodes, family: Family, everybody: &[u32]) -> Lpm {
+    fn lpm<B: Bits>(&mut self, nodes: &Nodes, family: Family, everybody: &[u32]) -> Lpm<B> {
         let mut around: Vec<(u128, u8, Vec<u32>)> = vec![(0, 0, everybody.to_vec())];
         let mut values = Vec::new();
         for (&(_, bits, length), specs) in nodes.range((family as u8, 0, 0)..=(family as u8, u128::MAX, u8::MAX)) {
@@ -267,8 +285,8 @@ impl<'a> Builder<'a> {
             return set;
         }
         let set = self.out.sets.len() as u32;
-        self.out.sets.push((self.out.layers.len() as u32, layers.len() as u32));
-        self.out.layers.extend(layers);
+        self.out.sets.push(layers.len() as u32);
+        self.out.sets.extend(layers);
         self.by_layers.insert(layers.to_vec(), set);
         set
     }
@@ -336,7 +354,6 @@ impl std::fmt::Display for Rows {
     /// Sizes, for people.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let rows = self.tables.len() / self.slots.max(1);
-        let (sets, intervals) = (self.sets.len(), self.intervals.count());
-        write!(f, "{rows} rows, {sets} sets of layers, {intervals} intervals, {} bytes", self.bytes())
+        write!(f, "{rows} rows, {} intervals, {} bytes", self.intervals.count(), self.bytes())
     }
 }

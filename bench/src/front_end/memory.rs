@@ -271,8 +271,12 @@ impl GuestMemory {
         // JUSTIFICATION: a burst of 64 frames waits for its lines together instead of one by one.
         unsafe {
             match wish {
-                Wish::Read => std::arch::asm!("prefetcht0 [{}]", in(reg) pointer, options(nostack, preserves_flags, readonly)),
-                Wish::Write => std::arch::asm!("prefetchw [{}]", in(reg) pointer, options(nostack, preserves_flags, readonly)),
+                Wish::Read => {
+                    std::arch::asm!("prefetcht0 [{}]", in(reg) pointer, options(nostack, preserves_flags, readonly))
+                }
+                Wish::Write => {
+                    std::arch::asm!("prefetchw [{}]", in(reg) pointer, options(nostack, preserves_flags, readonly))
+                }
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
