@@ -118,18 +118,25 @@ impl Chains {
         mut contents: impl FnMut(Buffer) -> (Buffer, usize),
     ) -> u16 {
         let count = most.min(self.slots.free());
-        if self.is_plain() {
-            let chains = self.slots.give(count).map(|slot| {
-                let (buffer, bytes) = contents(self.buffers[usize::from(slot)]);
-                (slot, Descriptor { address: buffer.guest_address, bytes: bytes as u32, flags, next: 0 })
-            });
-            either!(&mut self.ring, ring => ring.offer_each(chains));
-        } else {
-            for slot in self.slots.give(count).collect::<Vec<_>>() {
-                let (buffer, bytes) = contents(self.buffer(slot));
-                self.describe(slot, buffer, bytes, flags);
-                self.ring.offer(slot * self.stride);
+        let mut left = count;
+        while left > 0 {
+            let run = self.slots.next(left);
+            let length = run.len();
+            if self.is_plain() {
+                let describe = |slot: u16| {
+                    let (buffer, bytes) = contents(self.buffers[usize::from(slot)]);
+                    Descriptor { address: buffer.guest_address, bytes: bytes as u32, flags, next: 0 }
+                };
+                either!(&mut self.ring, ring => ring.offer_run(run, describe));
+            } else {
+                for slot in run.to_vec() {
+                    let (buffer, bytes) = contents(self.buffer(slot));
+                    self.describe(slot, buffer, bytes, flags);
+                    self.ring.offer(slot * self.stride);
+                }
             }
+            self.slots.give(length);
+            left -= length as u16;
         }
         count
     }
@@ -138,14 +145,27 @@ impl Chains {
     /// `each`. Returns how many.
     #[inline(always)]
     pub(super) fn reap(&mut self, most: u16, mut each: impl FnMut(Buffer, u32)) -> Result<u16, RingError> {
-        let (slots, buffers) = (&mut self.slots, &self.buffers);
-        let mut ends = slots.ends();
-        let count = either!(&mut self.ring, ring => ring.reap(most, |used| {
-            let slot = slots.take_back(&mut ends, used.head)?;
-            each(buffers[usize::from(slot)], used.bytes);
-            Ok(())
-        }))?;
-        slots.set_ends(ends);
+        let mut count = 0;
+        let (plain, slots, buffers) = (self.is_plain(), &mut self.slots, &self.buffers);
+        either!(&mut self.ring, ring => {
+            // As they were offered, while that is how they come.
+            while plain && count < most {
+                let run = slots.oldest(most - count);
+                let taken = ring.reap_run(run, |at, bytes| each(buffers[usize::from(run[at])], bytes));
+                count += taken as u16;
+                let is_all = taken < run.len() || taken == 0;
+                slots.take_oldest(taken);
+                if is_all {
+                    break;
+                }
+            }
+            // The rest, if there is one.
+            count += ring.reap(most - count, |used| {
+                let slot = slots.take_back(used.head)?;
+                each(buffers[usize::from(slot)], used.bytes);
+                Ok(())
+            })?;
+        });
         Ok(count)
     }
 

@@ -298,7 +298,19 @@ pub struct View<'a> {
     memory: PhantomData<&'a GuestMemory>,
 }
 
-impl View<'_> {
+impl<'a> View<'a> {
+    /// What follows its first `start` bytes.
+    ///
+    /// # Panics
+    /// If it is shorter.
+    #[inline(always)]
+    #[must_use]
+    pub fn from(self, start: usize) -> View<'a> {
+        assert!(start <= self.bytes, "byte {start} of {}", self.bytes);
+        // SAFETY: at most its end, just checked.
+        View { start: unsafe { self.start.add(start) }, bytes: self.bytes - start, ..self }
+    }
+
     /// Length, bytes.
     #[inline(always)]
     pub fn bytes(&self) -> usize {

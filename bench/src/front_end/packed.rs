@@ -30,6 +30,8 @@ pub const EVENT_ENABLE: u16 = 0;
 pub const EVENT_DISABLE: u16 = 1;
 /// RING_EVENT_FLAGS_DESC: notify of one descriptor.
 pub const EVENT_DESC: u16 = 2;
+/// Of the half of a descriptor with id and flags: the id, and what says that it is used.
+const USED_MASK: u32 = (DESC_AVAIL as u32 | DESC_USED as u32) << 16 | 0xffff;
 /// Wrap counter in a u16 position.
 const WRAP: u16 = 1 << 15;
 
@@ -81,6 +83,31 @@ impl Position {
     }
 }
 
+/// How far offering has come: a loop keeps it in registers.
+#[derive(Clone, Copy, Debug)]
+struct Offering {
+    at: Position,
+    /// See [`PackedRing`].
+    first: Option<(usize, u64)>,
+    written: u32,
+}
+
+impl Offering {
+    /// Writes the next descriptor.
+    #[inline(always)]
+    fn put(&mut self, memory: &GuestMemory, layout: RingLayout, id: u16, descriptor: Descriptor) {
+        let [address, rest] = PackedRing::words(descriptor, id, descriptor.flags | self.at.available_flags());
+        let offset = layout.descriptor(self.at.index);
+        memory.store_u64(offset, address);
+        match self.first {
+            None => self.first = Some((offset + 8, rest)),
+            Some(_) => memory.store_u64(offset + 8, rest),
+        }
+        self.at = self.at.after(1, layout.size);
+        self.written += 1;
+    }
+}
+
 /// One packed virtqueue, driven by us.
 #[derive(Debug)]
 pub struct PackedRing {
@@ -93,7 +120,7 @@ pub struct PackedRing {
     used: Position,
     /// Chains as the caller describes them.
     table: Box<[Descriptor]>,
-    /// Ring descriptors of the chain with each id, 0: it is not outstanding.
+    /// Ring descriptors of the chain that had each id last; 0: one that [`Self::reap`] has shown.
     slots: Box<[u16]>,
     /// By where they were put: the chains' ids and ring descriptors.
     chains: Box<[(u16, u16)]>,
@@ -176,29 +203,44 @@ impl PackedRing {
     /// Writes a chain into the ring; invisible to the device until [`Self::publish`].
     #[inline]
     pub fn offer(&mut self, head: u16) {
-        let (start, mut slots) = (self.available, 0);
+        let mut offering = self.offering();
+        let (start, mut slots) = (offering.at, 0);
         let mut next = Some(head);
         while let Some(index) = next {
             let descriptor = self.table[usize::from(index)];
-            self.available = self.put(self.available, head, descriptor);
+            offering.put(&self.memory, self.layout, head, descriptor);
             slots += 1;
             next = (descriptor.flags & DESC_NEXT != 0).then_some(descriptor.next);
         }
         debug_assert!(slots <= self.layout.size, "a chain of {slots} at {head}");
-        self.note(start, head, slots);
+        self.slots[usize::from(head)] = slots;
+        self.chains[usize::from(start.index)] = (head, slots);
+        self.offered(offering, 1);
     }
 
-    /// As [`Self::offer`], of chains of one descriptor, by their heads, which need not be in the table.
+    /// As [`Self::offer`], of chains of one descriptor, which need not be in the table.
     #[inline(always)]
-    pub fn offer_each(&mut self, chains: impl Iterator<Item = (u16, Descriptor)>) {
-        let mut at = self.available;
-        self.prefetch(chains.size_hint().0);
-        for (head, descriptor) in chains {
-            let after = self.put(at, head, descriptor);
-            self.note(at, head, 1);
-            at = after;
+    pub fn offer_run(&mut self, heads: &[u16], mut descriptor: impl FnMut(u16) -> Descriptor) {
+        self.prefetch(heads.len());
+        let mut offering = self.offering();
+        let Self { memory, layout, slots, chains, .. } = self;
+        for &head in heads {
+            slots[usize::from(head)] = 1;
+            chains[usize::from(offering.at.index)] = (head, 1);
+            offering.put(memory, *layout, head, descriptor(head));
         }
-        self.available = at;
+        self.offered(offering, heads.len() as u16);
+    }
+
+    #[inline(always)]
+    fn offering(&self) -> Offering {
+        Offering { at: self.available, first: self.first, written: self.unpublished }
+    }
+
+    #[inline(always)]
+    fn offered(&mut self, Offering { at, first, written }: Offering, chains: u16) {
+        (self.available, self.first, self.unpublished) = (at, first, written);
+        self.offered += chains;
     }
 
     /// Asks for the next `count` descriptors, to write them: the device had them last.
@@ -210,27 +252,6 @@ impl PackedRing {
             self.memory.prefetch(self.layout.descriptor(at.index), Wish::Write);
             at = at.after(PER_LINE.min(self.layout.size), self.layout.size);
         }
-    }
-
-    #[inline(always)]
-    fn note(&mut self, start: Position, head: u16, slots: u16) {
-        self.slots[usize::from(head)] = slots;
-        self.chains[usize::from(start.index)] = (head, slots);
-        self.unpublished += u32::from(slots);
-        self.offered += 1;
-    }
-
-    /// Writes a descriptor; returns where the next goes.
-    #[inline(always)]
-    fn put(&mut self, at: Position, id: u16, descriptor: Descriptor) -> Position {
-        let [address, rest] = Self::words(descriptor, id, descriptor.flags | at.available_flags());
-        let offset = self.layout.descriptor(at.index);
-        self.memory.store_u64(offset, address);
-        match self.first {
-            None => self.first = Some((offset + 8, rest)),
-            Some(_) => self.memory.store_u64(offset + 8, rest),
-        }
-        at.after(1, self.layout.size)
     }
 
     /// A descriptor's two words as a packed ring has them: id before flags, and no next.
@@ -261,57 +282,91 @@ impl PackedRing {
         }
     }
 
+    /// How many of the chains at `heads`, of one descriptor each and outstanding in this order, are used next and in this order;
+    /// `each` is shown which one, and the bytes written. What is in their buffers may be read afterwards.
+    #[inline(always)]
+    pub fn reap_run(&mut self, heads: &[u16], mut each: impl FnMut(usize, u32)) -> usize {
+        let heads = &heads[..heads.len().min(self.in_flight.into())];
+        let (memory, layout) = (&*self.memory, self.layout);
+        let mut count = 0;
+        while count < heads.len() {
+            // Up to the table's end.
+            let run = heads[count..].iter().take((layout.size - self.used.index).into());
+            let (flags, mut at, mut id) =
+                (u32::from(self.used.used_flags()) << 16, layout.descriptor(self.used.index) + 8, None);
+            let before = count;
+            for &head in run {
+                let rest = memory.load_u64(at);
+                let used = (rest >> 32) as u32 & USED_MASK;
+                if used != flags | u32::from(head) {
+                    id = (used & !0xffff == flags).then_some(used as u16);
+                    break;
+                }
+                each(count, rest as u32);
+                count += 1;
+                at += DESCRIPTOR_BYTES;
+            }
+            self.used = self.used.after((count - before) as u16, layout.size);
+            if count == before {
+                // Nothing is used here, or another one: with IN_ORDER the last of a batch.
+                let last =
+                    id.filter(|_| self.in_order).and_then(|id| heads[count..].iter().position(|head| *head == id));
+                let Some(last) = last else { break };
+                (count..=count + last).for_each(|at| each(at, 0));
+                self.used = self.used.after(last as u16 + 1, layout.size);
+                count += last + 1;
+            }
+        }
+        self.in_flight -= count as u16;
+        // Acquire: pairs with the device's release stores of the flags.
+        fence(Ordering::Acquire);
+        count
+    }
+
     /// Shows up to `most` chains that the device has used to `each`, in its order; returns how many. What is in their buffers may
     /// be read afterwards.
     ///
     /// # Errors
-    /// [`RingError::HeadNotOutstanding`] if it used what it was not given; what `each` says.
-    #[inline(always)]
+    /// [`RingError::HeadNotOutstanding`] if it used what it was not given; what `each` says, which has to know what
+    /// [`Self::reap_run`] has shown before.
+    #[inline]
     pub fn reap(&mut self, most: u16, mut each: impl FnMut(Used) -> Result<(), RingError>) -> Result<u16, RingError> {
         let most = most.min(self.in_flight);
-        let mut at = self.used;
+        let Self { layout, slots, chains, in_order, .. } = self;
+        let (layout, in_order, memory) = (*layout, *in_order, &*self.memory);
+        let (mut at, mut batch) = (self.used, self.batch);
         let mut count = 0;
         while count < most {
-            let (expected, mut slots) = self.chains[usize::from(at.index)];
+            let (expected, mut length) = chains[usize::from(at.index)];
             let (mut id, mut bytes) = (expected, 0);
-            if self.batch.is_none() {
-                let rest = self.memory.load_u64(self.layout.descriptor(at.index) + 8);
+            if batch.is_none() {
+                let rest = memory.load_u64(layout.descriptor(at.index) + 8);
                 if (rest >> 48) as u16 & (DESC_AVAIL | DESC_USED) != at.used_flags() {
                     break;
                 }
                 (id, bytes) = ((rest >> 32) as u16, rest as u32);
-            } else if self.batch == Some(id) {
-                self.batch = None;
+            } else if batch == Some(id) {
+                batch = None;
             }
-            if id != expected || slots == 0 || self.slots[usize::from(id)] != slots {
-                slots = self.unexpected(id)?;
-                if self.in_order {
-                    self.batch = Some(id);
+            if id != expected || length == 0 || slots[usize::from(id)] != length {
+                length = unexpected(slots, id)?;
+                if in_order {
+                    batch = Some(id);
                     continue;
                 }
             }
-            self.slots[usize::from(id)] = 0;
+            slots[usize::from(id)] = 0;
             each(Used { head: u32::from(id), bytes })?;
-            at = at.after(slots, self.layout.size);
+            at = at.after(length, layout.size);
             count += 1;
         }
-        self.used = at;
+        (self.used, self.batch) = (at, batch);
         self.in_flight -= count;
         // Acquire: pairs with the device's release stores of the flags.
         fence(Ordering::Acquire);
         match self.batch {
             Some(id) if self.in_flight == 0 => Err(RingError::HeadNotOutstanding { head: u32::from(id) }),
             _ => Ok(count),
-        }
-    }
-
-    /// How many descriptors the chain with this id has. Not inlined: whoever does expect it does not wait for the answer.
-    #[cold]
-    #[inline(never)]
-    fn unexpected(&self, id: u16) -> Result<u16, RingError> {
-        match self.slots.get(usize::from(id)) {
-            None | Some(0) => Err(RingError::HeadNotOutstanding { head: u32::from(id) }),
-            Some(slots) => Ok(*slots),
         }
     }
 
@@ -334,6 +389,16 @@ impl PackedRing {
     fn write_event(&self, flags: u16) {
         let word = u32::from(self.used.bits()) | u32::from(flags) << 16;
         self.memory.store_u32(self.layout.available_ring, word);
+    }
+}
+
+/// How many descriptors the chain with this id has. Not inlined: whoever does expect it does not wait for the answer.
+#[cold]
+#[inline(never)]
+fn unexpected(slots: &[u16], id: u16) -> Result<u16, RingError> {
+    match slots.get(usize::from(id)) {
+        None | Some(0) => Err(RingError::HeadNotOutstanding { head: u32::from(id) }),
+        Some(length) => Ok(*length),
     }
 }
 

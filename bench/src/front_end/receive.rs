@@ -135,19 +135,22 @@ impl Receive {
         self.reap()?;
         let memory = &*self.chains.memory.clone();
         let (header_bytes, most) = (self.chains.header_bytes, self.chains.buffer_bytes());
+        // num_buffers of a frame that fills one, where it means anything.
+        let of_one = if self.mergeable { (0xffff_0000, 1 << 16) } else { (0, 0) };
         let mut frames = 0;
         let mut done = 0;
-        while let Some(Written { offset, bytes, .. }) = self.written.get(done).copied() {
-            let header = HeaderWords::read(memory, offset);
-            if bytes < header_bytes || bytes > most || self.mergeable && header.num_buffers() != 1 {
+        while let Some(&Written { offset, bytes }) = self.written.get(done) {
+            let usual = (HEADER_BYTES_MAX..=most).contains(&bytes).then(|| memory.view(offset, bytes));
+            let usual = usual.and_then(|view| Some((HeaderWords::read(view)?, view)));
+            let Some((header, view)) = usual.filter(|(header, _)| header.1 & of_one.0 == of_one.1) else {
                 match self.receive_other(done, taker)? {
                     Some(0) => done += 1,
                     Some(buffers) => (frames, done) = (frames + 1, done + buffers),
                     None => break,
                 }
                 continue;
-            }
-            let place = Place::Memory(memory.view(offset + header_bytes, bytes - header_bytes));
+            };
+            let place = Place::Memory(view.from(header_bytes));
             let bytes = bytes - header_bytes;
             taker.take(Received { place, bytes, header, header_bytes, scratch: &mut self.scratch });
             (frames, done) = (frames + 1, done + 1);
@@ -171,10 +174,10 @@ impl Receive {
             self.empty += 1;
             return Ok(Some(0));
         }
-        let header = HeaderWords::read(&self.chains.memory, offset);
+        let header = HeaderWords::read(self.chains.memory.view(offset, HEADER_BYTES_MAX)).expect("room for one");
         let header_bytes = self.chains.header_bytes;
         self.check(bytes, header_bytes)?;
-        let buffers = header.num_buffers();
+        let buffers = if self.mergeable { header.num_buffers() } else { 1 };
         if buffers == 0 || buffers > self.chains.slots.count() {
             return Err(RingError::BufferCount(buffers));
         }
@@ -252,12 +255,11 @@ impl<F: FnMut(Received<'_>)> Taker for F {
 struct HeaderWords(u64, u32);
 
 impl HeaderWords {
-    /// At `offset`, in a buffer that has room for a longest one.
+    /// At the beginning of a buffer; `None` if it has no room for a longest one.
     #[inline(always)]
-    fn read(memory: &GuestMemory, offset: usize) -> Self {
-        let view = memory.view(offset, HEADER_BYTES_MAX);
-        let [first, last] = view.words(0, [0, HEADER_BYTES_MAX - 8]).expect("two words, which overlap");
-        Self(first, (last >> 32) as u32)
+    fn read(buffer: View<'_>) -> Option<Self> {
+        let [first, last] = buffer.words(0, [0, HEADER_BYTES_MAX - 8])?;
+        Some(Self(first, (last >> 32) as u32))
     }
 
     #[inline(always)]

@@ -11,12 +11,6 @@ use super::split::RingError;
 pub(super) struct Slots {
     order: Box<[u16]>,
     stride: u16,
-    ends: Ends,
-}
-
-/// Where the oldest one is, and how many there are from there on. A loop keeps its own in registers.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Ends {
     oldest: usize,
     outstanding: u16,
 }
@@ -24,7 +18,7 @@ pub(super) struct Ends {
 impl Slots {
     /// `count` slots of `stride` descriptors, at least one of each.
     pub(super) fn new(count: u16, stride: u16) -> Self {
-        Self { order: (0..count).collect(), stride, ends: Ends { oldest: 0, outstanding: 0 } }
+        Self { order: (0..count).collect(), stride, oldest: 0, outstanding: 0 }
     }
 
     /// All there are.
@@ -35,60 +29,53 @@ impl Slots {
     /// Those that the device does not have.
     #[inline(always)]
     pub(super) fn free(&self) -> u16 {
-        self.count() - self.ends.outstanding
+        self.count() - self.outstanding
     }
 
     #[inline(always)]
-    fn at(&self, ends: Ends, ahead: u16) -> usize {
-        let at = ends.oldest + usize::from(ahead);
+    fn at(&self, ahead: u16) -> usize {
+        let at = self.oldest + usize::from(ahead);
         if at < self.order.len() { at } else { at - self.order.len() }
     }
 
-    /// The `count` slots that have been free for longest: the device has them now. At most [`Self::free`].
+    /// Up to `most` that have been free for longest, in a row; fewer than there are if the array ends between them.
     #[inline(always)]
-    pub(super) fn give(&mut self, count: u16) -> impl Iterator<Item = u16> {
-        let first = self.at(self.ends, self.ends.outstanding);
-        self.ends.outstanding += count;
-        let (before, after) = self.order.split_at(first);
-        let count = usize::from(count);
-        let turned = count.saturating_sub(after.len());
-        after[..count - turned].iter().chain(&before[..turned]).copied()
+    pub(super) fn next(&self, most: u16) -> &[u16] {
+        let rest = &self.order[self.at(self.outstanding)..];
+        &rest[..usize::from(most.min(self.free())).min(rest.len())]
     }
 
-    /// Where to begin to take back.
+    /// The device has the first `count` of [`Self::next`] now.
     #[inline(always)]
-    pub(super) fn ends(&self) -> Ends {
-        self.ends
+    pub(super) fn give(&mut self, count: usize) {
+        self.outstanding += count as u16;
     }
 
-    /// Where taking back has ended.
+    /// Up to `most` that the device has had for longest, in the same way.
     #[inline(always)]
-    pub(super) fn set_ends(&mut self, ends: Ends) {
-        self.ends = ends;
+    pub(super) fn oldest(&self, most: u16) -> &[u16] {
+        let rest = &self.order[self.oldest..];
+        &rest[..usize::from(most.min(self.outstanding)).min(rest.len())]
     }
 
-    /// The device is done with the chain at `head`: its slot.
+    /// The device is done with the first `count` of [`Self::oldest`].
+    #[inline(always)]
+    pub(super) fn take_oldest(&mut self, count: usize) {
+        self.oldest = self.at(count as u16);
+        self.outstanding -= count as u16;
+    }
+
+    /// The device is done with the chain at `head`, whichever it is: its slot.
     ///
     /// # Errors
     /// [`RingError::HeadNotOutstanding`] if the device does not have it.
-    #[inline(always)]
-    pub(super) fn take_back(&mut self, ends: &mut Ends, head: u32) -> Result<u16, RingError> {
-        // What is returned is the array's, not what `head` says: that comes from another core, and who goes on with it waits.
-        let mut slot = self.order[ends.oldest];
-        if ends.outstanding == 0 || u32::from(slot) * u32::from(self.stride) != head {
-            slot = self.make_oldest(*ends, head)?;
-        }
-        *ends = Ends { oldest: self.at(*ends, 1), outstanding: ends.outstanding - 1 };
-        Ok(slot)
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn make_oldest(&mut self, ends: Ends, head: u32) -> Result<u16, RingError> {
+    pub(super) fn take_back(&mut self, head: u32) -> Result<u16, RingError> {
         let is_it = |at: &usize| u32::from(self.order[*at]) * u32::from(self.stride) == head;
-        let found = (0..ends.outstanding).map(|ahead| self.at(ends, ahead)).find(is_it);
-        self.order.swap(ends.oldest, found.ok_or(RingError::HeadNotOutstanding { head })?);
-        Ok(self.order[ends.oldest])
+        let found = (0..self.outstanding).map(|ahead| self.at(ahead)).find(is_it);
+        self.order.swap(self.oldest, found.ok_or(RingError::HeadNotOutstanding { head })?);
+        let slot = self.order[self.oldest];
+        self.take_oldest(1);
+        Ok(slot)
     }
 }
 
@@ -97,24 +84,24 @@ mod tests {
     use super::*;
 
     fn give(slots: &mut Slots, count: u16) -> Vec<u16> {
-        slots.give(count).collect()
-    }
-
-    fn take_back(slots: &mut Slots, head: u32) -> Result<u16, RingError> {
-        let mut ends = slots.ends();
-        let slot = slots.take_back(&mut ends, head)?;
-        slots.set_ends(ends);
-        Ok(slot)
+        let mut given = vec![];
+        while given.len() < count.into() {
+            let run = slots.next(count - given.len() as u16).to_vec();
+            slots.give(run.len());
+            given.extend(run);
+        }
+        given
     }
 
     #[test]
     fn slots_come_back_first_in_first_out() {
         let mut slots = Slots::new(3, 1);
         assert_eq!(give(&mut slots, 2), [0, 1]);
-        assert_eq!((take_back(&mut slots, 0), take_back(&mut slots, 1)), (Ok(0), Ok(1)));
-        assert_eq!(slots.free(), 3);
-        assert_eq!(give(&mut slots, 3), [2, 0, 1], "across the end of the array");
-        assert_eq!((slots.free(), give(&mut slots, 0)), (0, vec![]));
+        assert_eq!(slots.oldest(9), [0, 1]);
+        slots.take_oldest(2);
+        assert_eq!((slots.free(), slots.next(9)), (3, [2].as_slice()), "up to the end of the array");
+        assert_eq!(give(&mut slots, 3), [2, 0, 1], "across it");
+        assert_eq!((slots.free(), slots.next(9), slots.oldest(9)), (0, [].as_slice(), [2].as_slice()));
     }
 
     #[test]
@@ -122,15 +109,15 @@ mod tests {
         let mut slots = Slots::new(4, 3);
         give(&mut slots, 3);
         let no = |head| Err(RingError::HeadNotOutstanding { head });
-        assert_eq!(take_back(&mut slots, 9), no(9), "never given");
-        assert_eq!(take_back(&mut slots, 4), no(4), "the middle of a chain");
-        assert_eq!(take_back(&mut slots, 70_000), no(70_000), "there is no such");
-        assert_eq!(take_back(&mut slots, 3), Ok(1));
-        assert_eq!(take_back(&mut slots, 3), no(3), "twice");
+        assert_eq!(slots.take_back(9), no(9), "never given");
+        assert_eq!(slots.take_back(4), no(4), "the middle of a chain");
+        assert_eq!(slots.take_back(70_000), no(70_000), "there is no such");
+        assert_eq!(slots.take_back(3), Ok(1));
+        assert_eq!(slots.take_back(3), no(3), "twice");
         for head in [6, 0] {
-            assert_eq!(take_back(&mut slots, head), Ok(head as u16 / 3));
+            assert_eq!(slots.take_back(head), Ok(head as u16 / 3));
         }
-        assert_eq!(take_back(&mut slots, 0), no(0), "it has none");
+        assert_eq!(slots.take_back(0), no(0), "it has none");
         let mut given = give(&mut slots, 4);
         assert_eq!(given[0], 3, "the one that waited longest");
         given.sort_unstable();

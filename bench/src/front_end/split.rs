@@ -163,13 +163,13 @@ impl SplitRing {
         }
     }
 
-    /// Sets the one descriptor of each chain, by its head, and enters it.
+    /// Sets the one descriptor of each of the chains at `heads`, and enters it.
     #[inline(always)]
-    pub fn offer_each(&mut self, chains: impl Iterator<Item = (u16, Descriptor)>) {
+    pub fn offer_run(&mut self, heads: &[u16], mut descriptor: impl FnMut(u16) -> Descriptor) {
         // Counted in a register: an index stored and loaded again for each chain was half of its cost.
         let mut available = self.available;
-        for (head, descriptor) in chains {
-            self.set_descriptor(head, descriptor);
+        for &head in heads {
+            self.set_descriptor(head, descriptor(head));
             self.enter(available, head);
             available = available.wrapping_add(1);
         }
@@ -197,11 +197,33 @@ impl SplitRing {
         }
     }
 
+    /// How many of the chains at `heads` are used next and in this order; `each` is shown which one, and the bytes written.
+    #[inline(always)]
+    pub fn reap_run(&mut self, heads: &[u16], mut each: impl FnMut(usize, u32)) -> usize {
+        // Acquire: as in `reap`. What cannot be is for that one to report.
+        let pending = self.memory.load_u16(self.layout.used_index(), Ordering::Acquire).wrapping_sub(self.used);
+        if pending > self.published.wrapping_sub(self.used) {
+            return 0;
+        }
+        let (memory, layout, used) = (&*self.memory, self.layout, self.used);
+        let mut count = 0;
+        for (at, &head) in heads.iter().take(pending.into()).enumerate() {
+            let offset = layout.used_entry(used.wrapping_add(at as u16));
+            if memory.load_u32(offset) != u32::from(head) {
+                break;
+            }
+            each(at, memory.load_u32(offset + 4));
+            count += 1;
+        }
+        self.used = used.wrapping_add(count as u16);
+        count
+    }
+
     /// Shows up to `most` used entries to `each`, oldest first; returns how many.
     ///
     /// # Errors
     /// [`RingError::IndexJump`] if the device used more than there was; what `each` says.
-    #[inline(always)]
+    #[inline]
     pub fn reap(&mut self, most: u16, mut each: impl FnMut(Used) -> Result<(), RingError>) -> Result<u16, RingError> {
         // Acquire: pairs with the device's release store of idx; entries and buffers written before are visible.
         let to = self.memory.load_u16(self.layout.used_index(), Ordering::Acquire);

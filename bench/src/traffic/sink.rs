@@ -42,11 +42,12 @@ pub struct Arrived {
 /// The beginning of a frame: what all have in common, and what is its own.
 type Prefix = ([u64; COMMON_WORDS], [u64; OWN_WORDS]);
 
-/// A frame's number in the set, its flow, and its place in that: index = place * flows + flow. Counted up instead of divided.
-#[derive(Clone, Copy, Debug, Default)]
-struct Turn {
-    index: usize,
-    flow: usize,
+/// What is known of a frame of the set.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    own: [u64; OWN_WORDS],
+    flow: u32,
+    /// Which one of its flow's it is.
     place: u32,
 }
 
@@ -55,7 +56,7 @@ struct Turn {
 pub struct Sink<'a> {
     set: &'a FlowSet,
     common: [u64; COMMON_WORDS],
-    own: Vec<[u64; OWN_WORDS]>,
+    known: Vec<Known>,
     bytes: usize,
     /// Where the checked bytes begin.
     start: usize,
@@ -68,8 +69,10 @@ pub struct Sink<'a> {
     /// Per flow, the place in the set (sequence / flows) that comes next; `None` before its first frame.
     next: Vec<Option<u32>>,
     places: u32,
-    /// The frame of the set that comes next if none is missing and flows keep to each other's order.
-    follows: Turn,
+    /// Number of the frame that comes next if none is missing and flows keep to each other's order.
+    follows: usize,
+    /// Frames come as they were sent, each whole and in no tunnel.
+    is_plain: bool,
     sample: u64,
     until_sample: u64,
     arrived: Arrived,
@@ -90,22 +93,24 @@ impl<'a> Sink<'a> {
             (common, [word(32), word(40), word(LAST_AT)])
         };
         let (common, _) = prefix(&set.frames()[0]);
-        let own = |frame: &Vec<u8>| {
+        let flows = set.flows();
+        let known = |(index, frame): (usize, &Vec<u8>)| {
             let (its, own) = prefix(frame);
             assert_eq!(its, common, "frames of one set begin alike");
-            own
+            Known { own, flow: (index % flows) as u32, place: (index / flows) as u32 }
         };
         Self {
             common,
-            own: set.frames().iter().map(own).collect(),
-            next: vec![None; set.flows()],
+            known: set.frames().iter().enumerate().map(known).collect(),
+            next: vec![None; flows],
             bytes: set.frames()[0].len(),
             start: shift,
             outer: None,
             header: set.is_segmented().then(|| set.header()),
             pseudo_sums: None,
-            follows: Turn::default(),
-            places: (set.frames().len() / set.flows()) as u32,
+            follows: 0,
+            is_plain: !set.is_segmented(),
+            places: (set.frames().len() / flows) as u32,
             set,
             sample: sample.max(1),
             until_sample: 1,
@@ -122,6 +127,7 @@ impl<'a> Sink<'a> {
         let mut sink = Self::new(set, sample);
         sink.start += OUTER_BYTES;
         sink.outer = Some(OuterCheck::new(outer, sink.bytes));
+        sink.is_plain = false;
         sink
     }
 
@@ -166,25 +172,30 @@ impl<'a> Sink<'a> {
     /// Takes one frame; its number in the set if it is good.
     #[inline(always)]
     pub fn take(&mut self, frame: Received<'_>) -> Option<usize> {
-        let Some(prefix) = self.prefix(&frame) else {
-            self.arrived.foreign += 1;
-            return None;
-        };
         // Nearly always it is the next one, which need not be read to know what it has to be.
-        if self.is_frame(self.follows.index, &prefix) && self.is_carried_right(&frame) {
-            self.accept(self.follows, frame)
+        let index = self.follows;
+        if self.is_plain
+            && frame.len() == self.bytes
+            && prefix(&frame, 0).is_some_and(|prefix| self.is_frame(&self.known[index], &prefix))
+        {
+            self.accept(index, frame)
         } else {
-            self.take_other(frame)
+            self.take_any(frame)
         }
     }
 
     #[inline(never)]
-    fn take_other(&mut self, frame: Received<'_>) -> Option<usize> {
-        let prefix = self.prefix(&frame)?;
+    fn take_any(&mut self, frame: Received<'_>) -> Option<usize> {
+        let Some(prefix) = self.prefix(&frame) else {
+            self.arrived.foreign += 1;
+            return None;
+        };
         let index = usize::try_from(sequence_of(&prefix)).unwrap_or(usize::MAX);
-        if index < self.own.len() && self.is_frame(index, &prefix) && self.is_carried_right(&frame) {
-            let flows = self.next.len();
-            return self.accept(Turn { index, flow: index % flows, place: (index / flows) as u32 }, frame);
+        if let Some(known) = self.known.get(index)
+            && self.is_frame(known, &prefix)
+            && self.is_carried_right(&frame)
+        {
+            return self.accept(index, frame);
         }
         if magic_of(&prefix) == MAGIC {
             self.corrupt(frame);
@@ -194,37 +205,38 @@ impl<'a> Sink<'a> {
         None
     }
 
+    /// Without a branch per word.
     #[inline(always)]
-    fn is_frame(&self, index: usize, prefix: &Prefix) -> bool {
-        same(&self.common, &self.own[index], prefix)
+    fn is_frame(&self, known: &Known, (common, own): &Prefix) -> bool {
+        let differ =
+            |left: &[u64], right: &[u64]| left.iter().zip(right).fold(0, |all, (left, right)| all | (left ^ right));
+        differ(&self.common, common) | differ(&known.own, own) == 0
     }
 
     /// It has arrived, also if its end, which is looked at in one of many, turns out to be wrong.
     #[inline(always)]
-    fn accept(&mut self, turn: Turn, frame: Received<'_>) -> Option<usize> {
-        self.in_order(turn);
+    fn accept(&mut self, index: usize, frame: Received<'_>) -> Option<usize> {
+        self.in_order(index);
         self.until_sample -= 1;
         if self.until_sample == 0 {
             self.until_sample = self.sample;
-            return self.compare(turn.index, frame);
+            return self.compare(index, frame);
         }
         self.arrived.good += 1;
-        Some(turn.index)
+        Some(index)
     }
 
-    #[inline(always)]
     fn prefix(&self, frame: &Received<'_>) -> Option<Prefix> {
-        let [a, b, c, d, mut e, f, last] = frame.words(self.start, [0, 8, 16, 24, 32, 40, LAST_AT])?;
+        let (common, [mut first, middle, last]) = prefix(frame, self.start)?;
         if let Some([sent, other]) = self.pseudo_sums
-            && checksum_of(e) == other
+            && checksum_of(first) == other
         {
-            e = with_checksum(e, sent);
+            first = with_checksum(first, sent);
         }
-        Some(([a, b, c, d], [e, f, last]))
+        Some((common, [first, middle, last]))
     }
 
     /// Length, what the virtio-net header says, and outer headers.
-    #[inline(always)]
     fn is_carried_right(&self, frame: &Received<'_>) -> bool {
         if let Some(sent) = &self.header {
             let header = frame.header();
@@ -265,19 +277,16 @@ impl<'a> Sink<'a> {
     }
 
     #[inline(always)]
-    fn in_order(&mut self, Turn { index, flow, place }: Turn) {
+    fn in_order(&mut self, index: usize) {
+        let Known { flow, place, .. } = self.known[index];
         let after = if place + 1 == self.places { 0 } else { place + 1 };
-        if let Some(expected) = self.next[flow].replace(after)
+        if let Some(expected) = self.next[flow as usize].replace(after)
             && expected != place
         {
             let gap = if place > expected { place - expected } else { place + self.places - expected };
             self.arrived.gaps += u64::from(gap);
         }
-        self.follows = if flow + 1 < self.next.len() {
-            Turn { index: index + 1, flow: flow + 1, place }
-        } else {
-            Turn { index: if after == 0 { 0 } else { index + 1 }, flow: 0, place: after }
-        };
+        self.follows = if index + 1 == self.known.len() { 0 } else { index + 1 };
     }
 
     #[cold]
@@ -307,12 +316,11 @@ fn offloads_of(header: &VirtioNetHeader) -> [u16; 4] {
     [header.hdr_len, header.gso_size, header.csum_start, header.csum_offset]
 }
 
-/// Without a branch per word.
+/// What a frame that begins at `start` begins with.
 #[inline(always)]
-fn same(common: &[u64; COMMON_WORDS], own: &[u64; OWN_WORDS], prefix: &Prefix) -> bool {
-    let differ =
-        |left: &[u64], right: &[u64]| left.iter().zip(right).fold(0, |all, (left, right)| all | (left ^ right));
-    differ(common, &prefix.0) | differ(own, &prefix.1) == 0
+fn prefix(frame: &Received<'_>, start: usize) -> Option<Prefix> {
+    let [a, b, c, d, e, f, last] = frame.words(start, [0, 8, 16, 24, 32, 40, LAST_AT])?;
+    Some(([a, b, c, d], [e, f, last]))
 }
 
 /// The TCP checksum of a frame to be segmented: the end of the first word of its own.
