@@ -117,6 +117,14 @@ impl<'a> Run<'a> {
     pub(super) fn leave_out(&mut self, count: usize) {
         self.frames.start += count;
     }
+
+    /// Leaves the next `count` out, and returns them.
+    #[inline]
+    pub(super) fn split_off(&mut self, count: usize) -> Run<'a> {
+        let first = self.frames.start;
+        self.leave_out(count);
+        Run { frames: first..self.frames.start, ..self.clone() }
+    }
 }
 
 impl<'a> From<Outgoing<'a>> for Run<'a> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dreamwire_vhost::frame::{Bare, NetHeader, RawFrame};
 use dreamwire_vhost::memory::Payload;
-use dreamwire_vhost::ring::{Ring, SendError, Sent};
+use dreamwire_vhost::ring::{BURST, Ring, SendError, Sent};
 use foldhash::quality::FixedState;
 
 use super::fault_log::FaultLog;
@@ -238,15 +238,18 @@ impl Outlets {
         }
     }
 
-    /// One flow, one queue: its frames stay in order.
+    /// One flow, one queue: its frames stay in order. Those in a row for one queue share what has to be looked up for it.
     #[inline(never)]
-    fn deliver_by_flow(&mut self, snapshot: &Snapshot, id: PortId, port: &Port, frames: Run<'_>) {
-        for frame in frames {
-            let pairs = &self.sinks[usize::from(id.0)].enabled;
+    fn deliver_by_flow(&mut self, snapshot: &Snapshot, id: PortId, port: &Port, mut frames: Run<'_>) {
+        let mut queues = [0; BURST];
+        let pairs = &self.sinks[usize::from(id.0)].enabled;
+        for (queue, frame) in queues.iter_mut().zip(frames.clone()) {
             let flow_hash = u64::from(flow_hash(&self.hasher, frame.header()));
             // A hash of 32 bits times the number of queues, shifted back: an even spread without a division.
-            let pair = pairs[((flow_hash * pairs.len() as u64) >> 32) as usize];
-            self.fill(snapshot, id, port, pair, frame.into());
+            *queue = pairs[((flow_hash * pairs.len() as u64) >> 32) as usize];
+        }
+        for alike in queues[..frames.len()].chunk_by(|queue, next| queue == next) {
+            self.fill(snapshot, id, port, alike[0], frames.split_off(alike.len()));
         }
     }
 
