@@ -129,7 +129,8 @@ impl Chains {
                 };
                 either!(&mut self.ring, ring => ring.offer_run(run, describe));
             } else {
-                for slot in run.to_vec() {
+                for at in 0..length {
+                    let slot = self.slots.next(left)[at];
                     let (buffer, bytes) = contents(self.buffer(slot));
                     self.describe(slot, buffer, bytes, flags);
                     self.ring.offer(slot * self.stride);
