@@ -311,16 +311,10 @@ impl<'a> View<'a> {
         View { start: unsafe { self.start.add(start) }, bytes: self.bytes - start, ..self }
     }
 
-    /// Length, bytes.
-    #[inline(always)]
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// Copies the little-endian words at `places` out, counted from byte `start` on; `None` if it ends before one of them does.
     #[inline(always)]
     pub fn words<const N: usize>(&self, start: usize, places: [usize; N]) -> Option<[u64; N]> {
-        let end = places.into_iter().max().unwrap_or(0) + 8;
+        let end = places.into_iter().max().unwrap_or(0).checked_add(8)?;
         if self.bytes < end || start > self.bytes - end {
             return None;
         }

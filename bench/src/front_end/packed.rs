@@ -8,7 +8,7 @@
 //! computed from what it wrote: descriptors in a row come from its core one after the other only if each says where the next is.
 //!
 //! With IN_ORDER the device may use a batch with one descriptor, which has the id of the last chain: all that were offered
-//! before are used with it. They get length 0, as chains for sending do: a device that does so with a receiveq is not
+//! before are used with it. All of them, that one too, get length 0, as chains for sending do: a device that does so with a receiveq is not
 //! understood.
 //!
 //! Nothing that the device writes is trusted, as in split.rs.
@@ -351,6 +351,9 @@ impl PackedRing {
             if id != expected || length == 0 || slots[usize::from(id)] != length {
                 length = unexpected(slots, id)?;
                 if in_order {
+                    if id == expected {
+                        return Err(RingError::HeadNotOutstanding { head: u32::from(id) });
+                    }
                     batch = Some(id);
                     continue;
                 }

@@ -1,7 +1,7 @@
 //! The driver's end of a receiveq: keeps every buffer posted, hands frames to a sink, puts mergeable ones together.
 //!
 //! A frame is not copied unless the sink asks for all of it; a sink that looks at headers alone reads one cache line.
-//! Limits: [`BURST`] buffers per call; a frame of at most [`FRAME_BYTES_MAX`].
+//! Limits: [`BURST`] buffers per call, and the rest of the last frame; a frame of at most [`FRAME_BYTES_MAX`].
 
 use super::chains::{ChainShape, Chains};
 use super::doorbell::Doorbell;
@@ -132,21 +132,30 @@ impl Receive {
     /// As [`Self::receive_burst`].
     #[inline]
     pub fn receive_views(&mut self, taker: &mut impl Taker) -> Result<usize, RingError> {
-        self.reap()?;
+        if self.written.len() < usize::from(BURST) {
+            self.reap()?;
+        }
         let memory = &*self.chains.memory.clone();
         let (header_bytes, most) = (self.chains.header_bytes, self.chains.buffer_bytes());
         // num_buffers of a frame that fills one, where it means anything.
         let of_one = if self.mergeable { (0xffff_0000, 1 << 16) } else { (0, 0) };
         let mut frames = 0;
         let mut done = 0;
-        while let Some(&Written { offset, bytes }) = self.written.get(done) {
+        let mut outcome = Ok(());
+        while let Some(&Written { offset, bytes }) = self.written.get(done)
+            && done < usize::from(BURST)
+        {
             let usual = (HEADER_BYTES_MAX..=most).contains(&bytes).then(|| memory.view(offset, bytes));
             let usual = usual.and_then(|view| Some((HeaderWords::read(view)?, view)));
             let Some((header, view)) = usual.filter(|(header, _)| header.1 & of_one.0 == of_one.1) else {
-                match self.receive_other(done, taker)? {
-                    Some(0) => done += 1,
-                    Some(buffers) => (frames, done) = (frames + 1, done + buffers),
-                    None => break,
+                match self.receive_other(done, taker) {
+                    Ok(Some(0)) => done += 1,
+                    Ok(Some(buffers)) => (frames, done) = (frames + 1, done + buffers),
+                    Ok(None) => break,
+                    Err(error) => {
+                        outcome = Err(error);
+                        break;
+                    }
                 }
                 continue;
             };
@@ -160,7 +169,8 @@ impl Receive {
             self.received += frames as u64;
             self.post(done as u16);
         }
-        Ok(frames)
+        // What came before a fault has been handed over, once.
+        outcome.map(|()| frames)
     }
 
     /// What follows the usual way's end, at `done`: a frame of several buffers (how many), or nothing at all; `None`, if not all
@@ -228,7 +238,7 @@ impl Receive {
 
     /// Asks for a call at the next frame; false if one is there already. See [`Ring::enable_calls`].
     pub fn enable_calls(&mut self) -> bool {
-        self.chains.ring.enable_calls()
+        self.chains.ring.enable_calls() && self.written.is_empty()
     }
 
     /// Back to polling.

@@ -4,8 +4,8 @@
 //! `offer` writes entries that the device cannot see yet, `publish` makes them visible with one release store of
 //! idx and tells whether the device wants a kick; `reap` takes what lies between our index and the device's.
 //! Which buffers a head stands for is the caller's business (transmit.rs, receive.rs), so that a packed ring
-//! can take this file's place with the same six verbs: set_descriptor, offer, publish, reap, suppress_calls,
-//! enable_calls.
+//! can take this file's place with the same verbs: set_descriptor, offer, publish, reap, suppress_calls,
+//! enable_calls, and for chains of one descriptor in a row offer_run and reap_run.
 //!
 //! Every word that we wrote is remembered in private memory, and a store that would change nothing is left out:
 //! it would only take the cache line away from the device. A device that finishes in order thus costs the
@@ -198,6 +198,7 @@ impl SplitRing {
     }
 
     /// How many of the chains at `heads` are used next and in this order; `each` is shown which one, and the bytes written.
+    /// [`Self::reap`] has to follow, which keeps used_event ahead and reports what the device did wrong.
     #[inline(always)]
     pub fn reap_run(&mut self, heads: &[u16], mut each: impl FnMut(usize, u32)) -> usize {
         // Acquire: as in `reap`. What cannot be is for that one to report.

@@ -1,7 +1,7 @@
 //! The driver's end of a transmitq: frames copied in one by one, or a set of frames written once and reposted.
 //!
 //! Reposting is what the throughput harness does: the generator's core then writes one index per burst and the
-//! device's core does all the work that is measured. Limits: a frame per slot, [`BURST`] reaped at a time.
+//! device's core does all the work that is measured. Limits: a frame per slot.
 
 use super::chains::{Buffer, ChainShape, Chains};
 use super::doorbell::Doorbell;
