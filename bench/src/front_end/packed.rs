@@ -8,8 +8,8 @@
 //! computed from what it wrote: descriptors in a row come from its core one after the other only if each says where the next is.
 //!
 //! With IN_ORDER the device may use a batch with one descriptor, which has the id of the last chain: all that were offered
-//! before are used with it. All of them, that one too, get length 0, as chains for sending do: a device that does so with a receiveq is not
-//! understood.
+//! before are used with it. All of them, that one too, get length 0, as chains for sending do: a device that does so with a
+//! receiveq is not understood.
 //!
 //! Nothing that the device writes is trusted, as in split.rs.
 
@@ -539,6 +539,46 @@ mod tests {
         ring.offer(2);
         device_uses(&ring, Position::START, 2, 0);
         assert!(reap(&mut ring, 9).is_err());
+    }
+
+    /// Offers and publishes chains of one descriptor, none of which is in the table.
+    fn offer_run(ring: &mut PackedRing, heads: &[u16]) {
+        ring.offer_run(heads, |head| Descriptor { address: 0x1000, bytes: u32::from(head), flags: 0, next: 0 });
+        ring.publish();
+    }
+
+    fn reap_run(ring: &mut PackedRing, heads: &[u16]) -> Vec<(usize, u32)> {
+        let mut all = Vec::new();
+        let count = ring.reap_run(heads, |at, bytes| all.push((at, bytes)));
+        assert_eq!(count, all.len());
+        all
+    }
+
+    #[test]
+    fn a_run_is_reaped_across_the_end_of_the_table_as_far_as_it_is_used_in_this_order() {
+        let mut ring = ring(4, true, 3);
+        offer_run(&mut ring, &[2, 0, 3]);
+        assert_eq!(reap_run(&mut ring, &[2, 0, 3]), [], "nothing is used");
+        device_uses(&ring, Position { index: 3, wrap: true }, 2, 5);
+        device_uses(&ring, Position { index: 0, wrap: false }, 0, 6);
+        device_uses(&ring, Position { index: 1, wrap: false }, 1, 7);
+        assert_eq!(reap_run(&mut ring, &[2, 0, 3]), [(0, 5), (1, 6)], "the third was not given");
+        assert_eq!((ring.outstanding(), ring.position()), (1, Position { index: 1, wrap: false }));
+        assert_eq!(reap(&mut ring, 9), Err(RingError::HeadNotOutstanding { head: 1 }));
+    }
+
+    #[test]
+    fn a_run_that_one_descriptor_stands_for_is_used_up_to_its_id_and_no_further_than_was_published() {
+        let mut ring = ring_in_order(4, true, true, 3);
+        offer_run(&mut ring, &[0, 1, 2]);
+        device_uses(&ring, Position { index: 3, wrap: true }, 1, 9);
+        assert_eq!(reap_run(&mut ring, &[0, 1, 2]), [(0, 0), (1, 0)]);
+        assert_eq!(ring.position(), Position { index: 1, wrap: false });
+        device_uses(&ring, ring.position(), 2, 9);
+        ring.offer_run(&[3], |_| Descriptor::default());
+        assert_eq!(reap_run(&mut ring, &[2, 3]), [(0, 9)], "one by itself says its length");
+        device_uses(&ring, ring.position(), 3, 0);
+        assert_eq!(reap_run(&mut ring, &[3]), [], "not published");
     }
 
     #[test]
