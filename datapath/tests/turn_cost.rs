@@ -22,6 +22,15 @@ fn rounds() -> u32 {
     std::env::var("DREAMWIRE_TURN_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2 * SLICE)
 }
 
+/// Two guests whose drivers poll: with EVENT_IDX, so that they are not notified of each burst.
+fn polling_guests(queue_pairs: u16) -> Lan {
+    let mut lan = Lan::new(2, queue_pairs);
+    for station in 0..2 {
+        (0..2 * queue_pairs).for_each(|queue| lan.change_ring(station, queue, |setup| setup.features |= F_EVENT_IDX));
+    }
+    lan
+}
+
 /// The quickest slice of turns, in ns per frame. `frames` are sent by station 0 in turns, a ring full in every round but for the
 /// last of each lap.
 fn cost(lan: &mut Lan, frames: &[Vec<u8>]) -> f64 {
@@ -50,11 +59,7 @@ fn cost(lan: &mut Lan, frames: &[Vec<u8>]) -> f64 {
 #[test]
 fn a_frame_from_guest_to_guest() {
     for bytes in [64, 512, 1514] {
-        let mut lan = Lan::new(2, 1);
-        // With EVENT_IDX, so that a guest that polls is not notified of each burst.
-        for station in 0..2 {
-            (0..2).for_each(|queue| lan.change_ring(station, queue, |setup| setup.features |= F_EVENT_IDX));
-        }
+        let mut lan = polling_guests(1);
         let (to, from) = (lan.stations[1].mac(), lan.stations[0].mac());
         let mut udp = udp(to, from, 7);
         udp.resize(bytes, 0);
@@ -67,10 +72,7 @@ fn a_frame_from_guest_to_guest() {
 #[test]
 fn a_frame_to_a_guest_with_two_queue_pairs() {
     for flows in [1, 2, 1000] {
-        let mut lan = Lan::new(2, 2);
-        for station in 0..2 {
-            (0..4).for_each(|queue| lan.change_ring(station, queue, |setup| setup.features |= F_EVENT_IDX));
-        }
+        let mut lan = polling_guests(2);
         let (to, from) = (lan.stations[1].mac(), lan.stations[0].mac());
         let count = flows.max(usize::from(RING_SIZE));
         let frames: Vec<_> = (0..count).map(|n| udp(to, from, (n % flows) as u16)).collect();
@@ -90,10 +92,7 @@ fn two_guests_among_many() {
 fn flows_with_and_without_policy() {
     for policed in [false, true] {
         for flows in [1, 1000, 100_000] {
-            let mut lan = Lan::new(2, 1);
-            for station in 0..2 {
-                (0..2).for_each(|queue| lan.change_ring(station, queue, |setup| setup.features |= F_EVENT_IDX));
-            }
+            let mut lan = polling_guests(1);
             if policed {
                 with_policy(&mut lan, 131_072);
             }
@@ -132,10 +131,7 @@ fn flows_with_and_without_policy() {
 fn frames_that_each_begin_a_flow() {
     const LAPS: u32 = 4;
     let flows = (rounds() * 4).min(1 << 18);
-    let mut lan = Lan::new(2, 1);
-    for station in 0..2 {
-        (0..2).for_each(|queue| lan.change_ring(station, queue, |setup| setup.features |= F_EVENT_IDX));
-    }
+    let mut lan = polling_guests(1);
     with_policy(&mut lan, 1 << 20);
     let (to, from) = (lan.stations[1].mac(), lan.stations[0].mac());
     for lap in 0..LAPS {
