@@ -76,6 +76,6 @@ pub(crate) fn places_mut(bucket: &mut Bucket) -> &mut [u32; WAYS] {
 }
 
 #[inline]
-pub(crate) const fn slot_of(place: u32) -> usize {
-    (place & SLOT) as usize
+pub(crate) const fn slot_of(place: u32) -> u32 {
+    place & SLOT
 }

@@ -1,11 +1,11 @@
 //! A connection as it is shown.
 
 use crate::conn_key::conn_key;
-use crate::conntrack::first_key;
+use crate::entry::Entry;
 use crate::key::Key;
 use crate::model::{Direction, RuleId};
-use crate::table::{Entry, Tracked};
-use crate::tcp::TcpState;
+use crate::table::Table;
+use crate::tcp::{TcpState, Tracker};
 
 /// A connection, for `show connections`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,15 +29,11 @@ pub struct ConnectionRow {
 }
 
 impl ConnectionRow {
-    pub(crate) fn new(entry: &Entry, now_ns: u64) -> Self {
-        let tcp = match &entry.tracked {
-            Tracked::Tcp(tracker) => Some(tracker.state()),
-            _ => None,
-        };
+    pub(crate) fn new(table: &Table, entry: &Entry, now_ns: u64) -> Self {
         Self {
             initiator: entry.initiator,
-            key: first_key(entry),
-            tcp,
+            key: table.key(entry).key(entry.initiator),
+            tcp: table.tracker(entry).map(Tracker::state),
             replied: entry.has(Entry::REPLIED),
             assured: entry.has(Entry::ASSURED),
             rule: (entry.rule != u32::MAX).then_some(RuleId(entry.rule)),

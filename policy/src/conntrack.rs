@@ -15,11 +15,13 @@ use std::ops::Range;
 use crate::bucket::TokenBucket;
 use crate::conn_key::{Role, conn_key};
 use crate::connection_row::ConnectionRow;
+use crate::entry::{Entry, Tracked};
 use crate::fragments::Fragments;
-use crate::key::{Family, ICMP, ICMPV6, Key, UDP, UDP_LITE};
+use crate::key::{Key, UDP, UDP_LITE};
 use crate::model::{Direction, RuleId};
 use crate::parse::{Fragment, Packet, Quoted, Transport};
-use crate::table::{Entry, Table, Tracked};
+use crate::slab::Memory;
+use crate::table::Table;
 use crate::tcp::{Context, Effect, STALLED_NS, TcpState, Tracker};
 
 const SECOND_NS: u64 = 1_000_000_000;
@@ -39,7 +41,7 @@ const REFRESH_NS: u64 = SECOND_NS;
 /// Size and strictness of a port's connection tracking.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConntrackLimits {
-    /// Connections at most: a million at most; 128 bytes each and up to 16 more to find them, once used.
+    /// Connections at most: a million at most; once used, 64 bytes each, 64 more of TCP, 32 of IPv6, and up to 8 to find them.
     pub connections: u32,
     /// Fragmented datagrams at once.
     pub datagrams: u32,
@@ -83,8 +85,7 @@ pub struct Connection(NonZeroU64);
 impl Connection {
     /// Of the entry in a slot, which is taken: its generation is odd.
     #[inline]
-    fn new(slot: usize, generation: u32) -> Option<Self> {
-        let slot = u32::try_from(slot).ok()?;
+    fn new(slot: u32, generation: u32) -> Option<Self> {
         Self::from_bits(u64::from(generation) << 32 | u64::from(slot))
     }
 
@@ -268,16 +269,16 @@ impl Conntrack {
         let (key, _) = conn_key(&packet.key, direction).ok_or(Refused::Invalid)?;
         let Sought(hash) = sought.ok_or(Refused::Invalid)?;
         debug_assert_eq!(hash, self.table.hash(&key), "sought for another packet");
-        let (tracked, timeout_ns) = match (&packet.transport, packet.key.protocol) {
-            (Transport::Tcp(segment), _) => {
-                let tracker = Tracker::begin(segment, self.limits.pick_up).ok_or(Refused::Invalid)?;
-                (Tracked::Tcp(tracker), tracker.timeout_ns(false))
-            }
-            (_, UDP | UDP_LITE) => {
+        let tracker = match &packet.transport {
+            Transport::Tcp(segment) => Some(Tracker::begin(segment, self.limits.pick_up).ok_or(Refused::Invalid)?),
+            _ => None,
+        };
+        let (tracked, timeout_ns) = match packet.key.protocol {
+            UDP | UDP_LITE => {
                 (Tracked::Udp { stream_ms: milliseconds(now_ns).wrapping_add(UDP_STREAM_AFTER_MS) }, UDP_NS)
             }
             _ if packet.key.is_icmp() => (Tracked::Icmp, ICMP_NS),
-            _ => (Tracked::Other, OTHER_NS),
+            _ => (Tracked::Other, tracker.as_ref().map_or(OTHER_NS, |tracker| tracker.timeout_ns(false))),
         };
         if let Some(buckets) = &mut self.new_flows
             && !buckets[direction as usize].take(1, now_ns)
@@ -290,7 +291,11 @@ impl Conntrack {
         entry.tracked = tracked;
         entry.expires_ns = now_ns.saturating_add(timeout_ns);
         apply(entry, grant);
-        Ok(reference(slot, entry))
+        let connection = reference(slot, entry);
+        if let Some(tracker) = tracker {
+            self.table.track_tcp(slot, tracker);
+        }
+        Ok(connection)
     }
 
     /// A further packet of a flow whose connection is known: what a flow-cache hit costs. Fragments and ICMP errors are
@@ -327,7 +332,7 @@ impl Conntrack {
         let identity = entry.has(Entry::IDENTITY).then_some(entry.identity);
         let log = entry.has(Entry::LOG);
         let grant = Grant { policy_generation: entry.policy_generation, rule, log, identity };
-        Some((grant, first_key(entry), entry.initiator))
+        Some((grant, self.table.key(entry).key(entry.initiator), entry.initiator))
     }
 
     /// The rules have judged a connection again, and let it stay.
@@ -344,7 +349,7 @@ impl Conntrack {
     pub(crate) fn revoke(&mut self, connection: Connection, refusal: Grant, now_ns: u64) {
         let Some(slot) = self.table.resolve(connection.slot(), connection.generation()) else { return };
         let entry = self.table.entry_mut(slot);
-        if !matches!(entry.tracked, Tracked::Tcp(_)) {
+        if !matches!(entry.tracked, Tracked::Tcp { .. }) {
             self.table.free(slot);
             return;
         }
@@ -359,7 +364,8 @@ impl Conntrack {
     pub fn peek(&self, key: &Key, direction: Direction, now_ns: u64) -> Option<ConnectionRow> {
         let (key, _) = conn_key(key, direction)?;
         let entry = self.table.entry(self.table.peek(&key, self.table.hash(&key))?);
-        (entry.expires_ns > now_ns && !entry.has(Entry::REVOKED)).then(|| ConnectionRow::new(entry, now_ns))
+        (entry.expires_ns > now_ns && !entry.has(Entry::REVOKED))
+            .then(|| ConnectionRow::new(&self.table, entry, now_ns))
     }
 
     /// Forgets what has expired among the next `count` entries of the table. Called now and then, so that [`Self::len`] is right and
@@ -401,20 +407,23 @@ impl Conntrack {
     /// That of it which is in `count` places of the table from `first` on. There are [`Conntrack::places`] places.
     pub fn rows_among(&self, first: usize, count: usize, now_ns: u64) -> impl Iterator<Item = ConnectionRow> {
         let shown = move |entry: &&Entry| entry.expires_ns > now_ns && !entry.has(Entry::REVOKED);
-        self.table.entries_among(first, count).filter(shown).map(move |entry| ConnectionRow::new(entry, now_ns))
+        self.table
+            .entries_among(first, count)
+            .filter(shown)
+            .map(move |entry| ConnectionRow::new(&self.table, entry, now_ns))
     }
 
-    /// Addresses of its large tables: for who looks after their pages. They are the same until it is dropped.
+    /// Addresses of the table's index. They, and those below, are the same until it is dropped: for who looks after its pages.
     #[must_use]
-    pub fn memory(&self) -> [Range<usize>; 2] {
-        self.table.memory()
+    pub fn index_memory(&self) -> Range<usize> {
+        self.table.index_memory()
     }
 
-    /// Addresses of the entries among [`Self::memory`] that have been used so far: they are used in order.
+    /// What is kept of connections, of TCP and of IPv6.
     #[inline]
     #[must_use]
-    pub fn used(&self) -> Range<usize> {
-        self.table.used()
+    pub fn memory(&self) -> [Memory; 3] {
+        self.table.memory()
     }
 
     /// Places that the table has used so far.
@@ -461,7 +470,7 @@ impl Conntrack {
         }
     }
 
-    fn known(&self, state: ConnState, slot: usize) -> Track {
+    fn known(&self, state: ConnState, slot: u32) -> Track {
         Track { state, connection: Some(reference(slot, self.table.entry(slot))) }
     }
 
@@ -475,8 +484,8 @@ impl Conntrack {
         let hash = self.table.hash(&key);
         let Some(slot) = self.table.find(&key, hash, now_ns) else { return invalid };
         let entry = self.table.entry(slot);
-        let plausible = match (&entry.tracked, quoted.sequence) {
-            (Tracked::Tcp(tracker), Some(sequence)) => {
+        let plausible = match (self.table.tracker(entry), quoted.sequence) {
+            (Some(tracker), Some(sequence)) => {
                 self.limits.liberal || tracker.may_have_sent(sequence, sent != entry.initiator)
             }
             _ => true,
@@ -485,14 +494,14 @@ impl Conntrack {
     }
 
     #[inline]
-    fn advance(&mut self, slot: usize, packet: &Packet, direction: Direction, now_ns: u64) -> Advanced {
+    fn advance(&mut self, slot: u32, packet: &Packet, direction: Direction, now_ns: u64) -> Advanced {
         let liberal = self.limits.liberal;
-        let entry = self.table.entry_mut(slot);
+        let (entry, tracker) = self.table.tracked_mut(slot);
         let reply = direction != entry.initiator;
         let replied = entry.has(Entry::REPLIED);
         let context = Context { replied, assured: entry.has(Entry::ASSURED), liberal };
-        let timeout_ns = match (&mut entry.tracked, &packet.transport) {
-            (Tracked::Tcp(tracker), Transport::Tcp(segment)) => {
+        let timeout_ns = match (entry.tracked, tracker, &packet.transport) {
+            (_, Some(tracker), Transport::Tcp(segment)) => {
                 let before = tracker.state();
                 match tracker.advance(segment, reply, context) {
                     Effect::Moved { timeout_ns } => {
@@ -521,16 +530,16 @@ impl Conntrack {
                 }
             }
             // A first fragment that hides a TCP header would have been unreadable.
-            (Tracked::Tcp(_), _) => return Advanced::Invalid,
-            (Tracked::Udp { stream_ms }, _) => {
-                let stream = replied && (milliseconds(now_ns).wrapping_sub(*stream_ms) as i32) > 0;
+            (Tracked::Tcp { .. }, ..) => return Advanced::Invalid,
+            (Tracked::Udp { stream_ms }, ..) => {
+                let stream = replied && (milliseconds(now_ns).wrapping_sub(stream_ms) as i32) > 0;
                 if stream {
                     entry.flags |= Entry::ASSURED;
                 }
                 Some(if stream { UDP_STREAM_NS } else { UDP_NS })
             }
-            (Tracked::Icmp, _) => Some(ICMP_NS),
-            (Tracked::Other, _) => {
+            (Tracked::Icmp, ..) => Some(ICMP_NS),
+            (Tracked::Other, ..) => {
                 if replied || reply {
                     entry.flags |= Entry::ASSURED;
                 }
@@ -560,14 +569,8 @@ enum Advanced {
     Reopen,
 }
 
-pub(crate) fn first_key(entry: &Entry) -> Key {
-    let icmp = matches!((entry.key.family, entry.key.protocol), (Family::V4, ICMP) | (Family::V6, ICMPV6));
-    entry.key.key(entry.initiator, icmp)
-}
-
-fn reference(slot: usize, entry: &Entry) -> Connection {
-    Connection::new(slot, entry.generation)
-        .expect("tables have fewer than 2^32 slots, and taken entries odd generations")
+fn reference(slot: u32, entry: &Entry) -> Connection {
+    Connection::new(slot, entry.generation).expect("taken entries have odd generations")
 }
 
 fn apply(entry: &mut Entry, grant: Grant) {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::key::TCP;
+use crate::key::{ICMP, TCP};
 use crate::tcp::Segment;
 
 const SYN: u8 = 0x02;
@@ -194,7 +194,7 @@ fn a_touch_is_stale_after_a_change_of_policy_and_of_time() {
     assert_eq!(conntrack.touch(connection, &far, Direction::Egress, 1, 0), Touched::Invalid);
     let late = 6 * 24 * 3600 * SECOND_NS;
     assert_eq!(conntrack.touch(connection, &ack, Direction::Egress, 1, late), Touched::Stale);
-    conntrack.table.free(connection.slot() as usize);
+    conntrack.table.free(connection.slot());
     assert_eq!(conntrack.touch(connection, &ack, Direction::Egress, 1, 0), Touched::Stale);
 }
 
@@ -207,7 +207,7 @@ fn a_revoked_connection_goes_before_one_that_begins_or_has_closed() {
     conntrack.track(&tcp(Direction::Egress, 1001, RST, 101, 501), Direction::Egress, 0);
     conntrack.revoke(revoked, GRANT, 0);
     // It expires in 300 s, they in 120 s and 10 s.
-    let worth = |connection: Connection| conntrack.table.entry(connection.slot() as usize).worth(0).unwrap();
+    let worth = |connection: Connection| conntrack.table.worth(connection.slot(), 0).unwrap();
     assert!(worth(revoked) < worth(closed) && worth(closed) < worth(half_open));
 }
 

@@ -11,6 +11,7 @@ mod conn_key;
 pub mod connection_row;
 pub mod conntrack;
 pub mod decide;
+mod entry;
 pub mod explain;
 mod fragments;
 mod intervals;
@@ -22,6 +23,7 @@ pub mod oracle;
 pub mod parse;
 mod rows;
 mod segment;
+mod slab;
 pub mod source_guard;
 mod table;
 pub mod tcp;
@@ -39,4 +41,5 @@ pub use model::{
     Remote, Rule, RuleId,
 };
 pub use parse::{Fragment, Packet, Parsed, Transport, parse, parse_into};
+pub use slab::Memory;
 pub use source_guard::{Claim, SourceGuard};

@@ -15,7 +15,9 @@ use foldhash::quality::SeedableRandomState;
 
 use crate::buckets::{AWAY, Buckets, SLOT_BITS, TAG, WAYS, places, places_mut, slot_of, ways};
 use crate::conn_key::ConnKey;
+use crate::entry::{Entry, Tracked};
 use crate::model::Direction;
+use crate::slab::{Link, Memory, Slab};
 use crate::tcp::{TcpState, Tracker};
 
 /// Free places that leave a bucket to those who have it as their first. Beyond, the emptier of two is taken.
@@ -31,83 +33,17 @@ const CONNECTIONS_MIN: u32 = 8;
 /// Buckets searched for a victim when the quota is reached and both buckets hold assured connections only.
 const SEARCHED_BUCKETS_MAX: usize = 16;
 
-/// What the protocol's tracking keeps.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Tracked {
-    Tcp(Tracker),
-    /// UDP and UDP-Lite.
-    Udp {
-        /// When it counts as a stream, in ms of the caller's clock.
-        stream_ms: u32,
-    },
-    Icmp,
-    Other,
-}
+/// [`ConnKey::addresses`].
+#[derive(Debug)]
+struct Addresses([u64; 4]);
 
-/// One connection: two cache lines.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
-pub(crate) struct Entry {
-    pub(crate) key: ConnKey,
-    pub(crate) expires_ns: u64,
-    /// Odd while taken. Counts up when taken and when freed, so an old reference is told from a new connection.
-    pub(crate) generation: u32,
-    /// The policy that last judged it.
-    pub(crate) policy_generation: u32,
-    /// The rule that let it pass; `u32::MAX`: none.
-    pub(crate) rule: u32,
-    /// Of the far end, from a tunnel header, if `FLAG_IDENTITY`.
-    pub(crate) identity: u16,
-    pub(crate) flags: u8,
-    /// Which way its first packet went.
-    pub(crate) initiator: Direction,
-    pub(crate) tracked: Tracked,
-}
-
-const _: () = assert!(size_of::<Entry>() == 128);
-
-impl Entry {
-    pub(crate) const REPLIED: u8 = 1;
-    pub(crate) const ASSURED: u8 = 2;
-    pub(crate) const LOG: u8 = 4;
-    pub(crate) const IDENTITY: u8 = 8;
-    /// The rules no longer let it pass.
-    pub(crate) const REVOKED: u8 = 16;
-
-    pub(crate) const fn has(&self, flag: u8) -> bool {
-        self.flags & flag != 0
+impl Link for Addresses {
+    fn link(&self) -> u32 {
+        self.0[0] as u32
     }
 
-    /// One that nobody has used.
-    const fn free(key: ConnKey) -> Self {
-        Self {
-            key,
-            expires_ns: 0,
-            generation: 0,
-            policy_generation: 0,
-            rule: u32::MAX,
-            identity: 0,
-            flags: 0,
-            initiator: Direction::Egress,
-            tracked: Tracked::Other,
-        }
-    }
-
-    /// How useful it is; `None`: too useful to be dropped. Of two that are equally useful, the one that expires first goes.
-    pub(crate) fn worth(&self, now_ns: u64) -> Option<(u8, u64)> {
-        let state = match &self.tracked {
-            Tracked::Tcp(tracker) => tracker.state(),
-            _ => TcpState::None,
-        };
-        let class = match state {
-            _ if self.expires_ns <= now_ns => 0,
-            _ if self.has(Self::REVOKED) => 1,
-            TcpState::Close | TcpState::TimeWait => 2,
-            _ if !self.has(Self::ASSURED) => 3,
-            TcpState::FinWait | TcpState::CloseWait | TcpState::LastAck => 4,
-            _ => return None,
-        };
-        Some((class, self.expires_ns))
+    fn set_link(&mut self, place: u32) {
+        self.0[0] = place.into();
     }
 }
 
@@ -116,13 +52,14 @@ impl Entry {
 pub(crate) struct Table {
     hasher: SeedableRandomState,
     buckets: Buckets,
-    /// Those taken so far, within the capacity of `limit`.
-    entries: Vec<Entry>,
-    /// Slots of entries that are free again.
-    freed: Vec<u32>,
+    entries: Slab<Entry>,
+    /// Of TCP connections.
+    trackers: Slab<Tracker>,
+    /// Of IPv6 connections.
+    addresses: Slab<Addresses>,
     limit: u32,
     search_at: usize,
-    sweep_at: usize,
+    sweep_at: u32,
     pub(crate) dropped_early: u64,
     /// Connections that have ended so far.
     pub(crate) ended: u64,
@@ -141,8 +78,9 @@ impl Table {
         Self {
             hasher,
             buckets: Buckets::new(buckets),
-            entries: Vec::with_capacity(limit as usize),
-            freed: Vec::with_capacity(limit as usize),
+            entries: Slab::new(limit),
+            trackers: Slab::new(limit),
+            addresses: Slab::new(limit),
             limit,
             search_at: 0,
             sweep_at: 0,
@@ -151,49 +89,89 @@ impl Table {
         }
     }
 
-    /// Addresses of buckets and entries.
-    pub(crate) fn memory(&self) -> [Range<usize>; 2] {
-        let entries = self.entries.as_ptr() as usize;
-        let entries_end = entries + self.entries.capacity() * size_of::<Entry>();
-        [self.buckets.memory(), entries..entries_end]
+    /// Addresses of buckets.
+    pub(crate) fn index_memory(&self) -> Range<usize> {
+        self.buckets.memory()
     }
 
-    /// Addresses of entries that were ever taken.
+    /// Of all else, each part of which comes to be used in order.
     #[inline]
-    pub(crate) fn used(&self) -> Range<usize> {
-        let used = self.entries.as_ptr_range();
-        used.start as usize..used.end as usize
+    pub(crate) fn memory(&self) -> [Memory; 3] {
+        [self.entries.memory(), self.trackers.memory(), self.addresses.memory()]
     }
 
     pub(crate) fn count(&self) -> u32 {
-        (self.entries.len() - self.freed.len()) as u32
+        self.entries.count()
     }
 
     /// Those in `count` places from `first` on.
     pub(crate) fn entries_among(&self, first: usize, count: usize) -> impl Iterator<Item = &Entry> {
-        self.entries.iter().skip(first).take(count).filter(|entry| entry.generation % 2 == 1)
+        self.entries.ever_taken().iter().skip(first).take(count).filter(|entry| entry.is_taken())
     }
 
     /// Places that were ever taken.
     pub(crate) fn places_used(&self) -> usize {
-        self.entries.len()
+        self.entries.ever_taken().len()
     }
 
     #[inline]
-    pub(crate) fn entry(&self, slot: usize) -> &Entry {
+    pub(crate) fn entry(&self, slot: u32) -> &Entry {
         &self.entries[slot]
     }
 
     #[inline]
-    pub(crate) fn entry_mut(&mut self, slot: usize) -> &mut Entry {
+    pub(crate) fn entry_mut(&mut self, slot: u32) -> &mut Entry {
         &mut self.entries[slot]
+    }
+
+    /// An entry, and what is tracked of it if it is TCP.
+    #[inline]
+    pub(crate) fn tracked_mut(&mut self, slot: u32) -> (&mut Entry, Option<&mut Tracker>) {
+        let entry = &mut self.entries[slot];
+        let tracker = match entry.tracked {
+            Tracked::Tcp { tracker } => Some(&mut self.trackers[tracker]),
+            _ => None,
+        };
+        (entry, tracker)
+    }
+
+    /// What is tracked of an entry if it is TCP.
+    pub(crate) fn tracker(&self, entry: &Entry) -> Option<&Tracker> {
+        match entry.tracked {
+            Tracked::Tcp { tracker } => Some(&self.trackers[tracker]),
+            _ => None,
+        }
+    }
+
+    /// Has a new entry tracked as TCP.
+    pub(crate) fn track_tcp(&mut self, slot: u32, tracker: Tracker) {
+        let tracker = self.trackers.take(|_| tracker);
+        self.entries[slot].tracked = Tracked::Tcp { tracker };
+    }
+
+    /// What an entry was found by.
+    pub(crate) fn key(&self, entry: &Entry) -> ConnKey {
+        let addresses = match ConnKey::is_ipv6(entry.rest) {
+            false => [entry.addresses, 0, 0, 0],
+            true => self.addresses[entry.addresses as u32].0,
+        };
+        ConnKey::from_parts(addresses, entry.rest)
+    }
+
+    #[inline]
+    fn is(&self, entry: &Entry, key: &ConnKey) -> bool {
+        entry.rest == key.rest()
+            && match ConnKey::is_ipv6(entry.rest) {
+                false => entry.addresses == key.addresses()[0],
+                true => self.addresses[entry.addresses as u32].0 == *key.addresses(),
+            }
     }
 
     /// The slot, if that reference is still to the same connection.
     #[inline]
-    pub(crate) fn resolve(&self, slot: u32, generation: u32) -> Option<usize> {
-        let slot = slot as usize;
-        self.entries.get(slot).is_some_and(|entry| entry.generation == generation).then_some(slot)
+    pub(crate) fn resolve(&self, slot: u32, generation: u32) -> Option<u32> {
+        let entry = self.entries.ever_taken().get(slot as usize)?;
+        (entry.generation == generation).then_some(slot)
     }
 
     /// What [`Table::find`] and [`Table::insert`] want beside a key.
@@ -218,7 +196,7 @@ impl Table {
 
     /// The slot of a connection that has not expired.
     #[inline]
-    pub(crate) fn find(&mut self, key: &ConnKey, hash: u64, now_ns: u64) -> Option<usize> {
+    pub(crate) fn find(&mut self, key: &ConnKey, hash: u64, now_ns: u64) -> Option<u32> {
         let slot = self.peek(key, hash)?;
         if self.entries[slot].expires_ns <= now_ns {
             self.free(slot);
@@ -229,7 +207,7 @@ impl Table {
 
     /// As [`Self::find`], expired or not.
     #[inline]
-    pub(crate) fn peek(&self, key: &ConnKey, hash: u64) -> Option<usize> {
+    pub(crate) fn peek(&self, key: &ConnKey, hash: u64) -> Option<u32> {
         let ([first, second], tag) = self.places(hash);
         let found = self.search(first, tag, key);
         if found.is_some() || self.buckets[first][AWAY] == 0 {
@@ -239,12 +217,12 @@ impl Table {
     }
 
     #[inline]
-    fn search(&self, bucket: usize, tag: u32, key: &ConnKey) -> Option<usize> {
+    fn search(&self, bucket: usize, tag: u32, key: &ConnKey) -> Option<u32> {
         let bucket = &self.buckets[bucket];
         let mut likely = ways(bucket, TAG, tag);
         while likely != 0 {
             let slot = slot_of(bucket[likely.trailing_zeros() as usize]);
-            if self.entries.get(slot).is_some_and(|entry| entry.key == *key) {
+            if self.is(&self.entries[slot], key) {
                 return Some(slot);
             }
             likely &= likely - 1;
@@ -253,25 +231,29 @@ impl Table {
     }
 
     /// Takes a slot for a connection that is not in the table. `None`: there is no room, and nobody less useful.
-    pub(crate) fn insert(&mut self, key: ConnKey, hash: u64, now_ns: u64) -> Option<usize> {
+    pub(crate) fn insert(&mut self, key: ConnKey, hash: u64, now_ns: u64) -> Option<u32> {
         let (buckets, tag) = self.places(hash);
         let (choice, way) = self.room(buckets, now_ns)?;
         if self.count() >= self.limit {
             self.make_room(now_ns)?;
         }
-        let slot = match self.freed.pop() {
-            Some(slot) => slot as usize,
-            None => {
-                assert!(self.entries.len() < self.entries.capacity(), "the quota is the capacity");
-                self.entries.push(Entry::free(key));
-                self.entries.len() - 1
-            }
+        let addresses = match ConnKey::is_ipv6(key.rest()) {
+            false => key.addresses()[0],
+            true => self.addresses.take(|_| Addresses(*key.addresses())).into(),
         };
-        let entry = &mut self.entries[slot];
-        entry.key = key;
-        entry.generation = entry.generation.wrapping_add(1);
-        entry.flags = 0;
-        self.buckets[buckets[choice]][way] = tag | slot as u32;
+        let slot = self.entries.take(|last| Entry {
+            addresses,
+            rest: key.rest(),
+            expires_ns: 0,
+            generation: last.map_or(0, |last| last.generation).wrapping_add(1),
+            policy_generation: 0,
+            rule: u32::MAX,
+            identity: 0,
+            flags: 0,
+            initiator: Direction::Egress,
+            tracked: Tracked::Other,
+        });
+        self.buckets[buckets[choice]][way] = tag | slot;
         if choice == 1 {
             self.buckets[buckets[0]][AWAY] += 1;
         }
@@ -313,44 +295,56 @@ impl Table {
         None
     }
 
-    fn least_useful(&self, buckets: &[usize], now_ns: u64) -> Option<usize> {
+    fn least_useful(&self, buckets: &[usize], now_ns: u64) -> Option<u32> {
         let places = buckets.iter().flat_map(|&bucket| places(&self.buckets[bucket]));
         let taken = places.filter(|&&place| place != 0).map(|&place| slot_of(place));
-        let candidates = taken.filter_map(|slot| self.entries[slot].worth(now_ns).map(|worth| (worth, slot)));
+        let candidates = taken.filter_map(|slot| self.worth(slot, now_ns).map(|worth| (worth, slot)));
         candidates.min().map(|(_, slot)| slot)
     }
 
-    fn drop_early(&mut self, slot: usize, now_ns: u64) {
+    pub(crate) fn worth(&self, slot: u32, now_ns: u64) -> Option<(u8, u64)> {
+        let entry = &self.entries[slot];
+        entry.worth(self.tracker(entry).map_or(TcpState::None, Tracker::state), now_ns)
+    }
+
+    fn drop_early(&mut self, slot: u32, now_ns: u64) {
         if self.entries[slot].expires_ns > now_ns {
             self.dropped_early += 1;
         }
         self.free(slot);
     }
 
-    pub(crate) fn free(&mut self, slot: usize) {
-        let entry = &mut self.entries[slot];
-        assert!(entry.generation % 2 == 1, "slot {slot} is free already");
-        entry.generation = entry.generation.wrapping_add(1);
-        let hash = self.hasher.hash_one(entry.key);
+    pub(crate) fn free(&mut self, slot: u32) {
+        let entry = self.entries[slot];
+        assert!(entry.is_taken(), "slot {slot} is free already");
+        let hash = self.hasher.hash_one(self.key(&entry));
+        self.entries[slot].generation = entry.generation.wrapping_add(1);
+        self.entries.give_back(slot);
+        if let Tracked::Tcp { tracker } = entry.tracked {
+            self.trackers.give_back(tracker);
+        }
+        if ConnKey::is_ipv6(entry.rest) {
+            self.addresses.give_back(entry.addresses as u32);
+        }
+        self.ended += 1;
         let ([first, second], tag) = self.places(hash);
-        let own = |place: &&mut u32| **place == tag | slot as u32;
+        let own = |place: &&mut u32| **place == tag | slot;
         if let Some(place) = places_mut(&mut self.buckets[first]).iter_mut().find(own) {
             *place = 0;
         } else if let Some(place) = places_mut(&mut self.buckets[second]).iter_mut().find(own) {
             *place = 0;
             self.buckets[first][AWAY] -= 1;
         }
-        self.freed.push(slot as u32);
-        self.ended += 1;
     }
 
     /// Frees what has expired among the next `count` entries.
     pub(crate) fn sweep(&mut self, count: usize, now_ns: u64) {
-        for _ in 0..count.min(self.entries.len()) {
+        let places = self.entries.ever_taken().len();
+        for _ in 0..count.min(places) {
             let slot = self.sweep_at;
-            self.sweep_at = (slot + 1) % self.entries.len();
+            self.sweep_at = (slot + 1) % places as u32;
             let entry = &self.entries[slot];
-            if entry.generation % 2 == 1 && entry.expires_ns <= now_ns {
+            if entry.is_taken() && entry.expires_ns <= now_ns {
                 self.free(slot);
             }
         }
@@ -364,25 +358,29 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::key::Family;
+    use crate::key::{Family, Key};
+    use crate::segment::Segment;
 
-    fn key(port: u16) -> ConnKey {
-        ConnKey {
-            local: [0, 0x0a00_0001],
-            remote: [0, 0x0a00_0002],
-            local_port: port,
-            remote_port: 443,
-            protocol: 6,
-            family: Family::V4,
-            asker: Direction::Egress,
-        }
+    fn is_tcp(port: u16) -> bool {
+        port.is_multiple_of(3)
     }
 
-    fn insert(table: &mut Table, port: u16) -> Option<usize> {
+    fn is_ipv6(port: u16) -> bool {
+        port.is_multiple_of(2)
+    }
+
+    fn key(port: u16) -> ConnKey {
+        let family = if is_ipv6(port) { Family::V6 } else { Family::V4 };
+        let (source, destination) = (0x0a00_0001, 0x0a00_0002);
+        let key = Key { source, destination, source_port: port, destination_port: 443, protocol: 6, family };
+        ConnKey::new(&key, Direction::Egress)
+    }
+
+    fn insert(table: &mut Table, port: u16) -> Option<u32> {
         table.insert(key(port), table.hash(&key(port)), 0)
     }
 
-    fn peek(table: &Table, port: u16) -> Option<usize> {
+    fn peek(table: &Table, port: u16) -> Option<u32> {
         table.peek(&key(port), table.hash(&key(port)))
     }
 
@@ -398,6 +396,10 @@ mod tests {
                     (true, None) => {
                         let slot = insert(&mut table, port).expect("none is assured");
                         table.entry_mut(slot).expires_ns = 1;
+                        if is_tcp(port) {
+                            let syn = Segment { flags: 2, ..Segment::default() };
+                            table.track_tcp(slot, Tracker::begin(&syn, false).expect("a SYN begins a connection"));
+                        }
                         // It may have taken another's place.
                         model.retain(|&port, _| peek(&table, port).is_some());
                         model.insert(port, slot);
@@ -409,15 +411,22 @@ mod tests {
                     _ => {}
                 }
                 prop_assert_eq!(table.count() as usize, model.len());
+                let (tcp, ipv6) = (model.keys().filter(|port| is_tcp(**port)), model.keys().filter(|port| is_ipv6(**port)));
+                prop_assert_eq!(table.trackers.count() as usize, tcp.count());
+                prop_assert_eq!(table.addresses.count() as usize, ipv6.count());
             }
             for port in 0..400 {
                 prop_assert_eq!(peek(&table, port), model.get(&port).copied(), "port {}", port);
+                if let Some(&slot) = model.get(&port) {
+                    prop_assert_eq!(table.key(table.entry(slot)), key(port));
+                    prop_assert_eq!(table.tracker(table.entry(slot)).is_some(), is_tcp(port));
+                }
             }
             // Each bucket knows how many went elsewhere from it.
             let mut away = vec![0; table.buckets.count];
             for &port in model.keys() {
                 let ([first, second], tag) = table.places(table.hash(&key(port)));
-                let own = places(&table.buckets[first]).contains(&(tag | model[&port] as u32));
+                let own = places(&table.buckets[first]).contains(&(tag | model[&port]));
                 prop_assert!(own || first != second);
                 away[first] += u32::from(!own);
             }

@@ -13,6 +13,7 @@
 
 pub use crate::segment::Segment;
 use crate::segment::{ACK, RST, SYN, after, before};
+use crate::slab::Link;
 pub use crate::tcp_state::TcpState;
 use crate::tcp_state::{Kind, MINUTE_NS, Step, step};
 
@@ -103,6 +104,16 @@ pub(crate) struct Tracker {
     last: Last,
     state: TcpState,
     repeats: u8,
+}
+
+impl Link for Tracker {
+    fn link(&self) -> u32 {
+        self.last.sequence
+    }
+
+    fn set_link(&mut self, place: u32) {
+        self.last.sequence = place;
+    }
 }
 
 /// What a packet did to a connection.

@@ -43,5 +43,5 @@ fn an_empty_table_takes_no_memory_and_a_full_one_its_connections() {
     let full = resident_bytes() - before;
     println!("{full} bytes resident for {} connections", ports[0].len());
     let each = full / u64::from(ports[0].len());
-    assert!((128..160).contains(&each), "{each} bytes per connection");
+    assert!((64..96).contains(&each), "{each} bytes per connection");
 }

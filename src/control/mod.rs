@@ -108,7 +108,7 @@ pub fn spawn(mut control: Control) -> std::io::Result<(ControlHandle, JoinHandle
             match job {
                 Ok(job) => job(&mut control),
                 Err(mpsc::RecvTimeoutError::Timeout) if control.has_retiring() => control.sweep(),
-                Err(mpsc::RecvTimeoutError::Timeout) => control.gather_pages(),
+                Err(mpsc::RecvTimeoutError::Timeout) => control.look_after_pages(),
                 Err(mpsc::RecvTimeoutError::Disconnected) => control.shut_down(),
             }
         }

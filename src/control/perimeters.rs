@@ -10,6 +10,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
 use dreamwire_datapath::huge_pages::HugePages;
+use dreamwire_datapath::perimeter::ahead::Ahead;
 use dreamwire_datapath::perimeter::{Perimeter, PerimeterLimits};
 use dreamwire_datapath::snapshot::{PortId, PortPolicy, WorkerId};
 use dreamwire_policy::{ConntrackLimits, MeterLimits};
@@ -24,11 +25,15 @@ const HUGE_PAGES_AT_ONCE: usize = 16;
 /// Made huge in one go, of all ports. A worker may wait for each for most of a millisecond.
 const HUGE_PAGES_MADE_MAX: usize = 4;
 
+/// Had ready in one go, for all ports.
+const READY_BYTES_MAX: usize = 32 << 20;
+
 /// A perimeter that was handed over.
 #[derive(Debug)]
 pub(super) struct Guarded {
     worker: WorkerId,
     limits: PerimeterLimits,
+    ahead: Arc<Ahead>,
     pages: HugePages,
 }
 
@@ -50,9 +55,9 @@ impl Control {
                 // One that is to move has its rings where it was.
                 let worker = last.map_or(worker, |last| last.worker);
                 let perimeter = Box::new(Perimeter::new(limits, seed()));
-                let pages = perimeter.huge_pages();
+                let (ahead, pages) = (perimeter.ahead(), perimeter.huge_pages());
                 drop(guard(&self.workers, worker, id, Some(perimeter)));
-                self.guarded.insert(id, Guarded { worker, limits, pages });
+                self.guarded.insert(id, Guarded { worker, limits, ahead, pages });
             }
         }
     }
@@ -81,11 +86,13 @@ impl Control {
         }
     }
 
-    /// Gives tables that have come to be used huge pages, some at a time.
-    pub(super) fn gather_pages(&mut self) {
-        let mut left = HUGE_PAGES_MADE_MAX;
+    /// Has memory ready for new connections, and gives tables that have come to be used huge pages, some at a time.
+    pub(super) fn look_after_pages(&mut self) {
+        let mut bytes_left = READY_BYTES_MAX;
+        let mut pages_left = HUGE_PAGES_MADE_MAX;
         for guarded in self.guarded.values_mut() {
-            left -= guarded.pages.gather(HUGE_PAGES_AT_ONCE, left);
+            bytes_left -= guarded.ahead.make_ready(bytes_left);
+            pages_left -= guarded.pages.gather(HUGE_PAGES_AT_ONCE, pages_left);
         }
     }
 

@@ -9,6 +9,7 @@
 //!
 //! A perimeter is allocated and freed by the control thread. A port that has a policy but no perimeter is closed.
 
+pub mod ahead;
 pub mod events;
 pub(crate) mod flow_key;
 mod granting;
@@ -16,6 +17,7 @@ pub(crate) mod hops;
 mod leases;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use dreamwire_policy::{
     ConnState, Connection, ConnectionRow, Conntrack, ConntrackLimits, Decision, Direction, Key, Meter, MeterLimits,
@@ -29,6 +31,7 @@ use crate::burst::{Burst, NextHop, Origin};
 use crate::drop_reason::DropReason;
 use crate::huge_pages::{self, HUGE_BYTES, HugePages};
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, PortPolicy, Snapshot};
+use ahead::Ahead;
 use events::{Events, Story};
 use granting::Asked;
 pub(crate) use granting::Recalled;
@@ -43,8 +46,6 @@ const SWEEP_NS: u64 = 100_000;
 /// In how many of its turns a table is swept once: 10 s with the above. Where there are fewer ports, or the worker sleeps, a
 /// connection is forgotten sooner or later than that; look-ups see to expiry by themselves.
 const SWEEP_PARTS: u32 = 96;
-/// How much of a connection table is had in memory at once: 512 connections.
-const POPULATED_BYTES: usize = 64 << 10;
 
 /// What a port may keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -63,8 +64,9 @@ pub struct Perimeter {
     meters: [Option<(MeterLimits, Meter)>; 2],
     /// So many connections are swept at once.
     swept_at_once: usize,
-    /// Where the part of the connections' entries ends that is in memory.
-    populated: usize,
+    ahead: Arc<Ahead>,
+    /// How far the parts of the connections' memory may be used before [`Ahead`] is to be asked again.
+    ready_ends: [usize; 3],
 }
 
 /// What one direction's perimeter said of a frame. One word, as [`Connection`] is.
@@ -106,35 +108,41 @@ impl Perimeter {
         let connections = limits.conntrack.connections;
         let conntrack = Conntrack::new(limits.conntrack, seed);
         // Flows are spread over a table's index from the first on, so a large one would soon be in memory whole.
-        let [index, _] = conntrack.memory();
+        let index = conntrack.index_memory();
         if index.len() >= HUGE_BYTES {
             huge_pages::from_start(index);
         }
+        let ahead = Ahead::new(conntrack.memory());
         Self {
             conntrack,
             leases: Leases4::new(connections),
             leases6: Leases6::new(connections),
             meters: Default::default(),
             swept_at_once: connections.div_ceil(SWEEP_PARTS) as usize,
-            populated: 0,
+            ready_ends: ahead.begin(),
+            ahead: Arc::new(ahead),
         }
     }
 
     /// Where its large tables could have huge pages.
     pub fn huge_pages(&self) -> HugePages {
-        HugePages::new(self.conntrack.memory().into_iter().chain([self.leases.memory(), self.leases6.memory()]))
+        let connections = self.conntrack.memory().map(|memory| memory.all);
+        let leases = [self.leases.memory(), self.leases6.memory()];
+        HugePages::new([self.conntrack.index_memory()].into_iter().chain(connections).chain(leases))
     }
 
-    /// Has the entries that new connections will take in memory before they are needed, as many as are used, up to
-    /// [`POPULATED_BYTES`].
+    /// What the control thread needs to have memory ready for new connections.
+    pub fn ahead(&self) -> Arc<Ahead> {
+        Arc::clone(&self.ahead)
+    }
+
+    /// Sees to it that the next connection's memory is ready.
     #[inline]
-    fn populate(&mut self) {
-        let used = self.conntrack.used();
-        if used.end >= self.populated && !used.is_empty() {
-            let [_, entries] = self.conntrack.memory();
-            let until = (used.end + used.len().min(POPULATED_BYTES)).min(entries.end);
-            huge_pages::populate(used.end..until);
-            self.populated = if until < entries.end { until } else { usize::MAX };
+    fn look_ahead(&mut self) {
+        for (part, memory) in self.conntrack.memory().iter().enumerate() {
+            if memory.used_end >= self.ready_ends[part] {
+                self.ready_ends[part] = self.ahead.reach(part, memory.used_end);
+            }
         }
     }
 
@@ -296,7 +304,7 @@ impl Perimeters {
         let decision = decide_sought(classifier, conntrack, parsed, sought, direction, identity, generation, now_ns);
         let is_first = decision.judged && decision.state == ConnState::New;
         if is_first {
-            perimeter.populate();
+            perimeter.look_ahead();
         }
         self.note(snapshot, port.network, id, direction, &decision, frame);
         match decision {
@@ -413,39 +421,42 @@ fn drop_reason(reason: Reason, direction: Direction) -> DropReason {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::Ipv6Addr;
 
-    use dreamwire_policy::{Fragment, Grant, Packet, Transport};
+    use dreamwire_policy::tcp::Segment;
+    use dreamwire_policy::{Fragment, Grant, Memory, Packet, Transport};
 
     use super::*;
     use crate::huge_pages::resident;
 
     #[test]
-    fn entries_are_in_memory_before_connections_take_them_and_no_sooner() {
-        const CONNECTIONS: u32 = 2000;
+    fn memory_is_ready_before_connections_take_it_and_no_sooner() {
+        const CONNECTIONS: u32 = 3000;
         let conntrack = ConntrackLimits { connections: CONNECTIONS, ..ConntrackLimits::default() };
         let mut perimeter = Perimeter::new(PerimeterLimits { conntrack }, 7);
-        let [_, entries] = perimeter.conntrack.memory();
         // What is denied begins no connection.
-        perimeter.populate();
-        assert_eq!(perimeter.populated, 0);
+        perimeter.look_ahead();
+        assert_eq!(perimeter.ready_ends, perimeter.ahead.begin());
         let grant = Grant { policy_generation: 1, rule: None, log: false, identity: None };
-        let mut times = 0;
+        let mut times = [0; 3];
         for port in 0..CONNECTIONS as u16 {
-            let before = perimeter.populated;
-            let address = Ipv4Addr::LOCALHOST.into();
-            let key = Key::new(17, (address, port), (address, 53));
-            let packet = Packet { key, fragment: Fragment::Whole, transport: Transport::Other };
+            let before = perimeter.ready_ends;
+            // TCP over IPv6 takes memory of each part.
+            let key = Key::new(6, (Ipv6Addr::LOCALHOST.into(), port), (Ipv6Addr::LOCALHOST.into(), 53));
+            let transport = Transport::Tcp(Segment { flags: 2, ..Segment::default() });
+            let packet = Packet { key, fragment: Fragment::Whole, transport };
             perimeter.conntrack.admit(&packet, Direction::Egress, grant, 0).unwrap();
-            perimeter.populate();
-            times += u32::from(perimeter.populated != before);
-            let used = perimeter.conntrack.used();
-            let next = (used.end + used.len().min(POPULATED_BYTES)).min(entries.end);
-            assert!(perimeter.populated > used.end && resident(used.end.min(entries.end - 1)), "connection {port}");
-            assert!(perimeter.populated == usize::MAX || perimeter.populated <= next, "connection {port}");
+            perimeter.look_ahead();
+            for (part, Memory { all, used_end }) in perimeter.conntrack.memory().into_iter().enumerate() {
+                let ready_end = perimeter.ready_ends[part];
+                times[part] += u32::from(ready_end != before[part]);
+                let next = (used_end + (used_end - all.start).min(ahead::STEP_BYTES)).min(all.end);
+                assert!(ready_end > used_end && resident(used_end.min(all.end - 1)), "connection {port}");
+                assert!(ready_end == usize::MAX || ready_end <= next, "connection {port}");
+            }
         }
-        // By doubling to 512 connections, and then as many at a time.
-        assert!((10..=14).contains(&times), "{times}");
-        assert_eq!(perimeter.populated, usize::MAX);
+        // By doubling up to a step, and then a step at a time.
+        assert!(times.iter().all(|times| (10..=14).contains(times)), "{times:?}");
+        assert_eq!(perimeter.ready_ends, [usize::MAX; 3]);
     }
 }
