@@ -2,8 +2,10 @@
 //!
 //! For 10, 100, 1,000 and 10,000 rules on a tenth as many groups, all applying to one port: ns for a lookup alone (random
 //! flows, half of which meet a rule for their remote), for a whole miss (lookup and a new connection), the time to compile, and
-//! memory. Then ns for [`Conntrack::touch`], and for parsing. Medians of rounds. `--smoke` is a short run, for tests.
+//! memory; and how many times the miss with the fewest rules that is. Then ns for [`Conntrack::touch`], and for parsing. Medians
+//! of rounds, those of all numbers of rules in turns. `--smoke` is a short run, for tests.
 
+use std::fmt::{self, Display, Formatter};
 use std::hint::black_box;
 use std::net::Ipv4Addr;
 use std::time::Instant;
@@ -39,10 +41,8 @@ pub(crate) fn run(smoke: bool) -> Vec<String> {
         rows.push(row);
     };
     let (rounds, lookups) = if smoke { (3, 2_000) } else { (31, 100_000) };
-    print("rules   lookup ns [min..max]   miss ns [min..max]   compile ms   KiB".into());
-    for rules in [10, 100, 1_000, 10_000] {
-        print(classifier_row(rules, rounds, lookups));
-    }
+    print("rules   lookup ns [min..max]   miss ns [min..max]   ratio [min..max]   compile ms   KiB".into());
+    classifier_rows(rounds, lookups).into_iter().for_each(&mut print);
     let thousand = apart(1_000, 1_000);
     print(format!("{thousand:.0} ms to compile for 1,000 ports in a group of 10 rules each"));
     for flows in [1, 1_000, 100_000] {
@@ -112,43 +112,75 @@ fn flows(policy: &Policy, count: usize) -> Vec<Packet> {
     (0..count).map(flow).collect()
 }
 
-fn classifier_row(rules: u32, rounds: usize, lookups: usize) -> String {
-    let policy = policy(rules, 1);
-    let start = Instant::now();
-    let classifier = Classifier::compile(&policy, Posture::Enforced, &[GroupId(1_000_000)]);
-    let compile_ms = start.elapsed().as_secs_f64() * 1e3;
-    let packets = flows(&policy, lookups);
-    let mut matched = 0;
-    let lookup = median(rounds, lookups, || {
-        matched = packets
-            .iter()
-            .filter(|packet| {
-                black_box(classifier.lookup(Direction::Ingress, black_box(&packet.key), None)).rule.is_some()
-            })
-            .count();
-    });
-    assert!(matched * 50 > lookups && matched < lookups, "{matched} of {lookups} flows met a rule");
-    // A table of the size that a port has; each round fills it with other connections than the last.
-    let mut conntrack = Conntrack::new(ConntrackLimits::default(), 1);
-    let mut now_ns = 0;
-    // In an open network most flows become connections.
-    let open = Classifier::compile(&policy, Posture::Open, &[GroupId(1_000_000)]);
-    let miss = median(rounds, lookups, || {
-        now_ns += 1_000_000_000_000;
-        for packet in &packets {
-            black_box(decide(&open, &mut conntrack, &Parsed::Ip(*packet), Direction::Ingress, None, 1, now_ns));
+/// A classifier and what is asked of it.
+struct Bench {
+    rules: u32,
+    classifier: Classifier,
+    /// The same rules in an open network, where most flows become connections.
+    open: Classifier,
+    packets: Vec<Packet>,
+    /// A table of the size that a port has; each round fills it with other connections than the last.
+    conntrack: Conntrack,
+    now_ns: u64,
+    compile_ms: f64,
+}
+
+impl Bench {
+    fn new(rules: u32, flows_count: usize) -> Self {
+        let policy = policy(rules, 1);
+        let start = Instant::now();
+        let classifier = Classifier::compile(&policy, Posture::Enforced, &[GroupId(1_000_000)]);
+        let compile_ms = start.elapsed().as_secs_f64() * 1e3;
+        let open = Classifier::compile(&policy, Posture::Open, &[GroupId(1_000_000)]);
+        let packets = flows(&policy, flows_count);
+        let conntrack = Conntrack::new(ConntrackLimits::default(), 1);
+        Self { rules, classifier, open, packets, conntrack, now_ns: 0, compile_ms }
+    }
+
+    /// ns per look-up.
+    fn lookup(&self) -> f64 {
+        let lookup = |packet: &&Packet| {
+            black_box(self.classifier.lookup(Direction::Ingress, black_box(&packet.key), None)).rule.is_some()
+        };
+        let start = Instant::now();
+        let matched = self.packets.iter().filter(lookup).count();
+        let ns = start.elapsed().as_nanos() as f64 / self.packets.len() as f64;
+        let flows = self.packets.len();
+        assert!(matched * 50 > flows && matched < flows, "{matched} of {flows} flows met a rule");
+        ns
+    }
+
+    /// ns per flow.
+    fn miss(&mut self) -> f64 {
+        self.now_ns += 1_000_000_000_000;
+        let start = Instant::now();
+        for packet in &self.packets {
+            let parsed = Parsed::Ip(*packet);
+            black_box(decide(&self.open, &mut self.conntrack, &parsed, Direction::Ingress, None, 1, self.now_ns));
         }
-    });
-    format!(
-        "{rules:6}  {:6.1} [{:.1}..{:.1}]   {:6.1} [{:.1}..{:.1}]   {compile_ms:8.1}   {}",
-        lookup.0,
-        lookup.1,
-        lookup.2,
-        miss.0,
-        miss.1,
-        miss.2,
-        classifier.bytes() / 1024
-    )
+        start.elapsed().as_nanos() as f64 / self.packets.len() as f64
+    }
+}
+
+fn classifier_rows(rounds: usize, lookups: usize) -> Vec<String> {
+    let mut benches = [10, 100, 1_000, 10_000].map(|rules| Bench::new(rules, lookups));
+    let mut costs = vec![[vec![], vec![], vec![]]; benches.len()];
+    for round in 0..=rounds {
+        let lookups = benches.each_ref().map(Bench::lookup);
+        let misses = benches.each_mut().map(Bench::miss);
+        // The first one warms up.
+        if round > 0 {
+            for ((costs, lookup), miss) in costs.iter_mut().zip(lookups).zip(misses) {
+                costs.iter_mut().zip([lookup, miss, miss / misses[0]]).for_each(|(costs, cost)| costs.push(cost));
+            }
+        }
+    }
+    let row = |(bench, costs): (&Bench, [Vec<f64>; 3])| {
+        let [lookup, miss, ratio] = costs.map(Spread::of);
+        let (rules, compile_ms, kib) = (bench.rules, bench.compile_ms, bench.classifier.bytes() / 1024);
+        format!("{rules:6}  {lookup:6.1}   {miss:6.1}   {ratio:5.2}   {compile_ms:8.1}   {kib}")
+    };
+    benches.iter().zip(costs).map(row).collect()
 }
 
 /// Milliseconds to compile for `ports` ports, each in its own group of ten rules.
@@ -184,7 +216,7 @@ fn touch_row(flows: usize, rounds: usize, touches: usize) -> String {
             black_box(conntrack.touch(*connection, black_box(packet), Direction::Egress, 1, 1));
         }
     });
-    format!("touch of {flows} TCP connections: {:.1} ns [{:.1}..{:.1}]", touch.0, touch.1, touch.2)
+    format!("touch of {flows} TCP connections: {touch:.1} ns")
 }
 
 fn parse_row(rounds: usize, parses: usize) -> String {
@@ -198,19 +230,35 @@ fn parse_row(rounds: usize, parses: usize) -> String {
             black_box(parse(black_box(&frame), frame.len()));
         }
     });
-    format!("parse of a TCP segment with timestamp: {:.1} ns [{:.1}..{:.1}]", cost.0, cost.1, cost.2)
+    format!("parse of a TCP segment with timestamp: {cost:.1} ns")
 }
 
-/// Nanoseconds per operation: median, lowest and highest of the rounds.
-fn median(rounds: usize, operations: usize, mut round: impl FnMut()) -> (f64, f64, f64) {
+/// Median, lowest and highest of some rounds.
+struct Spread([f64; 3]);
+
+impl Spread {
+    fn of(mut costs: Vec<f64>) -> Self {
+        costs.sort_by(f64::total_cmp);
+        Self([costs[costs.len() / 2], costs[0], costs[costs.len() - 1]])
+    }
+}
+
+impl Display for Spread {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let [median, lowest, highest] = &self.0;
+        median.fmt(f)?;
+        let digits = f.precision().unwrap_or(1);
+        write!(f, " [{lowest:.digits$}..{highest:.digits$}]")
+    }
+}
+
+/// Nanoseconds per operation.
+fn median(rounds: usize, operations: usize, mut round: impl FnMut()) -> Spread {
     round();
-    let mut costs: Vec<f64> = (0..rounds)
-        .map(|_| {
-            let start = Instant::now();
-            round();
-            start.elapsed().as_nanos() as f64 / operations as f64
-        })
-        .collect();
-    costs.sort_by(f64::total_cmp);
-    (costs[rounds / 2], costs[0], costs[rounds - 1])
+    let costs = (0..rounds).map(|_| {
+        let start = Instant::now();
+        round();
+        start.elapsed().as_nanos() as f64 / operations as f64
+    });
+    Spread::of(costs.collect())
 }

@@ -506,6 +506,7 @@ impl Conntrack {
                 match tracker.advance(segment, reply, context) {
                     Effect::Moved { timeout_ns } => {
                         let after = tracker.state();
+                        entry.tcp = after;
                         // The only answer to a beginning is a reset: there is no connection.
                         let refused = !replied && after == TcpState::Close;
                         let answered = replied

@@ -207,7 +207,7 @@ fn a_revoked_connection_goes_before_one_that_begins_or_has_closed() {
     conntrack.track(&tcp(Direction::Egress, 1001, RST, 101, 501), Direction::Egress, 0);
     conntrack.revoke(revoked, GRANT, 0);
     // It expires in 300 s, they in 120 s and 10 s.
-    let worth = |connection: Connection| conntrack.table.worth(connection.slot(), 0).unwrap();
+    let worth = |connection: Connection| conntrack.table.entry(connection.slot()).worth(0);
     assert!(worth(revoked) < worth(closed) && worth(closed) < worth(half_open));
 }
 

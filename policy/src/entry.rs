@@ -41,6 +41,8 @@ pub(crate) struct Entry {
     /// Which way its first packet went.
     pub(crate) initiator: Direction,
     pub(crate) tracked: Tracked,
+    /// As its tracker has it; of other protocols, none.
+    pub(crate) tcp: TcpState,
 }
 
 const _: () = assert!(size_of::<Entry>() == 64);
@@ -53,6 +55,9 @@ impl Entry {
     /// The rules no longer let it pass.
     pub(crate) const REVOKED: u8 = 16;
 
+    /// The worth of one that no other replaces.
+    pub(crate) const KEPT: u64 = u64::MAX;
+
     #[inline]
     pub(crate) const fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
@@ -63,18 +68,19 @@ impl Entry {
         self.generation % 2 == 1
     }
 
-    /// How useful it is, with this state of TCP; `None`: too useful to be dropped. Of two that are equally useful, the one that
-    /// expires first goes.
-    pub(crate) fn worth(&self, state: TcpState, now_ns: u64) -> Option<(u8, u64)> {
-        let class = match state {
+    /// How useful it is, [`Self::KEPT`] if too useful to be dropped. Of two that are equally useful, the one that expires first goes.
+    #[inline]
+    pub(crate) fn worth(&self, now_ns: u64) -> u64 {
+        const CLASS_SHIFT: u32 = 60;
+        let class = match self.tcp {
             _ if self.expires_ns <= now_ns => 0,
             _ if self.has(Self::REVOKED) => 1,
             TcpState::Close | TcpState::TimeWait => 2,
             _ if !self.has(Self::ASSURED) => 3,
             TcpState::FinWait | TcpState::CloseWait | TcpState::LastAck => 4,
-            _ => return None,
+            _ => return Self::KEPT,
         };
-        Some((class, self.expires_ns))
+        class << CLASS_SHIFT | self.expires_ns.min((1 << CLASS_SHIFT) - 1)
     }
 }
 

@@ -145,8 +145,9 @@ impl Table {
 
     /// Has a new entry tracked as TCP.
     pub(crate) fn track_tcp(&mut self, slot: u32, tracker: Tracker) {
-        let tracker = self.trackers.take(|_| tracker);
-        self.entries[slot].tracked = Tracked::Tcp { tracker };
+        let entry = &mut self.entries[slot];
+        entry.tcp = tracker.state();
+        entry.tracked = Tracked::Tcp { tracker: self.trackers.take(|_| tracker) };
     }
 
     /// What an entry was found by.
@@ -252,6 +253,7 @@ impl Table {
             flags: 0,
             initiator: Direction::Egress,
             tracked: Tracked::Other,
+            tcp: TcpState::None,
         });
         self.buckets[buckets[choice]][way] = tag | slot;
         if choice == 1 {
@@ -296,15 +298,15 @@ impl Table {
     }
 
     fn least_useful(&self, buckets: &[usize], now_ns: u64) -> Option<u32> {
-        let places = buckets.iter().flat_map(|&bucket| places(&self.buckets[bucket]));
-        let taken = places.filter(|&&place| place != 0).map(|&place| slot_of(place));
-        let candidates = taken.filter_map(|slot| self.worth(slot, now_ns).map(|worth| (worth, slot)));
-        candidates.min().map(|(_, slot)| slot)
-    }
-
-    pub(crate) fn worth(&self, slot: u32, now_ns: u64) -> Option<(u8, u64)> {
-        let entry = &self.entries[slot];
-        entry.worth(self.tracker(entry).map_or(TcpState::None, Tracker::state), now_ns)
+        // All of a bucket before any are compared: then memory is waited for once.
+        let worths = |&bucket: &usize| {
+            places(&self.buckets[bucket]).map(|place| match place {
+                0 => (Entry::KEPT, 0),
+                _ => (self.entries[slot_of(place)].worth(now_ns), slot_of(place)),
+            })
+        };
+        let (worth, slot) = buckets.iter().flat_map(worths).min()?;
+        (worth != Entry::KEPT).then_some(slot)
     }
 
     fn drop_early(&mut self, slot: u32, now_ns: u64) {
