@@ -80,7 +80,10 @@ impl Burst {
     #[inline]
     pub(crate) fn decide(&mut self, frames: u32, next_hop: NextHop) {
         match next_hop {
-            // Two short stores, not a copy of the longest kind.
+            // Two short stores each, not a copy of the longest kind.
+            NextHop::Port(port) if frames.count_ones() as usize == self.length => {
+                self.next_hops[..self.length].iter_mut().for_each(|next_hop| *next_hop = NextHop::Port(port));
+            }
             NextHop::Port(port) => bits(frames).for_each(|index| self.next_hops[index] = NextHop::Port(port)),
             _ => bits(frames).for_each(|index| self.next_hops[index] = next_hop),
         }

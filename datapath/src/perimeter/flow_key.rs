@@ -6,145 +6,146 @@
 
 use std::hash::{Hash, Hasher};
 
-/// Which way a frame goes at the port that keeps its key; in `kind`.
-const INBOUND: u64 = 1 << 8;
-/// Where the sender's identity is in `kind`.
-const IDENTITY_SHIFT: u32 = 16;
+/// Which way a frame goes at the port that keeps its key, and who sent it; where [`MASKS`] has left the second word empty.
+const INBOUND: u64 = 1 << 32;
+const IDENTITY_SHIFT: u32 = 48;
+/// Where the protocol is in the third word.
+const PROTOCOL_SHIFT: u32 = 8;
 
 const PROTOCOL_TCP: u8 = 6;
 const PROTOCOL_UDP: u8 = 17;
 const IPV4_BYTES: i32 = 20;
 const UDP_BYTES: usize = 8;
 
-/// A flow with addresses of `WORDS` words, source and destination together: 1 for IPv4, 4 for IPv6.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct FlowKey<const WORDS: usize> {
-    /// Destination station and the first bytes of the source's.
-    stations: u64,
-    /// The rest of it, and the ports.
-    station_ports: u64,
-    addresses: [u64; WORDS],
-    /// The protocol, and more.
-    kind: u64,
-}
+/// Words of a key of IPv4, and of IPv6.
+pub(crate) const WORDS4: usize = 4;
+pub(crate) const WORDS6: usize = 7;
 
+/// A flow: the bytes of its frames' headers that say which one it is, in the order in which they lie there; all others are zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FlowKey<const WORDS: usize>([u64; WORDS]);
+
+/// Where its words are in the header: both stations; what is before the source's address, with the protocol; addresses and ports.
+const PLACES4: [usize; WORDS4] = [0, 8, 22, 30];
+const PLACES6: [usize; WORDS6] = [0, 8, 19, 27, 35, 43, 50];
+
+/// What counts of each word: of the second the end of the source's station, of the third the protocol and what is behind
+/// the byte (of IPv6), or the three bytes (of IPv4), after it.
+const MASKS4: [u64; WORDS4] = [u64::MAX, 0xffff_ffff, 0xffff_ffff_0000_ff00, u64::MAX];
+const MASKS6: [u64; WORDS6] = [u64::MAX, 0xffff_ffff, 0xffff_ffff_ff00_ff00, u64::MAX, u64::MAX, u64::MAX, u64::MAX];
+
+/// Of two keys that differ in their destination's station alone, the hash is the same: no network has many such.
 impl<const WORDS: usize> Hash for FlowKey<WORDS> {
     #[inline]
     fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.stations);
-        state.write_u64(self.station_ports);
-        self.addresses.iter().for_each(|&word| state.write_u64(word));
-        state.write_u64(self.kind);
+        let [_, stations, protocol, addresses @ ..] = self.0.as_slice() else { return };
+        state.write_u64(stations ^ protocol);
+        addresses.iter().for_each(|&word| state.write_u64(word));
     }
 }
 
 impl<const WORDS: usize> FlowKey<WORDS> {
-    /// Words beside the addresses.
-    pub(crate) const FIXED_WORDS: usize = 3;
-
-    /// The key of no flow: none has protocol 0.
-    pub(crate) const NONE: Self = Self { stations: 0, station_ports: 0, addresses: [0; WORDS], kind: 0 };
-
-    /// Whether these words are the key, as [`FlowKey::write`] has written it.
     #[inline]
-    pub(crate) fn is(&self, words: &[u64]) -> bool {
-        let [stations, station_ports, kind] = [0, 1, 2].map(|at| words[at]);
-        let differs = (stations ^ self.stations) | (station_ports ^ self.station_ports) | (kind ^ self.kind);
-        let addresses = words[3..3 + WORDS].iter().zip(&self.addresses);
-        addresses.fold(differs, |differs, (word, address)| differs | (word ^ address)) == 0
+    fn read(header: &[u8], places: &[usize; WORDS], masks: &[u64; WORDS]) -> Self {
+        Self(std::array::from_fn(|index| word(header, places[index]) & masks[index]))
     }
 
-    /// Writes it into as many words.
-    pub(crate) fn write(&self, words: &mut [u64]) {
-        words[..3].copy_from_slice(&[self.stations, self.station_ports, self.kind]);
-        words[3..3 + WORDS].copy_from_slice(&self.addresses);
+    #[inline]
+    pub(crate) fn words(&self) -> &[u64; WORDS] {
+        &self.0
+    }
+
+    /// Whether these words are the key's.
+    #[inline]
+    pub(crate) fn is(&self, words: &[u64; WORDS]) -> bool {
+        words.iter().zip(&self.0).fold(0, |differs, (word, own)| differs | (word ^ own)) == 0
     }
 
     #[inline]
     pub(crate) fn is_tcp(&self) -> bool {
-        self.kind as u8 == PROTOCOL_TCP
+        (self.0[2] >> PROTOCOL_SHIFT) as u8 == PROTOCOL_TCP
     }
 
     /// The key of a frame that comes to the port, from a sender of this identity.
     #[inline]
     pub(crate) fn inbound(mut self, identity: Option<u16>) -> Self {
-        self.kind |= INBOUND | u64::from(identity.unwrap_or(0)) << IDENTITY_SHIFT;
+        self.0[1] |= INBOUND | u64::from(identity.unwrap_or(0)) << IDENTITY_SHIFT;
         self
-    }
-
-    #[inline]
-    fn new(header: &[u8], addresses: [u64; WORDS], ports: u32, protocol: u8) -> Option<Self> {
-        Some(Self {
-            stations: word(header, 0)?,
-            station_ports: u64::from(half(header, 8)?) | u64::from(ports) << 32,
-            addresses,
-            kind: u64::from(protocol),
-        })
     }
 }
 
-impl FlowKey<1> {
+/// Ethernet, IPv4 and what says of the transport which flow it is.
+pub(super) const IPV4_HEADERS: usize = 14 + 20 + UDP_BYTES;
+const IPV6_HEADERS: usize = 14 + 40 + UDP_BYTES;
+
+impl FlowKey<WORDS4> {
     /// The key of an IPv4 frame with this header copy. `frame_bytes` is its whole length.
     #[inline]
     pub(crate) fn ipv4(header: &[u8], frame_bytes: u32) -> Option<Self> {
-        const HEADERS: usize = 14 + 20;
-        let header: &[u8; HEADERS + UDP_BYTES] = header.first_chunk()?;
-        // EtherType, version and header length; flags and fragment offset.
-        let is_plain = half(header, 12)?.to_be() >> 8 == 0x08_0045 && quarter(header, 20)? & 0x3fff == 0;
-        let total = i32::from(quarter(header, 16)?);
-        let protocol = header[23];
-        let fits = total + 14 <= frame_bytes as i32;
-        if !is_plain || !fits || !has_room(protocol, total - IPV4_BYTES, &header[HEADERS..]) {
-            return None;
-        }
-        Self::new(header, [word(header, 26)?], half(header, HEADERS)?, protocol)
+        let header = header.first_chunk()?;
+        has_key4(header, frame_bytes).then(|| Self::of(header))
+    }
+
+    /// The key of a frame that has one ([`has_key4`]).
+    #[inline]
+    pub(super) fn of(header: &[u8; IPV4_HEADERS]) -> Self {
+        Self::read(header, &PLACES4, &MASKS4)
     }
 }
 
-impl FlowKey<4> {
+impl FlowKey<WORDS6> {
     /// The key of an IPv6 frame with this header copy. `frame_bytes` is its whole length.
     #[inline]
     pub(crate) fn ipv6(header: &[u8], frame_bytes: u32) -> Option<Self> {
-        const HEADERS: usize = 14 + 40;
-        let header: &[u8; HEADERS + UDP_BYTES] = header.first_chunk()?;
-        let payload_bytes = i32::from(quarter(header, 18)?);
+        let header: &[u8; IPV6_HEADERS] = header.first_chunk()?;
+        let payload_bytes = i32::from(quarter(header, 18));
         let is_ipv6 = header[12..14] == [0x86, 0xdd] && header[14] >> 4 == 6;
-        if !is_ipv6
-            || payload_bytes + HEADERS as i32 > frame_bytes as i32
-            || !has_room(header[20], payload_bytes, &header[HEADERS..])
-        {
-            return None;
-        }
-        let addresses = [word(header, 22)?, word(header, 30)?, word(header, 38)?, word(header, 46)?];
-        Self::new(header, addresses, half(header, HEADERS)?, header[20])
+        let fits = payload_bytes + 54 <= frame_bytes as i32;
+        (is_ipv6 && fits && has_room(header[20], payload_bytes, quarter(header, 58)))
+            .then(|| Self::read(header, &PLACES6, &MASKS6))
     }
+}
+
+/// Whether an IPv4 frame has a key. `frame_bytes` is its whole length.
+#[inline]
+pub(super) fn has_key4(header: &[u8; IPV4_HEADERS], frame_bytes: u32) -> bool {
+    // EtherType, version and header length; flags and fragment offset.
+    let is_plain = header[12..15] == [0x08, 0x00, 0x45] && quarter(header, 20) & 0x3fff == 0;
+    let total = i32::from(quarter(header, 16));
+    is_plain && total + 14 <= frame_bytes as i32 && has_room(header[23], total - IPV4_BYTES, quarter(header, 38))
+}
+
+/// Whether the keys of two IPv4 frames that have one are the same. What differs most is compared first.
+#[inline]
+pub(super) fn same_key4(one: &[u8; IPV4_HEADERS], other: &[u8; IPV4_HEADERS]) -> bool {
+    let same = |index: usize| (word(one, PLACES4[index]) ^ word(other, PLACES4[index])) & MASKS4[index] == 0;
+    same(3) && same(2) && same(0) && same(1)
 }
 
 /// Whether it is UDP of a length that fits, or TCP.
 #[inline]
-fn has_room(protocol: u8, payload_bytes: i32, transport: &[u8]) -> bool {
-    let udp_bytes = i32::from(u16::from_be_bytes([transport[4], transport[5]]));
+fn has_room(protocol: u8, payload_bytes: i32, udp_bytes: u16) -> bool {
     match protocol {
-        PROTOCOL_UDP => (UDP_BYTES as i32..=payload_bytes).contains(&udp_bytes),
+        PROTOCOL_UDP => (UDP_BYTES as i32..=payload_bytes).contains(&udp_bytes.into()),
         PROTOCOL_TCP => payload_bytes >= 0,
         _ => false,
     }
 }
 
 #[inline]
-fn word(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+fn chunk<const BYTES: usize>(header: &[u8], at: usize) -> [u8; BYTES] {
+    *header[at..].first_chunk().expect("it lies in the header")
+}
+
+#[inline]
+fn word(header: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(chunk(header, at))
 }
 
 /// A number.
 #[inline]
-fn quarter(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-#[inline]
-fn half(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+fn quarter(header: &[u8], at: usize) -> u16 {
+    u16::from_be_bytes(chunk(header, at))
 }
 
 #[cfg(test)]
@@ -201,11 +202,17 @@ mod tests {
             Parsed::Ip(packet) => {
                 assert_eq!((packet.fragment, packet.key.family), (Fragment::Whole, family));
                 assert_eq!(matches!(packet.transport, Transport::Tcp(_)), key.is_tcp());
-                let ports = [packet.key.source_port.to_be_bytes(), packet.key.destination_port.to_be_bytes()].concat();
-                assert_eq!((key.station_ports >> 32) as u32, u32::from_ne_bytes(ports.try_into().unwrap()));
-                let addresses: Vec<u8> = key.addresses.iter().flat_map(|word| word.to_ne_bytes()).collect();
-                let of = |number: u128| number.to_be_bytes()[16 - WORDS * 4..].to_vec();
+                let bytes: Vec<u8> = key.0.iter().flat_map(|word| word.to_le_bytes()).collect();
+                let addresses = if family == Family::V4 {
+                    bytes[20..28].to_vec()
+                } else {
+                    [&bytes[19..48], &bytes[49..52]].concat()
+                };
+                let of = |number: u128| number.to_be_bytes()[16 - usize::from(family.bits()) / 8..].to_vec();
                 assert_eq!(addresses, [of(packet.key.source), of(packet.key.destination)].concat());
+                let ports = [packet.key.source_port, packet.key.destination_port].map(u16::to_be_bytes).concat();
+                assert_eq!(bytes[bytes.len() - 4..], ports);
+                assert_eq!(bytes[..12], frame[..12]);
             }
             other => assert!(key.is_tcp(), "only a segment may be unsound: {other:?}"),
         }

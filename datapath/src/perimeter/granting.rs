@@ -4,8 +4,8 @@ use dreamwire_policy::{Connection, Direction, Packet, Parsed, Touched};
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::ring::BURST;
 
-use super::flow_key::FlowKey;
-use super::leases::{Lease, Look};
+use super::flow_key::{FlowKey, IPV4_HEADERS, WORDS4, has_key4, same_key4};
+use super::leases::{Lease, Look, NO_WAY, Opened};
 use super::{LEASE_NS, Perimeter, Perimeters, parse_frame};
 use crate::burst::{Burst, NextHop, bits};
 use crate::snapshot::{PortId, Snapshot};
@@ -24,16 +24,64 @@ pub(crate) struct Recalled {
 const _: () = assert!(BURST <= u32::BITS as usize);
 
 /// A flow whose lease is being looked for.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Asked {
-    key: FlowKey<1>,
-    place: usize,
+    place: u32,
     /// A bit for each of its frames.
     frames: u32,
 }
 
 impl Asked {
-    pub(super) const NONE: Self = Self { key: FlowKey::NONE, place: 0, frames: 0 };
+    /// Its key, from its first frame.
+    #[inline]
+    fn key(self, frames: &[RawFrame]) -> FlowKey<WORDS4> {
+        FlowKey::of(ipv4_headers(&frames[self.frames.trailing_zeros() as usize]))
+    }
+}
+
+/// The headers of a frame that has as many bytes, or of none.
+#[inline]
+fn ipv4_headers(frame: &RawFrame) -> &[u8; IPV4_HEADERS] {
+    frame.header.first_chunk().expect("a header copy has room for more")
+}
+
+/// Asks for the leases of all IPv4 flows among frames whose next hop is not decided, those in a row once: how many flows, and
+/// whether there are other frames. They are in `asked` from its second place on. Not inlined: it needs all registers that there are.
+#[inline(never)]
+fn seek(
+    leases: Opened<'_, WORDS4, 8>,
+    frames: &[RawFrame],
+    next_hops: &[NextHop; BURST],
+    asked: &mut [Asked; BURST + 1],
+) -> (usize, bool) {
+    // None has the key of the header that is none.
+    let (mut count, mut last) = (0, &[0; IPV4_HEADERS]);
+    let (mut others, mut bit) = (false, 1);
+    for (frame, next_hop) in frames.iter().zip(next_hops) {
+        let header = ipv4_headers(frame);
+        let is_undecided = *next_hop == NextHop::Undecided;
+        if !is_undecided || usize::from(frame.header_bytes) < IPV4_HEADERS || !has_key4(header, frame.frame_bytes) {
+            others |= is_undecided;
+        } else if same_key4(header, last) {
+            asked[count].frames |= bit;
+        } else if let Some(place) = leases.place(&FlowKey::of(header)) {
+            (count, last) = (count + 1, header);
+            asked[count] = Asked { place, frames: bit };
+        }
+        bit <<= 1;
+    }
+    (count, others)
+}
+
+/// What is found out about the frames of flows with leases.
+struct Settled {
+    /// Where the last lease leads and what it must have been made from: the same for most of a burst.
+    way: u64,
+    next_hop: NextHop,
+    /// Frames that go there.
+    frames: u32,
+    /// Flows that are left.
+    left: u32,
 }
 
 /// When and by whom a connection is touched.
@@ -60,54 +108,10 @@ impl Perimeters {
     pub(crate) fn recall(&mut self, from: PortId, burst: &mut Burst, fdb_epoch: u64, snapshot: &Snapshot) -> Recalled {
         let mut recalled = Recalled::default();
         let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return recalled };
-        // First all places, so that memory is waited for once. Frames of a flow in a row share theirs.
-        let mut last = 0;
-        let mut others = false;
-        for (index, (frame, next_hop)) in burst.frames[..burst.length].iter().zip(&burst.next_hops).enumerate() {
-            if *next_hop != NextHop::Undecided {
-                continue;
-            }
-            let Some(key) = FlowKey::ipv4(frame.headers(), frame.frame_bytes) else {
-                others = true;
-                continue;
-            };
-            if self.asked[last].key == key {
-                self.asked[last].frames |= 1 << index;
-            } else if let Some(place) = own.leases.place(&key) {
-                last += 1;
-                self.asked[last] = Asked { key, place, frames: 1 << index };
-            }
-        }
-        // Where the last lease leads, and what it must have been made from: the same for most of a burst.
-        let (mut hop, mut next_hop, mut epoch) = (u32::MAX, NextHop::Undecided, 0);
-        let mut left = 0;
-        for (slot, &Asked { ref key, place, frames }) in self.asked[1..=last].iter().enumerate() {
-            let lease = match own.leases.look(place, key) {
-                Look::Here if !key.is_tcp() => own.leases.held(place),
-                Look::Nowhere => continue,
-                look => {
-                    if look == Look::Elsewhere {
-                        own.leases.look_elsewhere(place);
-                    }
-                    left |= 1 << slot;
-                    continue;
-                }
-            };
-            if u32::from(lease.hop()) != hop {
-                let Some(found) = self.hops.next_hop(lease.hop()) else { continue };
-                (hop, next_hop) = (u32::from(lease.hop()), found);
-                epoch = fdb_epoch + self.epoch_between(Some(from), next_hop);
-            }
-            if lease.epoch() != epoch {
-                continue;
-            }
-            if self.now_ns < lease.until_ns() {
-                recalled.passed |= frames;
-                burst.decide(frames, next_hop);
-            } else {
-                recalled.due |= frames;
-            }
-        }
+        // First all places, so that memory is waited for once.
+        let leases = own.leases.open();
+        let (count, others) = seek(leases, &burst.frames[..burst.length], &burst.next_hops, &mut self.asked);
+        let left = self.settle(leases, from, burst, count, fdb_epoch, &mut recalled);
         if left != 0 {
             self.recall_left(from, burst, left, fdb_epoch, snapshot, &mut recalled);
         }
@@ -115,6 +119,77 @@ impl Perimeters {
             self.recall_ipv6(from, burst, fdb_epoch, snapshot, &mut recalled);
         }
         recalled
+    }
+
+    /// Sets the next hop of the frames of `count` flows asked for, if their leases are where they are looked for first; a bit for
+    /// each flow that is left. Not inlined: it needs all registers that there are.
+    #[inline(never)]
+    fn settle(
+        &self,
+        leases: Opened<'_, WORDS4, 8>,
+        from: PortId,
+        burst: &mut Burst,
+        count: usize,
+        fdb_epoch: u64,
+        recalled: &mut Recalled,
+    ) -> u32 {
+        let mut settled = Settled { way: NO_WAY, next_hop: NextHop::Undecided, frames: 0, left: 0 };
+        for (slot, asked) in self.asked[1..=count].iter().enumerate() {
+            let key = asked.key(&burst.frames);
+            let look = leases.look(asked.place, &key);
+            let lease = leases.held(asked.place);
+            if look == Look::Here && lease.way() == settled.way && self.now_ns < lease.until_ns() && !key.is_tcp() {
+                settled.frames |= asked.frames;
+            } else {
+                self.settle_other(leases, from, burst, slot, look, fdb_epoch, &mut settled, recalled);
+            }
+        }
+        burst.decide(settled.frames, settled.next_hop);
+        recalled.passed |= settled.frames;
+        settled.left
+    }
+
+    /// The same for a flow that is not like the last one.
+    #[allow(clippy::too_many_arguments, reason = "what `settle` knows")]
+    #[inline(never)]
+    fn settle_other(
+        &self,
+        leases: Opened<'_, WORDS4, 8>,
+        from: PortId,
+        burst: &mut Burst,
+        slot: usize,
+        look: Look,
+        fdb_epoch: u64,
+        settled: &mut Settled,
+        recalled: &mut Recalled,
+    ) {
+        let asked = self.asked[1 + slot];
+        let lease = leases.held(asked.place);
+        match look {
+            Look::Here if !asked.key(&burst.frames).is_tcp() => {}
+            Look::Nowhere => return,
+            _ => {
+                if look == Look::Elsewhere {
+                    leases.look_elsewhere(asked.place);
+                }
+                settled.left |= 1 << slot;
+                return;
+            }
+        }
+        if lease.way() != settled.way {
+            let Some(next_hop) = self.hops.next_hop(lease.hop()) else { return };
+            if lease.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop) {
+                return;
+            }
+            burst.decide(settled.frames, settled.next_hop);
+            recalled.passed |= settled.frames;
+            (settled.way, settled.next_hop, settled.frames) = (lease.way(), next_hop, 0);
+        }
+        if self.now_ns < lease.until_ns() {
+            settled.frames |= asked.frames;
+        } else {
+            recalled.due |= asked.frames;
+        }
     }
 
     /// The same for the flows that `left` has a bit for: TCP, and those whose leases are not in their first places. Frame by frame:
@@ -130,10 +205,11 @@ impl Perimeters {
         recalled: &mut Recalled,
     ) {
         for slot in bits(left) {
-            let Asked { key, frames, .. } = self.asked[1 + slot];
-            for index in bits(frames) {
+            let asked = self.asked[1 + slot];
+            let key = asked.key(&burst.frames);
+            for index in bits(asked.frames) {
                 let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return };
-                let Some(lease) = own.leases.find(&key) else { break };
+                let Some(lease) = own.leases.open().find(&key) else { break };
                 let (until_ns, connections) = (lease.until_ns(), lease.connections());
                 let Some(next_hop) = self.hops.next_hop(lease.hop()) else { break };
                 if lease.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop) {
@@ -167,7 +243,7 @@ impl Perimeters {
             }
             let Some(key) = FlowKey::ipv6(frame.headers(), frame.frame_bytes) else { continue };
             let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return };
-            let Some(lease) = own.leases6.find(&key) else { continue };
+            let Some(lease) = own.leases6.open().find(&key) else { continue };
             let Some(next_hop) = self.hops.next_hop(lease.hop()) else { continue };
             if lease.epoch() != fdb_epoch + self.epoch_between(Some(from), next_hop) {
                 continue;
@@ -200,9 +276,9 @@ impl Perimeters {
         let (header, bytes) = (burst.frames[index].headers(), burst.frames[index].frame_bytes);
         let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return };
         let held = if let Some(key) = FlowKey::ipv4(header, bytes) {
-            own.leases.find(&key)
+            own.leases.open().find(&key)
         } else {
-            FlowKey::ipv6(header, bytes).and_then(|key| own.leases6.find(&key))
+            FlowKey::ipv6(header, bytes).and_then(|key| own.leases6.open().find(&key))
         };
         let Some(held) = held else { return };
         if self.hops.next_hop(held.hop()) != Some(next_hop)
@@ -277,11 +353,11 @@ impl Perimeters {
         let Some(leases) = self.slots[usize::from(to.0)].as_deref() else { return false };
         let (is_tcp, lease) = if let Some(key) = FlowKey::ipv4(header, frame.frame_bytes) {
             let (key, leases) = (key.inbound(identity), &leases.leases);
-            let lease = leases.find(&key);
+            let lease = leases.open().find(&key);
             (key.is_tcp(), lease.filter(|lease| self.now_ns < lease.until_ns()))
         } else if let Some(key) = FlowKey::ipv6(header, frame.frame_bytes) {
             let (key, leases) = (key.inbound(identity), &leases.leases6);
-            let lease = leases.find(&key);
+            let lease = leases.open().find(&key);
             (key.is_tcp(), lease.filter(|lease| self.now_ns < lease.until_ns()))
         } else {
             return false;

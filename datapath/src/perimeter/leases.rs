@@ -18,7 +18,7 @@ use dreamwire_policy::Connection;
 use dreamwire_vhost::memory::{Wish, prefetch};
 use foldhash::quality::RandomState;
 
-use super::flow_key::FlowKey;
+use super::flow_key::{FlowKey, WORDS4, WORDS6};
 
 /// Places of one key.
 const WAYS: usize = 8;
@@ -35,9 +35,13 @@ type Said = [u64; 4];
 
 /// Which bit stands for a place and the others that have the same keys: its word, and the bit in it.
 #[inline]
-const fn group(place: usize) -> (usize, u64) {
-    (place / WAYS / 64, 1 << (place / WAYS % 64))
+const fn group(place: u32) -> (usize, u64) {
+    let group = place as usize / WAYS;
+    (group / 64, 1 << (group % 64))
 }
+
+/// No lease's [`Held::way`]: there are not so many hops.
+pub(crate) const NO_WAY: u64 = u64::MAX;
 
 /// Until when an entry holds whose lease was ended.
 const OVER_NS: u64 = 1;
@@ -64,6 +68,12 @@ pub(crate) enum Look {
 pub(crate) struct Held<'a>(&'a Said);
 
 impl Held<'_> {
+    /// Where the flow goes and what the lease was made from, as one number, never [`NO_WAY`].
+    #[inline]
+    pub(crate) fn way(self) -> u64 {
+        self.0[2]
+    }
+
     /// Where the flow goes.
     #[inline]
     pub(crate) fn hop(self) -> u16 {
@@ -112,28 +122,26 @@ pub(crate) struct Leases<const WORDS: usize, const STRIDE: usize> {
     /// A bit for each [`WAYS`] places that have the same keys.
     ever_taken: Box<[u64]>,
     /// Number of entries less one.
-    mask: usize,
+    mask: u32,
     /// Seeded: which flows share a place cannot be foreseen.
     hasher: RandomState,
 }
 
 /// Of IPv4 flows.
-pub(crate) type Leases4 = Leases<1, 8>;
+pub(crate) type Leases4 = Leases<WORDS4, 8>;
 /// Of IPv6 flows.
-pub(crate) type Leases6 = Leases<4, 16>;
+pub(crate) type Leases6 = Leases<WORDS6, 16>;
 
 impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
-    const KEY_WORDS: usize = FlowKey::<WORDS>::FIXED_WORDS + WORDS;
-
     /// Room for `flows`, and as much again, so that few find their first place taken.
     pub(crate) fn new(flows: u32) -> Self {
         let entries = (flows.max(4) as usize * 2).next_power_of_two();
-        const { assert!(STRIDE == (Self::KEY_WORDS + size_of::<Said>() / 8).next_multiple_of(LINE_WORDS)) };
+        const { assert!(STRIDE == (WORDS + size_of::<Said>() / 8).next_multiple_of(LINE_WORDS)) };
         let ever_taken = vec![0u64; (entries / WAYS).div_ceil(64)].into_boxed_slice();
         let words = vec![0u64; entries * STRIDE + LINE_WORDS].into_boxed_slice();
         // Entries begin where a cache line does.
         let first = (words.as_ptr() as usize / 8).wrapping_neg() % LINE_WORDS;
-        Self { words, first, ever_taken, mask: entries - 1, hasher: RandomState::default() }
+        Self { words, first, ever_taken, mask: entries as u32 - 1, hasher: RandomState::default() }
     }
 
     /// Its addresses.
@@ -142,9 +150,63 @@ impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
         words.start as usize..words.end as usize
     }
 
+    /// For look-ups.
+    #[inline]
+    pub(crate) fn open(&self) -> Opened<'_, WORDS, STRIDE> {
+        let (entries, _) = self.words[self.first..].as_chunks();
+        Opened { entries, ever_taken: &self.ever_taken, mask: self.mask, hasher: &self.hasher }
+    }
+
+    /// The same, to be written to.
+    fn entry_mut(&mut self, place: u32) -> &mut [u64; STRIDE] {
+        &mut self.words[self.first..].as_chunks_mut().0[place as usize]
+    }
+
+    /// Keeps a lease.
+    pub(crate) fn put(&mut self, key: FlowKey<WORDS>, lease: Lease) {
+        let place = self.open().place_for(&key);
+        let (word, bit) = group(place);
+        self.ever_taken[word] |= bit;
+        let [egress, ingress] = lease.connections.map(|connection| connection.map_or(0, Connection::to_bits));
+        let said: Said = [egress, ingress, lease.epoch << 16 | u64::from(lease.hop), lease.until_ns];
+        let (words, rest) = self.entry_mut(place).split_at_mut(WORDS);
+        words.copy_from_slice(key.words());
+        rest[..said.len()].copy_from_slice(&said);
+    }
+
+    /// Ends a flow's lease.
+    pub(crate) fn end(&mut self, key: &FlowKey<WORDS>) {
+        let Some(place) = self.open().place(key) else { return };
+        for place in places(place) {
+            if key.is(self.open().entry(place).0) {
+                let entry = self.entry_mut(place);
+                entry.fill(0);
+                // Nobody's, but not free: others may have gone elsewhere from here.
+                entry[WORDS + 3] = OVER_NS;
+            }
+        }
+    }
+}
+
+/// All places where a flow's lease may be, that one first.
+#[inline]
+fn places(place: u32) -> [u32; WAYS] {
+    std::array::from_fn(|way| place ^ way as u32)
+}
+
+/// A table that is read: what look-ups need of it, at hand.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Opened<'a, const WORDS: usize, const STRIDE: usize> {
+    entries: &'a [[u64; STRIDE]],
+    ever_taken: &'a [u64],
+    mask: u32,
+    hasher: &'a RandomState,
+}
+
+impl<'a, const WORDS: usize, const STRIDE: usize> Opened<'a, WORDS, STRIDE> {
     /// Where a flow's lease should be; asks for its cache line. `None`: it has none.
     #[inline]
-    pub(crate) fn place(&self, key: &FlowKey<WORDS>) -> Option<usize> {
+    pub(crate) fn place(&self, key: &FlowKey<WORDS>) -> Option<u32> {
         let place = self.first_place(key);
         let (word, bit) = group(place);
         if self.ever_taken[word] & bit == 0 {
@@ -155,13 +217,13 @@ impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
     }
 
     #[inline]
-    fn first_place(&self, key: &FlowKey<WORDS>) -> usize {
-        self.hasher.hash_one(key) as usize & self.mask
+    fn first_place(&self, key: &FlowKey<WORDS>) -> u32 {
+        self.hasher.hash_one(key) as u32 & self.mask
     }
 
     /// Whether a flow's lease is at its place.
     #[inline(always)]
-    pub(crate) fn look(&self, place: usize, key: &FlowKey<WORDS>) -> Look {
+    pub(crate) fn look(&self, place: u32, key: &FlowKey<WORDS>) -> Look {
         let (first, said) = self.entry(place);
         if key.is(first) {
             Look::Here
@@ -174,44 +236,33 @@ impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
     }
 
     /// Asks for the lines where it is likely to be if its place is another's.
-    pub(crate) fn look_elsewhere(&self, place: usize) {
-        for next in &self.places(place)[1..LIKELY] {
+    pub(crate) fn look_elsewhere(&self, place: u32) {
+        for next in &places(place)[1..LIKELY] {
             self.prefetch(*next);
         }
     }
 
     #[inline]
-    fn prefetch(&self, place: usize) {
-        prefetch(self.words.as_ptr().wrapping_add(self.first + place * STRIDE) as usize, Wish::Read);
-    }
-
-    /// All places where it may be, that one first.
-    #[inline]
-    fn places(&self, place: usize) -> [usize; WAYS] {
-        std::array::from_fn(|way| place ^ way)
+    fn prefetch(&self, place: u32) {
+        prefetch(self.entries.as_ptr().wrapping_add(place as usize) as usize, Wish::Read);
     }
 
     /// The entry at a place: its key, and what it says.
     #[inline]
-    fn entry(&self, place: usize) -> (&[u64], &Said) {
-        let (entries, _) = self.words[self.first..].as_chunks::<STRIDE>();
-        let (key, said) = entries[place].split_at(Self::KEY_WORDS);
+    fn entry(&self, place: u32) -> (&'a [u64; WORDS], &'a Said) {
+        let entry = &self.entries[place as usize];
+        let (key, said) = entry.split_first_chunk().expect("an entry has room for its key");
         (key, said.first_chunk().expect("an entry has room for what it says"))
     }
 
-    /// The same, to be written to.
-    fn entry_mut(&mut self, place: usize) -> &mut [u64; STRIDE] {
-        &mut self.words[self.first..].as_chunks_mut().0[place]
-    }
-
-    fn until_ns(&self, place: usize) -> u64 {
+    fn until_ns(&self, place: u32) -> u64 {
         self.entry(place).1[3]
     }
 
     /// Where a flow's lease is to be kept: in the first place if that is free or its own; else in that of its last lease, or of the
     /// lease which ends first. (Another one of it may be left where it was: it says what it said, and ends like any.)
-    fn place_for(&self, key: &FlowKey<WORDS>) -> usize {
-        let places = self.places(self.first_place(key));
+    fn place_for(&self, key: &FlowKey<WORDS>) -> u32 {
+        let places = places(self.first_place(key));
         let (word, bit) = group(places[0]);
         if self.ever_taken[word] & bit == 0 {
             return places[0];
@@ -227,7 +278,7 @@ impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
 
     /// The lease of a flow, if it has one. Whether its epoch is still right and its time is not over is for the caller to see.
     #[inline]
-    pub(crate) fn find(&self, key: &FlowKey<WORDS>) -> Option<Held<'_>> {
+    pub(crate) fn find(&self, key: &FlowKey<WORDS>) -> Option<Held<'a>> {
         let place = self.place(key)?;
         let place = match self.look(place, key) {
             Look::Here => Some(place),
@@ -239,39 +290,14 @@ impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
 
     /// What is held at a place.
     #[inline(always)]
-    pub(crate) fn held(&self, place: usize) -> Held<'_> {
+    pub(crate) fn held(&self, place: u32) -> Held<'a> {
         Held(self.entry(place).1)
     }
 
     /// Where the lease of a flow is that is not at its first place.
     #[cold]
-    pub(crate) fn find_elsewhere(&self, place: usize, key: &FlowKey<WORDS>) -> Option<usize> {
-        self.places(place)[1..].iter().copied().find(|&place| key.is(self.entry(place).0))
-    }
-
-    /// Keeps a lease.
-    pub(crate) fn put(&mut self, key: FlowKey<WORDS>, lease: Lease) {
-        let place = self.place_for(&key);
-        let (word, bit) = group(place);
-        self.ever_taken[word] |= bit;
-        let [egress, ingress] = lease.connections.map(|connection| connection.map_or(0, Connection::to_bits));
-        let said: Said = [egress, ingress, lease.epoch << 16 | u64::from(lease.hop), lease.until_ns];
-        let (words, rest) = self.entry_mut(place).split_at_mut(Self::KEY_WORDS);
-        key.write(words);
-        rest[..said.len()].copy_from_slice(&said);
-    }
-
-    /// Ends a flow's lease.
-    pub(crate) fn end(&mut self, key: &FlowKey<WORDS>) {
-        let Some(place) = self.place(key) else { return };
-        for place in self.places(place) {
-            if key.is(self.entry(place).0) {
-                let entry = self.entry_mut(place);
-                entry.fill(0);
-                // Nobody's, but not free: others may have gone elsewhere from here.
-                entry[Self::KEY_WORDS + 3] = OVER_NS;
-            }
-        }
+    pub(crate) fn find_elsewhere(&self, place: u32, key: &FlowKey<WORDS>) -> Option<u32> {
+        places(place)[1..].iter().copied().find(|&place| key.is(self.entry(place).0))
     }
 }
 
@@ -280,7 +306,7 @@ mod tests {
     use super::*;
     use crate::huge_pages::{HUGE_BYTES, resident_pages};
 
-    fn key(port: u16) -> FlowKey<1> {
+    fn key(port: u16) -> FlowKey<WORDS4> {
         let mut frame = [0; 60];
         frame[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17]);
         frame[34..36].copy_from_slice(&port.to_be_bytes());
@@ -293,7 +319,7 @@ mod tests {
     }
 
     fn get(leases: &Leases4, port: u16) -> Option<Lease> {
-        let found = leases.find(&key(port))?;
+        let found = leases.open().find(&key(port))?;
         let (hop, connections, epoch) = (found.hop(), found.connections(), found.epoch());
         Some(Lease { hop, connections, epoch, until_ns: found.0[3] })
     }

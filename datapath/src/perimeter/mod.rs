@@ -181,7 +181,7 @@ impl Default for Perimeters {
             epochs: vec![0; PORTS_MAX].into_boxed_slice(),
             has_meters: false,
             hops: Hops::default(),
-            asked: [Asked::NONE; BURST + 1],
+            asked: [Asked::default(); BURST + 1],
             events: Events::default(),
             now_ns: 0,
             swept_ns: 0,

@@ -57,9 +57,9 @@ mod tests {
     use crate::stage::switch::switch;
 
     const FROM: Mac = Mac([2, 0, 0, 0, 0, 1]);
-    const TO: Mac = Mac([2, 0, 0, 0, 0, 2]);
+    const TO: [Mac; 2] = [Mac([2, 0, 0, 0, 0, 2]), Mac([2, 0, 0, 0, 0, 3])];
 
-    /// A port that may send what it likes, tracked, and one without policy.
+    /// A port that may send what it likes, tracked, and two without policy.
     fn snapshot() -> Snapshot {
         let policy = Policy::new(vec![], vec![], vec![]).unwrap();
         let classifier = Arc::new(Classifier::compile(&policy, Posture::Enforced, &[]));
@@ -72,10 +72,10 @@ mod tests {
         let network = Network {
             name: "blue".into(),
             mtu: 1500,
-            ports: vec![PortId(0), PortId(1)],
+            ports: vec![PortId(0), PortId(1), PortId(2)],
             hear_unknown: vec![],
             beyond: Default::default(),
-            static_macs: [(FROM, PortId(0)), (TO, PortId(1))].into_iter().collect(),
+            static_macs: [(FROM, PortId(0)), (TO[0], PortId(1)), (TO[1], PortId(2))].into_iter().collect(),
             learning: true,
             age_ns: u64::MAX,
             tunnel: None,
@@ -83,11 +83,15 @@ mod tests {
         };
         let policed = PortPolicy { classifier, meters: Default::default() };
         Snapshot {
-            ports: vec![port(Some(policed)), port(None)],
+            ports: vec![port(Some(policed)), port(None), port(None)],
             networks: vec![Some(network)],
             has_policies: true,
             ..Snapshot::default()
         }
+    }
+
+    fn receiver(source_port: u8) -> usize {
+        usize::from(source_port >= 100)
     }
 
     /// A port's worker without its rings.
@@ -108,13 +112,14 @@ mod tests {
             Self { snapshot, perimeters, fdb, cache, burst }
         }
 
-        /// A burst of UDP frames from these ports; whether leases let all of them pass. What they do not is judged.
+        /// A burst of UDP frames from these ports, from 100 on to the second receiver; whether leases let all of them pass. What
+        /// they do not is judged.
         fn passes(&mut self, source_ports: &[u8]) -> bool {
             let Self { snapshot, perimeters, fdb, cache, burst } = self;
             let port = snapshot.port(PortId(0)).unwrap();
             for (index, &source_port) in source_ports.iter().enumerate() {
                 let frame = &mut burst.frames[index];
-                frame.header[..6].copy_from_slice(&TO.0);
+                frame.header[..6].copy_from_slice(&TO[receiver(source_port)].0);
                 frame.header[6..12].copy_from_slice(&FROM.0);
                 frame.header[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17]);
                 (frame.header[35], frame.header[39]) = (source_port, 26);
@@ -133,7 +138,9 @@ mod tests {
                 switch(burst, snapshot, fdb, cache, |_, _| (), 0);
                 admit(burst, snapshot, perimeters, fdb);
             }
-            assert_eq!(burst.next_hops[..burst.length], vec![NextHop::Port(PortId(1)); burst.length]);
+            let right: Vec<_> =
+                source_ports.iter().map(|&port| NextHop::Port(PortId(1 + receiver(port) as u16))).collect();
+            assert_eq!(burst.next_hops[..burst.length], right);
             passes
         }
     }
@@ -143,6 +150,18 @@ mod tests {
         let mut bench = Bench::new();
         let passes = [1, 1, 1, 2, 2, 2, 1].map(|source_port| bench.passes(&[source_port]));
         assert_eq!(passes, [false, false, true, false, false, true, true]);
+    }
+
+    #[test]
+    fn each_frame_of_a_burst_goes_where_its_own_flows_lease_leads() {
+        let mut bench = Bench::new();
+        for source_port in [1, 1, 2, 2, 100, 100, 101, 101] {
+            bench.passes(&[source_port]);
+        }
+        assert!(bench.passes(&[1, 2, 100, 101, 1, 100, 2, 101, 101]));
+        assert!(bench.passes(&[100, 100, 2]));
+        // Those without a lease are in nobody's way.
+        assert!(!bench.passes(&[3, 100, 102, 1, 101]));
     }
 
     #[test]
