@@ -75,7 +75,8 @@ impl<const WORDS: usize> FlowKey<WORDS> {
 }
 
 /// Ethernet, IPv4 and what says of the transport which flow it is.
-pub(super) const IPV4_HEADERS: usize = 14 + 20 + UDP_BYTES;
+pub(super) const IPV4_HEADERS: usize = HEADERS4 + UDP_BYTES;
+const HEADERS4: usize = 14 + 20;
 const IPV6_HEADERS: usize = 14 + 40 + UDP_BYTES;
 
 impl FlowKey<WORDS4> {
@@ -106,13 +107,26 @@ impl FlowKey<WORDS6> {
     }
 }
 
-/// Whether an IPv4 frame has a key. `frame_bytes` is its whole length.
+/// Whether an IPv4 frame has a key. `frame_bytes` is its whole length. Of `header`, what is behind that may be anything.
 #[inline]
 pub(super) fn has_key4(header: &[u8; IPV4_HEADERS], frame_bytes: u32) -> bool {
-    // EtherType, version and header length; flags and fragment offset.
-    let is_plain = header[12..15] == [0x08, 0x00, 0x45] && quarter(header, 20) & 0x3fff == 0;
-    let total = i32::from(quarter(header, 16));
-    is_plain && total + 14 <= frame_bytes as i32 && has_room(header[23], total - IPV4_BYTES, quarter(header, 38))
+    // Flags but for "don't fragment", and fragment offset; protocol.
+    const KIND: u64 = 0xff00_ff3f_0000_0000;
+    const UDP: u64 = (PROTOCOL_UDP as u64) << 56;
+    const TCP: u64 = (PROTOCOL_TCP as u64) << 56;
+    // EtherType, version and header length.
+    let is_plain = (word(header, 12) as u32) << 8 == 0x4500_0800;
+    let kind = word(header, 16) & KIND;
+    let payload_bytes = i32::from(quarter(header, 16)) - IPV4_BYTES;
+    // Behind a UDP header that fits there are all bytes that a key is read from; a TCP header may be cut off.
+    let fits = payload_bytes + HEADERS4 as i32 <= frame_bytes as i32;
+    if !is_plain || !fits {
+        return false;
+    }
+    if kind == UDP {
+        return (UDP_BYTES as i32..=payload_bytes).contains(&quarter(header, 38).into());
+    }
+    kind == TCP && payload_bytes >= 0 && frame_bytes as usize >= IPV4_HEADERS
 }
 
 /// Whether the keys of two IPv4 frames that have one are the same. What differs most is compared first.

@@ -45,32 +45,48 @@ fn ipv4_headers(frame: &RawFrame) -> &[u8; IPV4_HEADERS] {
     frame.header.first_chunk().expect("a header copy has room for more")
 }
 
-/// Asks for the leases of all IPv4 flows among frames whose next hop is not decided, those in a row once: how many flows, and
-/// whether there are other frames. They are in `asked` from its second place on. Not inlined: it needs all registers that there are.
+/// What [`seek`] has seen.
+struct Sought {
+    /// Flows: what is asked is in `asked` from its second place on.
+    count: usize,
+    /// A flow that has no lease.
+    unknown: bool,
+    /// Frames that are not IPv4, or have no key.
+    others: bool,
+}
+
+/// Asks for the leases of all IPv4 flows among frames whose next hop is not decided, those in a row once. Where it does not check
+/// first whether a flow can have a lease, it may touch a page that nobody has. Not inlined: it needs all registers that there are.
 #[inline(never)]
-fn seek(
+fn seek<const CHECKS: bool>(
     leases: Opened<'_, WORDS4, 8>,
     frames: &[RawFrame],
     next_hops: &[NextHop; BURST],
     asked: &mut [Asked; BURST + 1],
-) -> (usize, bool) {
+) -> Sought {
     // None has the key of the header that is none.
     let (mut count, mut last) = (0, &[0; IPV4_HEADERS]);
-    let (mut others, mut bit) = (false, 1);
+    let (mut others, mut unknown, mut bit) = (false, false, 1);
     for (frame, next_hop) in frames.iter().zip(next_hops) {
         let header = ipv4_headers(frame);
         let is_undecided = *next_hop == NextHop::Undecided;
-        if !is_undecided || usize::from(frame.header_bytes) < IPV4_HEADERS || !has_key4(header, frame.frame_bytes) {
+        if !is_undecided || !has_key4(header, frame.frame_bytes) {
             others |= is_undecided;
         } else if same_key4(header, last) {
             asked[count].frames |= bit;
-        } else if let Some(place) = leases.place(&FlowKey::of(header)) {
-            (count, last) = (count + 1, header);
-            asked[count] = Asked { place, frames: bit };
+        } else {
+            let place = leases.first_place(&FlowKey::of(header));
+            if CHECKS && !leases.was_taken(place) {
+                unknown = true;
+            } else {
+                leases.prefetch(place);
+                (count, last) = (count + 1, header);
+                asked[count] = Asked { place, frames: bit };
+            }
         }
         bit <<= 1;
     }
-    (count, others)
+    Sought { count, unknown, others }
 }
 
 /// What is found out about the frames of flows with leases.
@@ -82,6 +98,8 @@ struct Settled {
     frames: u32,
     /// Flows that are left.
     left: u32,
+    /// There is one that has no lease.
+    unknown: bool,
 }
 
 /// When and by whom a connection is touched.
@@ -110,19 +128,25 @@ impl Perimeters {
         let Some(own) = self.slots[usize::from(from.0)].as_deref() else { return recalled };
         // First all places, so that memory is waited for once.
         let leases = own.leases.open();
-        let (count, others) = seek(leases, &burst.frames[..burst.length], &burst.next_hops, &mut self.asked);
-        let left = self.settle(leases, from, burst, count, fdb_epoch, &mut recalled);
-        if left != 0 {
-            self.recall_left(from, burst, left, fdb_epoch, snapshot, &mut recalled);
+        let (frames, next_hops) = (&burst.frames[..burst.length], &burst.next_hops);
+        let seek = if own.all_known { seek::<false> } else { seek::<true> };
+        let Sought { count, unknown, others } = seek(leases, frames, next_hops, &mut self.asked);
+        let settled = self.settle(leases, from, burst, count, fdb_epoch, &mut recalled);
+        let all_known = !unknown && !settled.unknown;
+        if settled.left != 0 {
+            self.recall_left(from, burst, settled.left, fdb_epoch, snapshot, &mut recalled);
         }
         if others {
             self.recall_ipv6(from, burst, fdb_epoch, snapshot, &mut recalled);
         }
+        if let Some(own) = self.get(from) {
+            own.all_known = all_known;
+        }
         recalled
     }
 
-    /// Sets the next hop of the frames of `count` flows asked for, if their leases are where they are looked for first; a bit for
-    /// each flow that is left. Not inlined: it needs all registers that there are.
+    /// Sets the next hop of the frames of `count` flows asked for, if their leases are where they are looked for first. Not
+    /// inlined: it needs all registers that there are.
     #[inline(never)]
     fn settle(
         &self,
@@ -132,13 +156,12 @@ impl Perimeters {
         count: usize,
         fdb_epoch: u64,
         recalled: &mut Recalled,
-    ) -> u32 {
-        let mut settled = Settled { way: NO_WAY, next_hop: NextHop::Undecided, frames: 0, left: 0 };
+    ) -> Settled {
+        let mut settled = Settled { way: NO_WAY, next_hop: NextHop::Undecided, frames: 0, left: 0, unknown: false };
         for (slot, asked) in self.asked[1..=count].iter().enumerate() {
-            let key = asked.key(&burst.frames);
-            let look = leases.look(asked.place, &key);
+            let look = leases.look(asked.place, &asked.key(&burst.frames));
             let lease = leases.held(asked.place);
-            if look == Look::Here && lease.way() == settled.way && self.now_ns < lease.until_ns() && !key.is_tcp() {
+            if look == Look::Here && lease.way() == settled.way && self.now_ns < lease.until_ns() {
                 settled.frames |= asked.frames;
             } else {
                 self.settle_other(leases, from, burst, slot, look, fdb_epoch, &mut settled, recalled);
@@ -146,7 +169,7 @@ impl Perimeters {
         }
         burst.decide(settled.frames, settled.next_hop);
         recalled.passed |= settled.frames;
-        settled.left
+        settled
     }
 
     /// The same for a flow that is not like the last one.
@@ -166,8 +189,11 @@ impl Perimeters {
         let asked = self.asked[1 + slot];
         let lease = leases.held(asked.place);
         match look {
-            Look::Here if !asked.key(&burst.frames).is_tcp() => {}
-            Look::Nowhere => return,
+            Look::Here if !lease.is_tcp() => {}
+            Look::Nowhere => {
+                settled.unknown = true;
+                return;
+            }
             _ => {
                 if look == Look::Elsewhere {
                     leases.look_elsewhere(asked.place);
@@ -389,7 +415,7 @@ impl Perimeters {
         let epoch = fdb_epoch + self.epoch_between(from, next_hop);
         let until_ns = self.now_ns + lease_ns.min(LEASE_NS);
         let Some(hop) = self.hops.number(next_hop) else { return };
-        let lease = Lease { hop, connections, epoch, until_ns };
+        let lease = |is_tcp| Lease { hop, is_tcp, connections, epoch, until_ns };
         let keeper = match (from, next_hop) {
             (Some(port), _) | (None, NextHop::Port(port)) => port,
             _ => return,
@@ -397,9 +423,9 @@ impl Perimeters {
         let Some(perimeter) = self.get(keeper) else { return };
         let (header, bytes) = (frame.headers(), frame.frame_bytes);
         if let Some(key) = FlowKey::ipv4(header, bytes) {
-            perimeter.leases.put(if from.is_some() { key } else { key.inbound(identity) }, lease);
+            perimeter.leases.put(if from.is_some() { key } else { key.inbound(identity) }, lease(key.is_tcp()));
         } else if let Some(key) = FlowKey::ipv6(header, bytes) {
-            perimeter.leases6.put(if from.is_some() { key } else { key.inbound(identity) }, lease);
+            perimeter.leases6.put(if from.is_some() { key } else { key.inbound(identity) }, lease(key.is_tcp()));
         }
     }
 }

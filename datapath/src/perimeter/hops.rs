@@ -11,7 +11,7 @@ use crate::snapshot::{PORTS_MAX, PortId};
 /// VTEPs that have a number. One that finds its place taken has none: its flows are judged frame by frame.
 const VTEPS: usize = 16384;
 
-const _: () = assert!(PORTS_MAX + VTEPS <= u16::MAX as usize, "the highest number is nobody's");
+const _: () = assert!(PORTS_MAX + VTEPS < 1 << 15, "a lease has another use for the last bit");
 
 /// Numbers for next hops: ports first, then VTEPs. Numbers of VTEPs hold until [`Hops::clear`].
 #[derive(Debug)]

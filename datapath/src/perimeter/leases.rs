@@ -30,7 +30,7 @@ const LIKELY: usize = 4;
 const LINE_WORDS: usize = 8;
 
 /// What an entry says behind its key: the connections at the sender's and the receiver's perimeter
-/// ([`Connection::to_bits`]), the sum of epochs << 16 | hop, and until when (ns).
+/// ([`Connection::to_bits`]), the sum of epochs << 16 | hop with [`IS_TCP`], and until when (ns).
 type Said = [u64; 4];
 
 /// Which bit stands for a place and the others that have the same keys: its word, and the bit in it.
@@ -39,6 +39,9 @@ const fn group(place: u32) -> (usize, u64) {
     let group = place as usize / WAYS;
     (group / 64, 1 << (group % 64))
 }
+
+/// Beside the hop.
+const IS_TCP: u16 = 1 << 15;
 
 /// No lease's [`Held::way`]: there are not so many hops.
 pub(crate) const NO_WAY: u64 = u64::MAX;
@@ -68,7 +71,7 @@ pub(crate) enum Look {
 pub(crate) struct Held<'a>(&'a Said);
 
 impl Held<'_> {
-    /// Where the flow goes and what the lease was made from, as one number, never [`NO_WAY`].
+    /// Where the flow goes, whether it is TCP, and what the lease was made from, as one number, never [`NO_WAY`].
     #[inline]
     pub(crate) fn way(self) -> u64 {
         self.0[2]
@@ -77,7 +80,12 @@ impl Held<'_> {
     /// Where the flow goes.
     #[inline]
     pub(crate) fn hop(self) -> u16 {
-        self.0[2] as u16
+        self.0[2] as u16 & !IS_TCP
+    }
+
+    #[inline]
+    pub(crate) fn is_tcp(self) -> bool {
+        self.0[2] as u16 & IS_TCP != 0
     }
 
     /// When it is to be renewed, ns.
@@ -104,6 +112,8 @@ impl Held<'_> {
 pub(crate) struct Lease {
     /// Where it goes: see [`super::hops::Hops`].
     pub(crate) hop: u16,
+    /// Each of its frames moves its connections' state.
+    pub(crate) is_tcp: bool,
     /// At the sender's and the receiver's perimeter.
     pub(crate) connections: [Option<Connection>; 2],
     /// The sum of everything that it was made from: 48 bits, which no worker counts to the end of.
@@ -168,7 +178,8 @@ impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
         let (word, bit) = group(place);
         self.ever_taken[word] |= bit;
         let [egress, ingress] = lease.connections.map(|connection| connection.map_or(0, Connection::to_bits));
-        let said: Said = [egress, ingress, lease.epoch << 16 | u64::from(lease.hop), lease.until_ns];
+        let hop = lease.hop | if lease.is_tcp { IS_TCP } else { 0 };
+        let said: Said = [egress, ingress, lease.epoch << 16 | u64::from(hop), lease.until_ns];
         let (words, rest) = self.entry_mut(place).split_at_mut(WORDS);
         words.copy_from_slice(key.words());
         rest[..said.len()].copy_from_slice(&said);
@@ -208,16 +219,23 @@ impl<'a, const WORDS: usize, const STRIDE: usize> Opened<'a, WORDS, STRIDE> {
     #[inline]
     pub(crate) fn place(&self, key: &FlowKey<WORDS>) -> Option<u32> {
         let place = self.first_place(key);
-        let (word, bit) = group(place);
-        if self.ever_taken[word] & bit == 0 {
-            return None;
+        let was_taken = self.was_taken(place);
+        if was_taken {
+            self.prefetch(place);
         }
-        self.prefetch(place);
-        Some(place)
+        was_taken.then_some(place)
     }
 
+    /// Whether a place, or another with the same keys, was ever taken.
     #[inline]
-    fn first_place(&self, key: &FlowKey<WORDS>) -> u32 {
+    pub(crate) fn was_taken(&self, place: u32) -> bool {
+        let (word, bit) = group(place);
+        self.ever_taken[word] & bit != 0
+    }
+
+    /// Where a lease is looked for first.
+    #[inline]
+    pub(crate) fn first_place(&self, key: &FlowKey<WORDS>) -> u32 {
         self.hasher.hash_one(key) as u32 & self.mask
     }
 
@@ -242,8 +260,9 @@ impl<'a, const WORDS: usize, const STRIDE: usize> Opened<'a, WORDS, STRIDE> {
         }
     }
 
+    /// Asks for a place's line.
     #[inline]
-    fn prefetch(&self, place: u32) {
+    pub(crate) fn prefetch(&self, place: u32) {
         prefetch(self.entries.as_ptr().wrapping_add(place as usize) as usize, Wish::Read);
     }
 
@@ -263,8 +282,7 @@ impl<'a, const WORDS: usize, const STRIDE: usize> Opened<'a, WORDS, STRIDE> {
     /// lease which ends first. (Another one of it may be left where it was: it says what it said, and ends like any.)
     fn place_for(&self, key: &FlowKey<WORDS>) -> u32 {
         let places = places(self.first_place(key));
-        let (word, bit) = group(places[0]);
-        if self.ever_taken[word] & bit == 0 {
+        if !self.was_taken(places[0]) {
             return places[0];
         }
         let (first, said) = self.entry(places[0]);
@@ -315,13 +333,13 @@ mod tests {
     }
 
     fn lease(hop: u16, until_ns: u64) -> Lease {
-        Lease { hop, connections: [None, Connection::from_bits(7 << 32)], epoch: 3, until_ns }
+        Lease { hop, is_tcp: hop % 2 == 1, connections: [None, Connection::from_bits(7 << 32)], epoch: 3, until_ns }
     }
 
     fn get(leases: &Leases4, port: u16) -> Option<Lease> {
         let found = leases.open().find(&key(port))?;
         let (hop, connections, epoch) = (found.hop(), found.connections(), found.epoch());
-        Some(Lease { hop, connections, epoch, until_ns: found.0[3] })
+        Some(Lease { hop, is_tcp: found.is_tcp(), connections, epoch, until_ns: found.0[3] })
     }
 
     #[test]

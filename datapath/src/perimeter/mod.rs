@@ -60,6 +60,8 @@ pub struct Perimeter {
     pub(crate) conntrack: Conntrack,
     leases: Leases4,
     leases6: Leases6,
+    /// All IPv4 flows of the last burst had a lease, or might have had one.
+    all_known: bool,
     /// By [`Direction`], with what they were made from.
     meters: [Option<(MeterLimits, Meter)>; 2],
     /// So many connections are swept at once.
@@ -117,6 +119,7 @@ impl Perimeter {
             conntrack,
             leases: Leases4::new(connections),
             leases6: Leases6::new(connections),
+            all_known: false,
             meters: Default::default(),
             swept_at_once: connections.div_ceil(SWEEP_PARTS) as usize,
             ready_ends: ahead.begin(),
