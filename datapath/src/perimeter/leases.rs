@@ -8,8 +8,8 @@
 //!
 //! Eight places for each key, the first of which is nearly always its own; 64 bytes for IPv4; zeroed pages, so that what is
 //! not used costs nothing. A bit says of each eight whether any of them was ever taken: flows that never got a lease are told
-//! from those by a small table alone, and no page is touched for them. Only the port's own guest and those who speak to it
-//! fill it.
+//! from those by a small table alone, and no page is touched for them. (But in the burst with the first of them, after one in which all flows
+//! were known: there nobody looks into the small table.) Only the port's own guest and those who speak to it fill it.
 
 use std::hash::BuildHasher;
 use std::ops::Range;
