@@ -503,10 +503,11 @@ impl Conntrack {
         let timeout_ns = match (entry.tracked, tracker, &packet.transport) {
             (_, Some(tracker), Transport::Tcp(segment)) => {
                 let before = tracker.state();
-                match tracker.advance(segment, reply, context) {
+                let effect = tracker.advance(segment, reply, context);
+                let after = tracker.state();
+                entry.tcp = after;
+                match effect {
                     Effect::Moved { timeout_ns } => {
-                        let after = tracker.state();
-                        entry.tcp = after;
                         // The only answer to a beginning is a reset: there is no connection.
                         let refused = !replied && after == TcpState::Close;
                         let answered = replied

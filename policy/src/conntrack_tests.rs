@@ -304,3 +304,14 @@ fn icmp_that_neither_asks_nor_answers_is_not_tracked() {
     assert_eq!(conntrack.track(&echo(Direction::Egress, 9, 0), Direction::Egress, 0).state, ConnState::Untracked);
     assert_eq!(conntrack.admit(&echo(Direction::Egress, 9, 0), Direction::Egress, GRANT, 0), Err(Refused::Invalid));
 }
+
+#[test]
+fn an_entry_has_its_trackers_state_also_after_what_moves_no_timeout() {
+    let mut conntrack = Conntrack::new(limits(16), 1);
+    let syn = tcp(Direction::Egress, 2000, SYN, 1, 0);
+    let connection = conntrack.admit(&syn, Direction::Egress, GRANT, 0).unwrap();
+    conntrack.track(&tcp(Direction::Ingress, 2000, SYN, 500, 0), Direction::Ingress, 0);
+    let entry = conntrack.table.entry(connection.slot());
+    assert_eq!(entry.tcp, TcpState::SynSent2);
+    assert_eq!(conntrack.table.tracker(entry).map(Tracker::state), Some(entry.tcp));
+}

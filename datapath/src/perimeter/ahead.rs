@@ -2,7 +2,7 @@
 //!
 //! A page that nobody has used costs whoever touches it first a fault, more than a new connection does. So the control thread
 //! has as much more of each part ready as is used ([`Ahead::make_ready`]). A worker that is faster than that has some ready by
-//! itself ([`Ahead::reach`]), and says at the same time how far it has come.
+//! itself (`Ahead::reach`), and says at the same time how far it has come.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
