@@ -41,7 +41,7 @@ const REFRESH_NS: u64 = SECOND_NS;
 /// Size and strictness of a port's connection tracking.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConntrackLimits {
-    /// Connections at most: a million at most; once used, 64 bytes each, 64 more of TCP, 32 of IPv6, and up to 8 to find them.
+    /// Connections at most: a million at most; once used, 64 bytes each, 64 more of TCP, 32 of IPv6, and 5 to 11 to find them.
     pub connections: u32,
     /// Fragmented datagrams at once.
     pub datagrams: u32,

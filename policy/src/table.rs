@@ -37,6 +37,8 @@ const SEARCHED_BUCKETS_MAX: usize = 16;
 #[derive(Debug)]
 struct Addresses([u64; 4]);
 
+const _: () = assert!(size_of::<Tracker>() <= 64 && size_of::<Addresses>() == 32);
+
 impl Link for Addresses {
     fn link(&self) -> u32 {
         self.0[0] as u32

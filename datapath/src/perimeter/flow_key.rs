@@ -6,7 +6,7 @@
 
 use std::hash::{Hash, Hasher};
 
-/// Which way a frame goes at the port that keeps its key, and who sent it; where [`MASKS`] has left the second word empty.
+/// Which way a frame goes at the port that keeps its key, and who sent it; where [`MASKS4`] and [`MASKS6`] have left the second word empty.
 const INBOUND: u64 = 1 << 32;
 const IDENTITY_SHIFT: u32 = 48;
 /// Where the protocol is in the third word.

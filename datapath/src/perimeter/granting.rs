@@ -132,7 +132,7 @@ impl Perimeters {
         let seek = if own.all_known { seek::<false> } else { seek::<true> };
         let Sought { count, unknown, others } = seek(leases, frames, next_hops, &mut self.asked);
         let settled = self.settle(leases, from, burst, count, fdb_epoch, &mut recalled);
-        let all_known = !unknown && !settled.unknown;
+        let all_known = !unknown && !settled.unknown && (count != 0 || own.all_known);
         if settled.left != 0 {
             self.recall_left(from, burst, settled.left, fdb_epoch, snapshot, &mut recalled);
         }
