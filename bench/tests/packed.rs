@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use dreamwire_bench::front_end::layout::RingLayout;
 use dreamwire_bench::front_end::memory::{Arena, GuestMemory};
-use dreamwire_bench::front_end::packed::{EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, Position};
+use dreamwire_bench::front_end::packed::{EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE};
+use dreamwire_bench::front_end::position::Position;
 use dreamwire_bench::front_end::{ChainShape, Options, QueuePair, RawDriver, feature};
 use dreamwire_bench::traffic::frame::{self, Endpoint};
 use dreamwire_vhost::eventfd::EventFd;

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use dreamwire_bench::front_end::packed::Position;
+use dreamwire_bench::front_end::position::Position;
 use dreamwire_bench::front_end::{ChainShape, FrontEnd, MessageOrder, Options, feature};
 use dreamwire_bench::traffic::frame::{self, Endpoint};
 use dreamwire_bench::traffic::testpmd::{self, TestpmdOptions};

@@ -26,6 +26,7 @@ pub mod layout;
 pub mod memory;
 pub mod options;
 pub mod packed;
+pub mod position;
 pub mod raw;
 pub mod receive;
 pub mod ring;
@@ -57,7 +58,7 @@ pub use transmit::{BURST, Transmit};
 use doorbell::Doorbell;
 use handshake::RingDescription;
 use memory::{Arena, GuestMemory};
-use packed::Position;
+use position::Position;
 use ring::Ring;
 use split::RingError;
 

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use super::doorbell::Doorbell;
 use super::layout::{DESC_NEXT, Descriptor, RingLayout, Used};
 use super::memory::GuestMemory;
-use super::packed::{DESC_AVAIL, DESC_USED, Position};
+use super::position::{DESC_AVAIL, DESC_USED, Position};
 
 /// One descriptor of a chain: address, length, flags.
 pub type Piece = (u64, u32, u16);

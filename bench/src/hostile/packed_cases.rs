@@ -8,7 +8,8 @@ use super::transmit_cases::{Ground, INDIRECT, LOOPS, OUTSIDE_MEMORY, spoil, spoi
 use super::{Attack, Card, Case, Outcome};
 use crate::front_end::header::HEADER_BYTES_MAX;
 use crate::front_end::layout::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE};
-use crate::front_end::packed::{DESC_AVAIL, DESC_USED, EVENT_DESC, Position};
+use crate::front_end::packed::EVENT_DESC;
+use crate::front_end::position::{DESC_AVAIL, DESC_USED, Position};
 use crate::front_end::{FrontEnd, Options, RawDriver};
 
 const START: Position = Position::START;

@@ -12,7 +12,7 @@ use super::attack::{
 };
 use super::{Attack, Card, Case, Outcome};
 use crate::front_end::layout::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
-use crate::front_end::packed::{DESC_AVAIL, DESC_USED};
+use crate::front_end::position::{DESC_AVAIL, DESC_USED};
 use crate::front_end::{FrontEnd, RawDriver};
 
 /// How long two threads race.

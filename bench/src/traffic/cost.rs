@@ -14,7 +14,8 @@ use super::throughput::Failure;
 use crate::front_end::header::HEADER_BYTES_MAX;
 use crate::front_end::layout::RingLayout;
 use crate::front_end::memory::{Arena, GuestMemory};
-use crate::front_end::packed::{DESC_AVAIL, DESC_USED, EVENT_DISABLE, Position};
+use crate::front_end::packed::EVENT_DISABLE;
+use crate::front_end::position::{DESC_AVAIL, DESC_USED, Position};
 use crate::front_end::ring::Ring;
 use crate::front_end::{BURST, FrontEndError, Options, QueuePair, VirtioNetHeader, feature};
 
