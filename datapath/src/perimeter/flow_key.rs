@@ -239,6 +239,22 @@ mod tests {
             check(&six, FlowKey::ipv6(&six, six.len() as u32), Family::V6);
             prop_assert!(FlowKey::ipv6(&frame, frame.len() as u32).is_none());
         }
+
+        #[test]
+        fn what_lies_behind_a_short_frame_counts_for_nothing(
+            frame in nearly(false), length in 14..60usize, total in 20..46u8, behind in any::<[u8; 60]>(),
+        ) {
+            // A private copy in which a longer frame was before.
+            let mut copy = behind;
+            let length = length.min(frame.len());
+            copy[..length].copy_from_slice(&frame[..length]);
+            if length > 17 {
+                copy[16..18].copy_from_slice(&[0, total]);
+            }
+            let key = FlowKey::ipv4(&copy[..length], length as u32);
+            let header = copy.first_chunk().unwrap();
+            prop_assert_eq!(has_key4(header, length as u32).then(|| FlowKey::of(header)), key);
+        }
     }
 
     #[test]
