@@ -516,12 +516,15 @@ fn a_packed_ring_whose_region_lies_resumes_where_it_stands() {
     }
 }
 
-/// Between `send` and `flush` used descriptors lie behind one that the driver waits at; nothing is in flight.
+/// Between `send` and `flush` used descriptors lie behind one that the driver waits at, if that is a chain of several; nothing
+/// is in flight.
 #[test]
 fn a_packed_receiveq_that_died_half_done_is_finished_by_the_ring_alone() {
     let (guest, region) = (guest(), Region::new(true));
     let mut driver = PackedGuestRing::new(&guest, 0, SIZE, 0);
-    (1..=4).for_each(|id| driver.post(id, &[(buffer(id), 256, WRITE)]));
+    driver.post(1, &[(buffer(1), 256, WRITE)]);
+    driver.post(2, &[(buffer(2), 12, WRITE), (buffer(2) + 12, 244, WRITE)]);
+    (3..=4).for_each(|id| driver.post(id, &[(buffer(id), 256, WRITE)]));
     let mut ring = Ring::new(packed_setup(&driver, &region)).unwrap();
     ring.send(NetHeader::default(), &frame(7), Payload::EMPTY).unwrap();
     ring.flush();
@@ -531,9 +534,26 @@ fn a_packed_receiveq_that_died_half_done_is_finished_by_the_ring_alone() {
     let mut next = Ring::resume(packed_setup(&driver, &region)).unwrap();
     next.send(NetHeader::default(), &frame(9), Payload::EMPTY).unwrap();
     next.flush();
-    let reaped: Vec<_> = std::iter::from_fn(|| driver.reap(|_| 1)).collect();
+    let reaped: Vec<_> = std::iter::from_fn(|| driver.reap(|id| if id == 2 { 2 } else { 1 })).collect();
     assert_eq!(reaped, [(1, 72), (2, 0), (3, 0), (4, 72)]);
     assert_eq!(guest.read(buffer(4) + 12, 60), frame(9));
+}
+
+/// Of chains of one descriptor nothing is in the ring before `flush`.
+#[test]
+fn a_packed_receiveq_that_died_half_done_uses_its_buffers_anew() {
+    let (guest, region) = (guest(), Region::new(true));
+    let mut driver = PackedGuestRing::new(&guest, 0, SIZE, 0);
+    (1..=3).for_each(|id| driver.post(id, &[(buffer(id), 256, WRITE)]));
+    let mut ring = Ring::new(packed_setup(&driver, &region)).unwrap();
+    (0..2).for_each(|number| ring.send(NetHeader::default(), &frame(number), Payload::EMPTY).unwrap());
+    drop(ring);
+    let mut next = Ring::resume(packed_setup(&driver, &region)).unwrap();
+    next.send(NetHeader::default(), &frame(9), Payload::EMPTY).unwrap();
+    next.flush();
+    assert_eq!(driver.reap(|_| 1), Some((1, 72)));
+    assert_eq!(driver.reap(|_| 1), None);
+    assert_eq!(guest.read(buffer(1) + 12, 60), frame(9));
 }
 
 /// The chain's other descriptors of a split ring are found through the table, as ever.

@@ -7,10 +7,12 @@
 //! goes. Taking chains ([`PackedRing::receive`]) moves a copy of it, giving them back moves the ring's.
 //!
 //! Giving a chain back is one store of the descriptor's second word: length, buffer id and flags at once, so that no
-//! torn descriptor ever exists. All used descriptors of a burst are written when they are staged, except the first:
-//! [`PackedRing::publish`] writes that one last, with release, and the driver, which looks at it first, sees the whole
-//! burst or nothing of it (§5.1.6.4 wants that of a frame in several buffers). With IN_ORDER the chains of a transmitq's
-//! burst, whose lengths nobody wants, get one used descriptor together (§2.8.8): of the driver's cache lines two are written.
+//! torn descriptor ever exists. [`PackedRing::publish`] writes the first used descriptor of a burst last, with release, and the
+//! driver, which looks at it first, sees the whole burst or nothing of it (§5.1.6.4 wants that of a frame in several
+//! buffers). Those behind it are kept back as well, if they are of chains of one descriptor and as many as there is room for:
+//! a driver that polls has the first one's cache line again and again, and three more of them lie in it. With IN_ORDER the
+//! chains of a transmitq's burst, whose lengths nobody wants, get one used descriptor together (§2.8.8): of the driver's cache
+//! lines two are written.
 //!
 //! A chain of several descriptors gets one used descriptor, in the place of its first; the driver skips the others
 //! (§2.8.6). Those are marked used as well, while they are still ours: then every descriptor in memory is either
@@ -34,7 +36,7 @@ use super::packed_chain::{
     Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_WRITE, Head, Table, descriptor, second_word, walk,
 };
 use super::packed_resumed::Resumed;
-use super::packed_staging::Staging;
+use super::packed_staging::{KeptBack, Staging};
 use super::position::Position;
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
@@ -54,6 +56,9 @@ const EVENT_DESC: u16 = VRING_PACKED_EVENT_FLAG_DESC as u16;
 const EVENT_FLAGS: u16 = 3;
 /// Descriptors of a cache line.
 const LINE_DESCRIPTORS: u16 = CACHE_LINE_BYTES as u16 / DESCRIPTOR_BYTES as u16;
+
+/// Descriptors of a ring in which most likely all buffers of the next burst have been posted when those of one are looked for.
+const POSTED_AHEAD_MIN: usize = 4 * BURST;
 
 /// A chain of one descriptor and its buffer in one region, seen before it is needed.
 #[derive(Debug, Clone, Copy)]
@@ -86,6 +91,7 @@ pub(super) struct PackedRing {
     in_order: bool,
     kicks: Kicks,
     staging: Staging,
+    kept_back: KeptBack,
     /// Chains taken by `receive` and not completed yet.
     taken: u16,
     chains: [Chain; BURST],
@@ -129,7 +135,8 @@ impl PackedRing {
             mergeable: super::mergeable(setup.features),
             in_order: super::in_order(setup.features),
             kicks: Kicks::Unknown,
-            staging: Staging { next, first: None, slots: 0 },
+            staging: Staging::new(next),
+            kept_back: [0; BURST],
             taken: 0,
             chains: [Chain::default(); BURST],
             simple: [Simple { id: 0, buffer: Segment::EMPTY }; BURST],
@@ -325,6 +332,17 @@ impl PackedRing {
     fn look_for_room(&mut self) {
         self.simple_end = self.look_ahead(self.staging.next, BURST, Direction::DeviceWrites);
         self.simple_at = 0;
+        if self.simple_end == BURST && usize::from(self.table.size) >= POSTED_AHEAD_MIN {
+            self.ask_for(self.staging.next.after(BURST as u16, self.table.size));
+        }
+    }
+
+    /// Asks for the cache lines of a burst's descriptors from `at` on, to write to them.
+    fn ask_for(&self, mut at: Position) {
+        for _ in 0..BURST as u16 / LINE_DESCRIPTORS {
+            prefetch(self.second_word_at(at.index).as_ptr() as usize, Wish::Write);
+            at = at.after(LINE_DESCRIPTORS, self.table.size);
+        }
     }
 
     /// [`PackedRing::send`] in the general way: into as many chains as it takes, of any number of pieces.
@@ -373,16 +391,25 @@ impl PackedRing {
     /// Publishes staged used descriptors; returns whether the guest wants to be notified of them.
     #[inline]
     pub(super) fn publish(&mut self) -> bool {
-        let Some((index, word)) = self.staging.first.take() else { return false };
-        let slots = std::mem::take(&mut self.staging.slots);
+        let Staging { start, slots, kept, next } = self.staging;
+        if slots == 0 {
+            return false;
+        }
+        self.staging = Staging::new(next);
         if let Some(tracker) = &mut self.inflight {
-            tracker.using(self.staging.next);
+            tracker.using(next);
+        }
+        let mut at = start;
+        for &word in &self.kept_back[1..kept as usize] {
+            at = if at + 1 < self.table.size { at + 1 } else { 0 };
+            // Relaxed: the driver does not look behind the first one, whose store is the release.
+            self.second_word_at(at).store(word, Ordering::Relaxed);
         }
         // Release: pairs with the driver's read barrier after it reads the flags; the descriptors behind and the
         // buffers written before are visible with it (§2.8.15).
-        self.second_word_at(index).store(word, Ordering::Release);
+        self.second_word_at(start).store(self.kept_back[0], Ordering::Release);
         if self.buffers.log.is_some() {
-            self.log_used(index, slots);
+            self.log_used(start, slots);
         }
         // The store must be visible before the driver's wish is read, or both sides wait for the other (§2.8.21.3.1 for
         // the mirror image); pairs with the driver's barrier after it writes its event suppression structure.
@@ -557,7 +584,7 @@ impl PackedRing {
 
     /// Gives the next chain back; the driver sees nothing of it before `publish`.
     #[inline]
-    fn stage_used(&self, staging: &mut Staging, chain: Chain, bytes: u32, flags: u16) {
+    fn stage_used(&mut self, staging: &mut Staging, chain: Chain, bytes: u32, flags: u16) {
         // The chain's other descriptors first: once its head is used, all of it is the driver's.
         let mut at = staging.next;
         for _ in 1..chain.slots {
@@ -569,9 +596,10 @@ impl PackedRing {
 
     /// The used descriptor of the next chain, or of several.
     #[inline(always)]
-    fn stage(&self, staging: &mut Staging, chain: Chain, bytes: u32, flags: u16) {
-        if let Some((index, word)) = staging.give_back(chain, bytes, flags, self.table.size) {
-            // Relaxed: the driver does not look behind the first one, whose store is the release.
+    fn stage(&mut self, staging: &mut Staging, chain: Chain, bytes: u32, flags: u16) {
+        let now = staging.give_back(&mut self.kept_back, chain, bytes, flags, self.table.size);
+        if let Some((index, word)) = now {
+            // Relaxed: as in `publish`.
             self.second_word_at(index).store(word, Ordering::Relaxed);
         }
     }
