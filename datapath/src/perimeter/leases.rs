@@ -43,8 +43,31 @@ const fn group(place: u32) -> (usize, u64) {
 /// Beside the hop.
 const IS_TCP: u16 = 1 << 15;
 
-/// No lease's [`Held::way`]: there are not so many hops.
-pub(crate) const NO_WAY: u64 = u64::MAX;
+/// Where a flow goes, whether it is TCP, and what its lease was made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Way(u64);
+
+impl Way {
+    /// No lease's: there are not so many hops.
+    pub(crate) const NONE: Self = Self(u64::MAX);
+
+    /// Where it leads.
+    #[inline]
+    pub(crate) fn hop(self) -> u16 {
+        self.0 as u16 & !IS_TCP
+    }
+
+    #[inline]
+    pub(crate) fn is_tcp(self) -> bool {
+        self.0 as u16 & IS_TCP != 0
+    }
+
+    /// What the lease was made from.
+    #[inline]
+    pub(crate) fn epoch(self) -> u64 {
+        self.0 >> 16
+    }
+}
 
 /// Until when an entry holds whose lease was ended.
 const OVER_NS: u64 = 1;
@@ -71,33 +94,15 @@ pub(crate) enum Look {
 pub(crate) struct Held<'a>(&'a Said);
 
 impl Held<'_> {
-    /// Where the flow goes, whether it is TCP, and what the lease was made from, as one number, never [`NO_WAY`].
     #[inline]
-    pub(crate) fn way(self) -> u64 {
-        self.0[2]
-    }
-
-    /// Where the flow goes.
-    #[inline]
-    pub(crate) fn hop(self) -> u16 {
-        self.0[2] as u16 & !IS_TCP
-    }
-
-    #[inline]
-    pub(crate) fn is_tcp(self) -> bool {
-        self.0[2] as u16 & IS_TCP != 0
+    pub(crate) fn way(self) -> Way {
+        Way(self.0[2])
     }
 
     /// When it is to be renewed, ns.
     #[inline]
     pub(crate) fn until_ns(self) -> u64 {
         self.0[3]
-    }
-
-    /// What the lease was made from.
-    #[inline]
-    pub(crate) fn epoch(self) -> u64 {
-        self.0[2] >> 16
     }
 
     /// At the sender's and the receiver's perimeter.
@@ -338,8 +343,9 @@ mod tests {
 
     fn get(leases: &Leases4, port: u16) -> Option<Lease> {
         let found = leases.open().find(&key(port))?;
-        let (hop, connections, epoch) = (found.hop(), found.connections(), found.epoch());
-        Some(Lease { hop, is_tcp: found.is_tcp(), connections, epoch, until_ns: found.0[3] })
+        let (way, connections) = (found.way(), found.connections());
+        let (hop, is_tcp, epoch) = (way.hop(), way.is_tcp(), way.epoch());
+        Some(Lease { hop, is_tcp, connections, epoch, until_ns: found.until_ns() })
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub(crate) mod flow_key;
 mod granting;
 pub(crate) mod hops;
 mod leases;
+mod recalling;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -33,10 +34,10 @@ use crate::huge_pages::{self, HUGE_BYTES, HugePages};
 use crate::snapshot::{NetworkId, PORTS_MAX, Port, PortId, PortPolicy, Snapshot};
 use ahead::Ahead;
 use events::{Events, Story};
-use granting::Asked;
-pub(crate) use granting::Recalled;
 use hops::Hops;
-use leases::{Leases4, Leases6};
+use leases::{Leases4, Leases6, Way};
+use recalling::Asked;
+pub(crate) use recalling::Recalled;
 
 /// How long a flow passes before tables are asked again. Timeouts of connections are 10 s and more.
 const LEASE_NS: u64 = 1_000_000_000;
@@ -62,6 +63,8 @@ pub struct Perimeter {
     leases6: Leases6,
     /// All IPv4 flows of the last burst had a lease, or might have had one.
     all_known: bool,
+    /// That of the leases by which all frames of the last burst passed.
+    way: Way,
     /// By [`Direction`], with what they were made from.
     meters: [Option<(MeterLimits, Meter)>; 2],
     /// So many connections are swept at once.
@@ -120,6 +123,7 @@ impl Perimeter {
             leases: Leases4::new(connections),
             leases6: Leases6::new(connections),
             all_known: false,
+            way: Way::NONE,
             meters: Default::default(),
             swept_at_once: connections.div_ceil(SWEEP_PARTS) as usize,
             ready_ends: ahead.begin(),

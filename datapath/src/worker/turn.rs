@@ -312,6 +312,7 @@ impl Worker {
         if burst.length == 0 {
             return 0;
         }
+        source.ring.expect_frames();
         outlets.outbox.begin();
         let is_known = snapshot.has_policies && recall(burst, source.port, port, snapshot, perimeters, fdb);
         if !is_known {

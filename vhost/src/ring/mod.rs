@@ -225,7 +225,8 @@ impl AddAssign for Sent {
     }
 }
 
-/// How the ring lies in memory. One is as large as the other, and a ring is moved only when it is attached.
+/// How the ring lies in memory.
+#[allow(clippy::large_enum_variant, reason = "a ring is moved only when it is attached")]
 #[derive(Debug)]
 enum Layout {
     Split(SplitRing),
@@ -299,6 +300,15 @@ impl Ring {
             return Err(self.break_down(RingFault::MemoryTruncated));
         }
         received.map_err(|fault| self.break_down(fault))
+    }
+
+    /// Asks for the cache lines of the frames that the next [`Ring::receive`] will find. Not in a packed ring: only its descriptors tell
+    /// whether there are any, and looking takes their lines from the driver.
+    #[inline]
+    pub fn expect_frames(&mut self) {
+        if let Layout::Split(ring) = &mut self.layout {
+            ring.expect_frames();
+        }
     }
 
     /// Where the bytes behind a received frame's header copy lie.

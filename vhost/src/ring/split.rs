@@ -27,6 +27,9 @@ use crate::memory::{Memory, Payload, Segment, Wish};
 const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
 const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
 
+/// Chains that are noted: a burst that was taken, and the next one.
+const NOTED_MAX: usize = 2 * BURST;
+
 /// A chain seen before its turn comes.
 #[derive(Debug, Clone, Copy)]
 struct Posted {
@@ -62,9 +65,8 @@ pub(super) struct SplitRing {
     published_used: u16,
     /// Chains taken by `receive` and not completed yet.
     taken: u16,
-    /// Entry `index` of the available ring at `index % BURST`: of those that are taken, and to be written to, from `next_avail` up to
-    /// `posted_end`.
-    posted: [Posted; BURST],
+    /// Entry `index` of the available ring at `index % NOTED_MAX`: of those that are taken, and of the next, up to `posted_end`.
+    posted: [Posted; NOTED_MAX],
     posted_end: u16,
     inflight: Option<Box<SplitTracker>>,
     /// Chains of the device before us that are to be served first.
@@ -122,7 +124,7 @@ impl SplitRing {
             next_used: setup.next_used,
             published_used: setup.next_used,
             taken: 0,
-            posted: [Posted::GENERAL; BURST],
+            posted: [Posted::GENERAL; NOTED_MAX],
             posted_end: next_avail,
             inflight,
             resumed,
@@ -171,12 +173,12 @@ impl SplitRing {
             return Ok(0);
         }
         // All buffers before any is read: cache misses then overlap.
-        self.look_ahead(burst as u16, Direction::DeviceReads);
+        self.note_up_to(burst as u16, Direction::DeviceReads);
         self.buffers.clear();
         let (mut taken, mut visited) = (0u16, 0);
         for frame in &mut frames[..burst] {
             let index = self.next_avail.wrapping_add(taken);
-            let place = usize::from(index) % BURST;
+            let place = usize::from(index) % NOTED_MAX;
             let buffer = self.posted[place].buffer;
             if buffer.bytes() > 0 {
                 if buffer.bytes() > HEADER_COPY_BYTES as u32 && !self.buffers.has_room() {
@@ -195,12 +197,19 @@ impl SplitRing {
         }
         self.taken = taken;
         self.next_avail = self.next_avail.wrapping_add(taken);
-        // None of what was looked at is to be written to.
-        self.posted_end = self.next_avail;
         if self.inflight.is_some() {
             self.track_taken();
         }
         Ok(usize::from(taken))
+    }
+
+    /// Asks for the frames of the next burst, as far as it is known that there are any.
+    #[inline]
+    pub(super) fn expect_frames(&mut self) {
+        if self.resumed.is_none() {
+            let known = self.avail_seen.wrapping_sub(self.next_avail);
+            self.note_up_to(known.min(BURST as u16), Direction::DeviceReads);
+        }
     }
 
     #[inline]
@@ -219,7 +228,7 @@ impl SplitRing {
     pub(super) fn complete(&mut self) {
         let (first, used) = (self.next_avail(), self.used_entries());
         for index in 0..self.taken {
-            let head = self.posted[usize::from(first.wrapping_add(index)) % BURST].head;
+            let head = self.posted[usize::from(first.wrapping_add(index)) % NOTED_MAX].head;
             used.write(self.next_used.wrapping_add(index), head, 0);
         }
         self.next_used = self.next_used.wrapping_add(self.taken);
@@ -232,7 +241,7 @@ impl SplitRing {
         if self.next_avail == self.posted_end {
             self.look_for_room()?;
         }
-        let Posted { head, buffer } = self.posted[usize::from(self.next_avail) % BURST];
+        let Posted { head, buffer } = self.posted[usize::from(self.next_avail) % NOTED_MAX];
         let need = u64::from(self.buffers.net_header_bytes) + header.len() as u64 + u64::from(payload.bytes());
         if need > u64::from(buffer.bytes()) {
             return self.send_merged(net, header, payload, need);
@@ -260,7 +269,7 @@ impl SplitRing {
         let (next, first_used) = (self.next_avail, self.next_used);
         for (frame, ahead) in frames.iter().zip(0..self.posted_end.wrapping_sub(next)) {
             let index = usize::from(ahead);
-            let Posted { head, buffer } = self.posted[usize::from(next.wrapping_add(ahead)) % BURST];
+            let Posted { head, buffer } = self.posted[usize::from(next.wrapping_add(ahead)) % NOTED_MAX];
             let filled = self.buffers.fill_frame(buffer, net(index), &mut before, frame, || payload(index));
             let Some(bytes) = filled else { break };
             used.write(first_used.wrapping_add(ahead), head, bytes);
@@ -277,27 +286,35 @@ impl SplitRing {
         if ready == 0 {
             return Err(SendError::Full);
         }
-        let ready = ready.min(BURST as u16);
-        self.look_ahead(ready, Direction::DeviceWrites);
-        self.posted_end = self.next_avail.wrapping_add(ready);
+        self.note_up_to(ready.min(BURST as u16), Direction::DeviceWrites);
         Ok(())
     }
 
-    /// Notes the next `count` chains, at most [`BURST`]: those of one buffer with at least a net header's room with that buffer, whose
+    /// Sees to it that the next `count` chains are noted, at most [`BURST`].
+    #[inline(always)]
+    fn note_up_to(&mut self, count: u16, direction: Direction) {
+        let noted = self.posted_end.wrapping_sub(self.next_avail);
+        if noted < count {
+            self.note(self.posted_end, count - noted, direction);
+            self.posted_end = self.next_avail.wrapping_add(count);
+        }
+    }
+
+    /// Notes `count` chains from entry `first` on: those of one buffer with at least a net header's room with that buffer, whose
     /// first cache lines are asked for. The others, and what is wrong with them, are looked at when their turn comes.
     #[inline(always)]
-    fn look_ahead(&mut self, count: u16, direction: Direction) {
+    fn note(&mut self, first: u16, count: u16, direction: Direction) {
         // What was resumed goes the general way, which tells the tracker of it.
         if self.resumed.is_some() {
             self.posted.fill(Posted::GENERAL);
             return;
         }
         let wish = if direction == Direction::DeviceReads { Wish::Read } else { Wish::Write };
-        let (next, table, heads) = (self.next_avail, self.table(), self.heads());
+        let (table, heads) = (self.table(), self.heads());
         let least = self.buffers.net_header_bytes;
         let mut finder = self.buffers.memory.finder();
         for index in 0..count {
-            let index = next.wrapping_add(index);
+            let index = first.wrapping_add(index);
             let head = heads.get(index);
             let mut posted = Posted::GENERAL;
             if head < table.size {
@@ -309,7 +326,7 @@ impl SplitRing {
                     posted = Posted { head, buffer };
                 }
             }
-            self.posted[usize::from(index) % BURST] = posted;
+            self.posted[usize::from(index) % NOTED_MAX] = posted;
         }
     }
 
@@ -447,7 +464,7 @@ impl SplitRing {
         let Some(tracker) = &mut self.inflight else { return };
         let first = self.next_avail.wrapping_sub(self.taken);
         (0..self.taken).for_each(|index| {
-            tracker.took(self.posted[usize::from(first.wrapping_add(index)) % BURST].head);
+            tracker.took(self.posted[usize::from(first.wrapping_add(index)) % NOTED_MAX].head);
         });
     }
 
