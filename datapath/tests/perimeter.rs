@@ -141,8 +141,8 @@ fn a_lease_ends_with_its_time_its_station_and_its_perimeter() {
     let frame = datagram(1, 0, 4000, 53);
     lan.send(0, &frame);
     // A flow that is kept alive longer than an unanswered connection may be silent: its leases tell the table.
-    for _ in 0..100 {
-        lan.now_ns += SECOND_NS;
+    for _ in 0..250 {
+        lan.now_ns += SECOND_NS * 2 / 5;
         lan.send(0, &frame);
     }
     // The rest found no buffer: nobody received meanwhile.

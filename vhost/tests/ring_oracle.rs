@@ -304,6 +304,9 @@ fn frames_from_the_guest_are_the_same(scenario: &Scenario) -> Result<(), TestCas
         driver.wish(round);
         loop {
             let count = ring.receive(&mut frames).expect("a sound ring");
+            if !round.no_interrupt {
+                ring.expect_frames();
+            }
             for frame in &frames[..count] {
                 let (head, bytes) = oracle.receive().expect("the oracle has as many");
                 oracle.add_used(head, 0);

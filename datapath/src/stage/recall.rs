@@ -43,7 +43,7 @@ pub(crate) fn recall(
 mod tests {
     use std::sync::Arc;
 
-    use dreamwire_policy::{Classifier, Policy, Posture};
+    use dreamwire_policy::{Classifier, ConntrackLimits, Policy, Posture};
 
     use super::*;
     use crate::burst::{NextHop, Origin};
@@ -155,13 +155,27 @@ mod tests {
     #[test]
     fn each_frame_of_a_burst_goes_where_its_own_flows_lease_leads() {
         let mut bench = Bench::new();
-        for source_port in [1, 1, 2, 2, 100, 100, 101, 101] {
+        // The third passes by the lease that the second got.
+        for source_port in [1, 1, 1, 2, 2, 2, 100, 100, 100, 101, 101, 101] {
             bench.passes(&[source_port]);
         }
         assert!(bench.passes(&[1, 2, 100, 101, 1, 100, 2, 101, 101]));
         assert!(bench.passes(&[100, 100, 2]));
         // Those without a lease are in nobody's way.
         assert!(!bench.passes(&[3, 100, 102, 1, 101]));
+    }
+
+    #[test]
+    fn a_lease_is_nobody_elses_who_shares_its_place() {
+        let mut bench = Bench::new();
+        let conntrack = ConntrackLimits { connections: 4, ..ConntrackLimits::default() };
+        let perimeter = Perimeter::new(PerimeterLimits { conntrack }, 7);
+        bench.perimeters.guard(&bench.snapshot, PortId(0), Some(Box::new(perimeter)));
+        // The smallest table: of so many flows some would be where that one is.
+        for source_port in 2..60 {
+            (0..3).for_each(|_| drop(bench.passes(&[1])));
+            assert!(bench.passes(&[1]) && !bench.passes(&[source_port]));
+        }
     }
 
     #[test]
