@@ -2,7 +2,8 @@
 //!
 //! A table of small pages costs what is used of it, but every frame of many flows finds its page's translation gone from
 //! the processor's own table (TLB). So a table begins with small pages, and where a quarter of a huge page has come to be
-//! used, the kernel is asked to make it one (Linux 6.1, MADV_COLLAPSE; without it nothing happens). Used is what was looked at.
+//! used, the kernel is asked to make it one (Linux 6.1, MADV_COLLAPSE; without it nothing happens). Used is what was written to: what was only
+//! read is the kernel's page of zeros.
 //!
 //! Where the system gives huge pages to all (`transparent_hugepage/enabled` is `always`), tables have them from the start.
 //!
@@ -10,14 +11,16 @@
 //! What is sure to be written to soon is had in memory ahead, in small pages or large.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 /// Bytes of a huge page. Where it has another size, the kernel refuses.
 pub(crate) const HUGE_BYTES: usize = 2 << 20;
 const PAGE_BYTES: usize = 4 << 10;
 const PAGES: usize = HUGE_BYTES / PAGE_BYTES;
-/// Of these, as many have to be resident.
-const RESIDENT_MIN: usize = PAGES / 4;
+/// Of these, as many have to be used.
+const USED_MIN: usize = PAGES / 4;
 
 /// Has a table in memory now, in huge pages if the kernel has them to give.
 pub fn from_start(memory: Range<usize>) {
@@ -60,13 +63,14 @@ impl HugePages {
     /// Looks at the next `count` of them, and asks for those to be made huge that are used enough, `most` at most. How many it
     /// has asked for. One that the kernel refuses (it has none to give, or never heard of it) is not asked for again.
     pub fn gather(&mut self, count: usize, most: usize) -> usize {
+        let Ok(pagemap) = File::open("/proc/self/pagemap") else { return 0 };
         let mut asked = 0;
         for _ in 0..count.min(self.starts.len()) {
             if asked == most {
                 break;
             }
             let Some(start) = self.starts.pop_front() else { break };
-            if resident_pages(start) >= RESIDENT_MIN {
+            if used_pages(&pagemap, start) >= USED_MIN {
                 make_huge(start);
                 asked += 1;
             } else {
@@ -77,7 +81,23 @@ impl HugePages {
     }
 }
 
+/// Small pages from `start` on, as many as a huge one has, that were written to (proc_pid_pagemap(5)).
+fn used_pages(pagemap: &File, start: usize) -> usize {
+    const PRESENT: u64 = 1 << 63;
+    // The page of zeros is nobody's alone.
+    const EXCLUSIVE: u64 = 1 << 56;
+    let mut entries = [0u8; PAGES * size_of::<u64>()];
+    let offset = start / PAGE_BYTES * size_of::<u64>();
+    if pagemap.read_exact_at(&mut entries, offset as u64).is_err() {
+        return 0;
+    }
+    let (entries, _) = entries.as_chunks();
+    let is_used = |entry: u64| entry & (PRESENT | EXCLUSIVE) == PRESENT | EXCLUSIVE;
+    entries.iter().filter(|&&entry| is_used(u64::from_ne_bytes(entry))).count()
+}
+
 /// Small pages from `start` on, as many as a huge one has, that are in memory.
+#[cfg(test)]
 pub(crate) fn resident_pages(start: usize) -> usize {
     let mut states = [0u8; PAGES];
     // SAFETY: writes a byte for each page into `states`; memory that is not mapped is an error.
@@ -93,6 +113,13 @@ pub(crate) fn resident(address: usize) -> bool {
     let answer =
         unsafe { libc::mincore((address & !(PAGE_BYTES - 1)) as *mut libc::c_void, PAGE_BYTES, &raw mut state) };
     answer == 0 && state & 1 != 0
+}
+
+/// Whatever the system gives to all, this has small pages.
+#[cfg(test)]
+pub(crate) fn keep_small(memory: Range<usize>) {
+    // SAFETY: changes no byte of the memory; if it is not mapped, that is an error.
+    unsafe { libc::madvise(memory.start as *mut libc::c_void, memory.len(), libc::MADV_NOHUGEPAGE) };
 }
 
 fn make_huge(start: usize) {
@@ -120,17 +147,19 @@ mod tests {
         let mut pages = HugePages::new([range(&words)]);
         let count = pages.starts.len();
         assert!((3..=4).contains(&count), "{count}");
-        let (first, second) = (pages.starts[0], pages.starts[1]);
+        let (first, second, third) = (pages.starts[0], pages.starts[1], pages.starts[2]);
         let base = words.as_ptr() as usize;
         let index = |address: usize| (address - base) / 8;
         let places = || (0..PAGES).map(|page| index(first) + page * PAGE_BYTES / 8);
+        let read = (0..PAGES).map(|page| words[index(third) + page * PAGE_BYTES / 8]);
+        assert_eq!((read.sum::<u64>(), resident_pages(third)), (0, PAGES));
         places().for_each(|place| words[place] = place as u64 + 1);
         words[index(second)] = 7;
         assert_eq!((resident_pages(first), resident_pages(second)), (PAGES, 1));
         assert_eq!(pages.gather(usize::MAX, 0), 0);
         assert_eq!(pages.gather(usize::MAX, usize::MAX), 1);
         assert_eq!(pages.starts.len(), count - 1);
-        assert!(!pages.starts.contains(&first));
+        assert!(!pages.starts.contains(&first), "what was only read is not used");
         assert_eq!(resident_pages(second), 1, "what is hardly used stays small");
         assert!(places().all(|place| words[place] == place as u64 + 1));
         // The kernel may have had none to give, or not know how.

@@ -1,7 +1,7 @@
 //! Room for a number of things that is known from the start: places are taken in order, and again once given back.
 //!
-//! All is allocated at once and nothing moves or grows, but a page is resident only once a thing was put there: it costs what its
-//! busiest moment needed.
+//! All is allocated at once and nothing moves or grows, but a page is resident only once a thing was put there, or somebody has
+//! written to it who knows from [`Memory`] that this will be soon: it costs what its busiest moment needed.
 
 use std::ops::{Index, IndexMut, Range};
 

@@ -2,10 +2,11 @@
 //!
 //! A connection is in one of two buckets that its hash names, or nowhere, so every operation is bounded. It is in the first
 //! unless that was crowded, and each bucket knows how many of its own went to their second: mostly none, so one cache line says
-//! that a connection is new. Buckets say where entries are; entries are taken in order, and again once freed. All is allocated at start and nothing grows, but a page is
-//! resident only once a connection has used it: a table costs what its busiest moment needed. When there is no room, the
-//! least useful connection of both buckets goes: expired, then cut by its rules, then closed, then never answered, then closing. An assured
-//! connection (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
+//! that a connection is new. Buckets say where entries are; entries are taken in order, and again once freed. All is
+//! allocated at start and nothing grows, but a page is resident only once a connection has used it, or its owner has it in
+//! memory ahead: a table costs what its busiest moment needed. When there is no room, the least useful connection of both
+//! buckets goes: expired, then cut by its rules, then closed, then never answered, then closing. An assured connection
+//! (answered, and not closing) never goes for another. Owned by a [`crate::Conntrack`].
 
 use std::hash::BuildHasher;
 use std::ops::Range;
@@ -33,11 +34,12 @@ const CONNECTIONS_MIN: u32 = 8;
 /// Buckets searched for a victim when the quota is reached and both buckets hold assured connections only.
 const SEARCHED_BUCKETS_MAX: usize = 16;
 
-/// [`ConnKey::addresses`].
+/// [`ConnKey::addresses`]: half a cache line.
 #[derive(Debug)]
+#[repr(align(32))]
 struct Addresses([u64; 4]);
 
-const _: () = assert!(size_of::<Tracker>() <= 64 && size_of::<Addresses>() == 32);
+const _: () = assert!(size_of::<Tracker>() == 64 && size_of::<Addresses>() == 32);
 
 impl Link for Addresses {
     fn link(&self) -> u32 {

@@ -96,8 +96,9 @@ impl Last {
     const SIMULTANEOUS: u8 = 0x80;
 }
 
-/// A TCP connection.
+/// A TCP connection: a cache line.
 #[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
 pub(crate) struct Tracker {
     /// The initiator's, and the responder's.
     senders: [Sender; 2],

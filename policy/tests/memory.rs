@@ -2,11 +2,13 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
+use dreamwire_policy::tcp::Segment;
 use dreamwire_policy::{Conntrack, ConntrackLimits, Direction, Fragment, Grant, Key, Packet, Transport};
 
 const PORTS: u64 = 100;
+const TCP: u8 = 6;
 const UDP: u8 = 17;
 
 /// proc_pid_statm(5): the second number, in pages.
@@ -32,16 +34,41 @@ fn an_empty_table_takes_no_memory_and_a_full_one_its_connections() {
     println!("{empty} bytes resident per empty table of {} connections", limits.connections);
     assert!(empty < 32 << 10, "{empty} bytes per empty table");
 
-    let grant = Grant { policy_generation: 1, rule: None, log: false, identity: None };
-    let before = resident_bytes();
-    for n in 0..limits.connections {
-        let peer = Ipv4Addr::from(0x0a01_0000 + n);
-        let key = Key::new(UDP, (peer.into(), 5000), (Ipv4Addr::new(10, 0, 0, 1).into(), 53));
-        let packet = Packet { key, fragment: Fragment::Whole, transport: Transport::Other };
-        ports[0].admit(&packet, Direction::Ingress, grant, 0).unwrap();
+    // Bytes of an entry, of what TCP and IPv6 take besides, and up to a half more for what finds them.
+    for (version, protocol, least) in [(4, UDP, 64), (4, TCP, 128), (6, UDP, 96), (6, TCP, 160)] {
+        let before = resident_bytes();
+        let port = ports.pop().unwrap();
+        let port = fill(port, limits.connections, version, protocol);
+        let full = resident_bytes() - before;
+        let each = full / u64::from(port.len());
+        println!("{full} bytes resident for {} connections of protocol {protocol}, IPv{version}", port.len());
+        assert!((least..least + 32).contains(&each), "{each} bytes per connection");
     }
-    let full = resident_bytes() - before;
-    println!("{full} bytes resident for {} connections", ports[0].len());
-    let each = full / u64::from(ports[0].len());
-    assert!((64..96).contains(&each), "{each} bytes per connection");
+}
+
+fn fill(mut port: Conntrack, connections: u32, version: u8, protocol: u8) -> Conntrack {
+    let grant = Grant { policy_generation: 1, rule: None, log: false, identity: None };
+    let address = |number: u32| -> IpAddr {
+        let four = Ipv4Addr::from(number);
+        if version == 4 { four.into() } else { four.to_ipv6_mapped().into() }
+    };
+    let syn = Segment {
+        sequence: 1000,
+        acknowledgment: 0,
+        selective: 0,
+        payload_bytes: 0,
+        window: 64_000,
+        flags: 2,
+        scale: Some(7),
+        sack_permitted: true,
+        options: true,
+        fragmented: false,
+    };
+    for n in 0..connections {
+        let key = Key::new(protocol, (address(0x0a01_0000 + n), 5000), (address(0x0a00_0001), 53));
+        let transport = if protocol == TCP { Transport::Tcp(syn) } else { Transport::Other };
+        let packet = Packet { key, fragment: Fragment::Whole, transport };
+        port.admit(&packet, Direction::Ingress, grant, 0).unwrap();
+    }
+    port
 }

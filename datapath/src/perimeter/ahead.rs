@@ -89,11 +89,12 @@ impl Part {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::huge_pages::resident;
+    use crate::huge_pages::{keep_small, resident};
 
     /// Three parts of eight huge pages, of which the first is used as said.
     fn parts(words: &[u64], used_bytes: usize) -> Ahead {
         let start = (words.as_ptr() as usize).next_multiple_of(HUGE_BYTES);
+        keep_small(start..start + 24 * HUGE_BYTES);
         let part = |index: usize, used_bytes| {
             let start = start + index * 8 * HUGE_BYTES;
             Memory { all: start..start + 8 * HUGE_BYTES, used_end: start + used_bytes }

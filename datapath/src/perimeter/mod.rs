@@ -145,7 +145,7 @@ impl Perimeter {
 
     /// Sees to it that the next connection's memory is ready.
     #[inline]
-    fn look_ahead(&mut self) {
+    fn have_ready(&mut self) {
         for (part, memory) in self.conntrack.memory().iter().enumerate() {
             if memory.used_end >= self.ready_ends[part] {
                 self.ready_ends[part] = self.ahead.reach(part, memory.used_end);
@@ -311,7 +311,7 @@ impl Perimeters {
         let decision = decide_sought(classifier, conntrack, parsed, sought, direction, identity, generation, now_ns);
         let is_first = decision.judged && decision.state == ConnState::New;
         if is_first {
-            perimeter.look_ahead();
+            perimeter.have_ready();
         }
         self.note(snapshot, port.network, id, direction, &decision, frame);
         match decision {
@@ -442,7 +442,7 @@ mod tests {
         let conntrack = ConntrackLimits { connections: CONNECTIONS, ..ConntrackLimits::default() };
         let mut perimeter = Perimeter::new(PerimeterLimits { conntrack }, 7);
         // What is denied begins no connection.
-        perimeter.look_ahead();
+        perimeter.have_ready();
         assert_eq!(perimeter.ready_ends, perimeter.ahead.begin());
         let grant = Grant { policy_generation: 1, rule: None, log: false, identity: None };
         let mut times = [0; 3];
@@ -453,7 +453,7 @@ mod tests {
             let transport = Transport::Tcp(Segment { flags: 2, ..Segment::default() });
             let packet = Packet { key, fragment: Fragment::Whole, transport };
             perimeter.conntrack.admit(&packet, Direction::Egress, grant, 0).unwrap();
-            perimeter.look_ahead();
+            perimeter.have_ready();
             for (part, Memory { all, used_end }) in perimeter.conntrack.memory().into_iter().enumerate() {
                 let ready_end = perimeter.ready_ends[part];
                 times[part] += u32::from(ready_end != before[part]);
