@@ -21,6 +21,7 @@ mod inflight_split;
 mod narrow;
 mod packed;
 mod packed_chain;
+mod packed_events;
 mod packed_resumed;
 mod packed_staging;
 mod position;

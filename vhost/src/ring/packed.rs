@@ -24,17 +24,14 @@
 //! the size, and no Rust reference to guest memory is made other than to an atomic. JUSTIFICATION: as there.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
-
-use virtio_bindings::bindings::virtio_ring::{
-    VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE, VRING_PACKED_EVENT_FLAG_ENABLE,
-};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
 use super::buffers::{Buffers, Direction};
 use super::inflight_packed::{Copied, PackedTracker};
 use super::packed_chain::{
     Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_WRITE, Head, Table, descriptor, second_word, walk,
 };
+use super::packed_events::{EVENT_BYTES, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, Events};
 use super::packed_resumed::Resumed;
 use super::packed_staging::{KeptBack, Staging};
 use super::position::Position;
@@ -47,16 +44,8 @@ use crate::frame::{Before, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
 use crate::memory::{CACHE_LINE_BYTES, Memory, Payload, Segment, Wish, prefetch};
 
-/// `struct pvirtq_event_suppress`: offset and wrap counter, flags.
-const EVENT_BYTES: u64 = 4;
-const EVENT_ENABLE: u16 = VRING_PACKED_EVENT_FLAG_ENABLE as u16;
-const EVENT_DISABLE: u16 = VRING_PACKED_EVENT_FLAG_DISABLE as u16;
-const EVENT_DESC: u16 = VRING_PACKED_EVENT_FLAG_DESC as u16;
-/// §2.8.10: two bits of flags, the others are reserved.
-const EVENT_FLAGS: u16 = 3;
 /// Descriptors of a cache line.
 const LINE_DESCRIPTORS: u16 = CACHE_LINE_BYTES as u16 / DESCRIPTOR_BYTES as u16;
-
 /// Descriptors of a ring in which most likely all buffers of the next burst have been posted when those of one are looked for.
 const POSTED_AHEAD_MIN: usize = 4 * BURST;
 
@@ -82,9 +71,7 @@ pub(super) struct PackedRing {
     /// Guest-physical addresses, for whoever sets the ring up anew.
     addresses: (u64, u64, u64),
     table: Table,
-    /// Host addresses of the driver's and the device's event suppression structure.
-    driver_event: usize,
-    device_event: usize,
+    events: Events,
     event_idx: bool,
     indirect: bool,
     mergeable: bool,
@@ -127,8 +114,10 @@ impl PackedRing {
         let mut ring = Self {
             addresses: (setup.descriptors, setup.available, setup.used),
             table: Table { host: ring, size },
-            driver_event: part("driver event suppression", setup.available, EVENT_BYTES, 4)?,
-            device_event: part("device event suppression", setup.used, EVENT_BYTES, 4)?,
+            events: Events {
+                driver: part("driver event suppression", setup.available, EVENT_BYTES, 4)?,
+                device: part("device event suppression", setup.used, EVENT_BYTES, 4)?,
+            },
             buffers: Buffers::new(setup),
             event_idx: super::event_idx(setup.features),
             indirect: super::indirect(setup.features),
@@ -417,8 +406,8 @@ impl PackedRing {
         if let Some(tracker) = &mut self.inflight {
             tracker.used(self.staging.next);
         }
-        let (event, flags) = self.driver_event();
-        match flags & EVENT_FLAGS {
+        let (event, flags) = self.events.wanted();
+        match flags {
             EVENT_DISABLE => false,
             EVENT_DESC if self.event_idx => {
                 // §2.8.10: notify when the descriptor at `event` was used just now. Counted from the start of this lap:
@@ -468,23 +457,11 @@ impl PackedRing {
         mark(0, slots.saturating_sub(to_the_end));
     }
 
-    /// Both halves in one store: drivers read them in one load.
     fn write_device_event(&self, flags: u16) {
-        let word = u32::from(self.staging.next.bits()) | u32::from(flags) << 16;
-        // SAFETY: the structure was checked at set-up: 4 bytes, aligned to 4, mapped while `self.buffers.memory` lives.
-        unsafe { AtomicU32::from_ptr(self.device_event as *mut u32) }.store(word.to_le(), Ordering::Relaxed);
+        self.events.want(self.staging.next, flags);
         if let Some(RingLog { log, used_address: Some(_) }) = &self.buffers.log {
             log.mark(self.addresses.2, EVENT_BYTES);
         }
-    }
-
-    /// Which descriptor the driver waits for, and its flags.
-    #[inline]
-    fn driver_event(&self) -> (Position, u16) {
-        // SAFETY: as in `write_device_event`.
-        let word = unsafe { AtomicU32::from_ptr(self.driver_event as *mut u32) }.load(Ordering::Relaxed);
-        let word = u32::from_le(word);
-        (Position::from_bits(word as u16), (word >> 16) as u16)
     }
 
     /// The descriptor at `at` if the driver has made it available. Its flags, length and id are read once, at once.
