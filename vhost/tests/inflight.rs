@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use common::packed::{At, PackedGuestRing};
+use common::packed::{At, NO_ID, PackedGuestRing};
 use common::{F_INDIRECT, F_VERSION_1, Guest, GuestRing, NEXT, WRITE, frame_bytes, frames};
 use dreamwire_vhost::frame::{Bare, NetHeader, RawFrame};
 use dreamwire_vhost::inflight::{Inflight, InflightPart};
@@ -344,7 +344,8 @@ fn a_packed_rings_region_has_copies_of_what_is_taken() {
     // Entries in the order of the list: 0; 1, 2, 3; 4, 5.
     assert_eq!(region.inflight(), [0, 1, 4]);
     let head = |index: u16| [2, 4, 6, 16].map(|field| region.read16(region.entry(index) + field));
-    assert_eq!(head(1), [2, 3, 3, 2], "next, last, num, id");
+    assert_eq!(head(1), [2, 3, 3, NO_ID], "next, last, num, id");
+    assert_eq!(head(3)[3], 2, "the chain's id");
     let address = |index| u64::from_le_bytes(region.read(region.entry(index) + 24));
     let bytes = |index| u32::from_le_bytes(region.read(region.entry(index) + 20));
     assert_eq!([1, 2, 3].map(address), [buffer(2), buffer(2) + 12, buffer(2) + 42]);
@@ -516,27 +517,32 @@ fn a_packed_ring_whose_region_lies_resumes_where_it_stands() {
     }
 }
 
-/// Between `send` and `flush` used descriptors lie behind one that the driver waits at, if that is a chain of several; nothing
-/// is in flight.
+/// Between `send` and `flush` used descriptors lie behind one that the driver waits at, if there is a chain of several; nothing
+/// is in flight. `flushed`: that chain is the first of its burst.
 #[test]
 fn a_packed_receiveq_that_died_half_done_is_finished_by_the_ring_alone() {
-    let (guest, region) = (guest(), Region::new(true));
-    let mut driver = PackedGuestRing::new(&guest, 0, SIZE, 0);
-    driver.post(1, &[(buffer(1), 256, WRITE)]);
-    driver.post(2, &[(buffer(2), 12, WRITE), (buffer(2) + 12, 244, WRITE)]);
-    (3..=4).for_each(|id| driver.post(id, &[(buffer(id), 256, WRITE)]));
-    let mut ring = Ring::new(packed_setup(&driver, &region)).unwrap();
-    ring.send(NetHeader::default(), &frame(7), Payload::EMPTY).unwrap();
-    ring.flush();
-    assert_eq!((region.inflight(), region.read16(16), region.read16(18)), (vec![], 1, 1));
-    (0..2).for_each(|number| ring.send(NetHeader::default(), &frame(number), Payload::EMPTY).unwrap());
-    drop(ring);
-    let mut next = Ring::resume(packed_setup(&driver, &region)).unwrap();
-    next.send(NetHeader::default(), &frame(9), Payload::EMPTY).unwrap();
-    next.flush();
-    let reaped: Vec<_> = std::iter::from_fn(|| driver.reap(|id| if id == 2 { 2 } else { 1 })).collect();
-    assert_eq!(reaped, [(1, 72), (2, 0), (3, 0), (4, 72)]);
-    assert_eq!(guest.read(buffer(4) + 12, 60), frame(9));
+    for flushed in [true, false] {
+        let (guest, region) = (guest(), Region::new(true));
+        let mut driver = PackedGuestRing::new(&guest, 0, SIZE, 0);
+        driver.post(1, &[(buffer(1), 256, WRITE)]);
+        driver.post(2, &[(buffer(2), 12, WRITE), (buffer(2) + 12, 44, WRITE), (buffer(2) + 56, 200, WRITE)]);
+        (3..=4).for_each(|id| driver.post(id, &[(buffer(id), 256, WRITE)]));
+        let mut ring = Ring::new(packed_setup(&driver, &region)).unwrap();
+        ring.send(NetHeader::default(), &frame(7), Payload::EMPTY).unwrap();
+        if flushed {
+            ring.flush();
+            assert_eq!((region.inflight(), region.read16(16), region.read16(18)), (vec![], 1, 1));
+        }
+        (0..2).for_each(|number| ring.send(NetHeader::default(), &frame(number), Payload::EMPTY).unwrap());
+        drop(ring);
+        let mut next = Ring::resume(packed_setup(&driver, &region)).unwrap();
+        next.send(NetHeader::default(), &frame(9), Payload::EMPTY).unwrap();
+        next.flush();
+        let reaped: Vec<_> = std::iter::from_fn(|| driver.reap(|id| if id == 2 { 3 } else { 1 })).collect();
+        let first = if flushed { 72 } else { 0 };
+        assert_eq!(reaped, [(1, first), (2, 0), (3, 0), (4, 72)]);
+        assert_eq!(guest.read(buffer(4) + 12, 60), frame(9));
+    }
 }
 
 /// Of chains of one descriptor nothing is in the ring before `flush`.

@@ -34,8 +34,8 @@ const PLACES6: [usize; WORDS6] = [0, 8, 19, 27, 35, 43, 50];
 const MASKS4: [u64; WORDS4] = [u64::MAX, 0xffff_ffff, 0xffff_ffff_0000_ff00, u64::MAX];
 const MASKS6: [u64; WORDS6] = [u64::MAX, 0xffff_ffff, 0xffff_ffff_ff00_ff00, u64::MAX, u64::MAX, u64::MAX, u64::MAX];
 
-/// Of two keys that differ in their first word alone (the destination's station and two bytes of the sender's), the hash is the same:
-/// who makes many such has his own flows share a place.
+/// Of two keys that differ in their first word alone (the destination's station and two bytes of the sender's) the hash is the same,
+/// and of others that the exclusive or makes the same: who makes many such has his own flows share a place.
 impl<const WORDS: usize> Hash for FlowKey<WORDS> {
     #[inline]
     fn hash<H: Hasher>(&self, state: &mut H) {

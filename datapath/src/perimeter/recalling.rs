@@ -22,7 +22,8 @@ pub(crate) struct Recalled {
 
 const _: () = assert!(BURST <= u32::BITS as usize);
 
-/// Connections of a port whose leases lie in a core's own caches: 256 KiB. Nobody has to wait for them.
+/// Connections of a port whose leases lie in a core's own caches: 256 KiB. (Flows that have none, at a port that only meters, are not
+/// counted; with 100,000 flows one step takes 4 to 7 % longer than two.)
 const FEW_FLOWS: u32 = 4096;
 
 /// A flow whose lease is being looked for.
@@ -162,7 +163,9 @@ impl Perimeters {
         }
         if let Some(own) = self.get(from) {
             own.all_known = all_known;
-            own.way = if are_alike { settled.way } else { Way::NONE };
+            // Where bursts lead here and there in turns, not each pays for a step that none of its frames passes by.
+            let is_news = own.way == Way::NONE || own.way == settled.way;
+            own.way = if are_alike && is_news { settled.way } else { Way::NONE };
         }
         recalled
     }

@@ -29,7 +29,8 @@ use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 use super::buffers::{Buffers, Direction};
 use super::inflight_packed::{Copied, PackedTracker};
 use super::packed_chain::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_WRITE, Head, Table, descriptor, second_word, walk,
+    Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_NEXT, FLAG_WRITE, Head, Table, descriptor, second_word,
+    walk,
 };
 use super::packed_events::{EVENT_BYTES, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, Events};
 use super::packed_resumed::Resumed;
@@ -562,11 +563,12 @@ impl PackedRing {
     /// Gives the next chain back; the driver sees nothing of it before `publish`.
     #[inline]
     fn stage_used(&mut self, staging: &mut Staging, chain: Chain, bytes: u32, flags: u16) {
-        // The chain's other descriptors first: once its head is used, all of it is the driver's.
+        // The chain's other descriptors first: once its head is used, all of it is the driver's; until then NEXT tells its length.
         let mut at = staging.next;
-        for _ in 1..chain.slots {
+        for slot in 1..chain.slots {
             at = at.after(1, self.table.size);
-            self.flags_at(at.index).store(at.used_flags().to_le(), Ordering::Relaxed);
+            let next = if slot + 1 < chain.slots { FLAG_NEXT } else { 0 };
+            self.flags_at(at.index).store((at.used_flags() | next).to_le(), Ordering::Relaxed);
         }
         self.stage(staging, chain, bytes, flags);
     }

@@ -25,7 +25,8 @@ impl Staging {
         Self { next, start: next.index, slots: 0, kept: 0 }
     }
 
-    /// Gives a chain back in a ring of `size`: what is to be written, and where, now. `None`: it is kept back, as the first always is.
+    /// Gives a chain back in a ring of `size`: what is to be written, and where, now. `None`: it is kept back, as the first always is,
+    /// and those of one descriptor that follow it in a row.
     #[inline(always)]
     pub(super) fn give_back(
         &mut self,
@@ -37,14 +38,14 @@ impl Staging {
     ) -> Option<(u16, u64)> {
         let at = self.next;
         let word = second_word(bytes, chain.id, flags | at.used_flags());
-        let is_next = self.kept == self.slots;
+        let is_kept = self.slots == 0 || (self.kept == self.slots && chain.slots == 1);
         if self.slots == 0 {
             self.start = at.index;
         }
         self.slots += u32::from(chain.slots);
         self.next = at.after(chain.slots, size);
         match kept_back.get_mut(self.kept as usize) {
-            Some(place) if is_next => {
+            Some(place) if is_kept => {
                 *place = word;
                 self.kept += 1;
                 None

@@ -42,6 +42,9 @@ impl At {
     }
 }
 
+/// What stands where a chain's id does not.
+pub(crate) const NO_ID: u16 = 0xdead;
+
 /// One piece of a chain: address, length, flags (WRITE, INDIRECT).
 pub(crate) type Piece = (u64, u32, u16);
 
@@ -130,8 +133,9 @@ impl PackedGuestRing {
             writes.push((at, address, bytes, flags | next));
             at = at.after(1, self.size);
         }
-        // The first one last.
+        // The first one last. Only a chain's last descriptor has its id (§2.8.6).
         for (at, address, bytes, flags) in writes.into_iter().rev() {
+            let id = if flags & NEXT == 0 { id } else { NO_ID };
             self.write(at.index, address, bytes, id, flags | at.available());
         }
         self.next = at;
