@@ -48,6 +48,8 @@ pub struct Burst {
     offloads: [Offload; BURST],
     unfinished: u32,
     pub(crate) next_hops: [NextHop; BURST],
+    /// Of frames that a port has sent: none was dropped as it was received.
+    pub(crate) are_undecided: bool,
     /// For frames from an underlay: the datagram that the frame is in.
     pub(crate) datagrams: [u8; BURST],
     /// For frames from an underlay: the group that its tunnel header names; 0: none.
@@ -165,6 +167,7 @@ impl Default for Burst {
             offloads: [Offload::NONE; BURST],
             unfinished: 0,
             next_hops: [NextHop::Undecided; BURST],
+            are_undecided: false,
             datagrams: [0; BURST],
             groups: [0; BURST],
             egress: [Stand::UNASKED; BURST],

@@ -171,6 +171,43 @@ fn a_lease_ends_with_its_time_its_station_and_its_perimeter() {
 }
 
 #[test]
+fn of_one_flow_frames_of_any_length_pass_and_what_ended_as_it_came_does_not() {
+    let mut lan = perimeter_lan(vec![allow(3, 53)]);
+    let frame = datagram(1, 0, 4000, 53);
+    (0..3).for_each(|_| lan.send(0, &frame));
+    assert_eq!(lan.received(1).len(), 3);
+    lan.assert_moved(&[("p0 rx", 3), ("p0 rx_bytes", 180), ("p1 tx", 3), ("p1 tx_bytes", 180)]);
+    let mut longer = [frame.clone(), vec![7; 40]].concat();
+    (longer[17], longer[39]) = (86, 66);
+    let padded = [frame.clone(), vec![0; 4]].concat();
+    // It says that it is the longer one.
+    let cut = longer[..60].to_vec();
+    let mut bad = NET_HEADER;
+    bad[1] = 3;
+    let (good, queue) = (NET_HEADER, &mut lan.stations[0].queues[1]);
+    [good, bad, good].iter().for_each(|net| queue.post_frame(net, &frame));
+    assert_eq!(lan.run(), 3);
+    assert_eq!(lan.received(1), [frame.clone(), frame.clone()]);
+    lan.assert_moved(&[
+        ("p0 rx", 3),
+        ("p0 rx_bytes", 180),
+        ("p0 drop bad_offload", 1),
+        ("p1 tx", 2),
+        ("p1 tx_bytes", 120),
+    ]);
+    [&frame, &padded, &cut, &longer].iter().for_each(|frame| lan.stations[0].send(frame));
+    assert_eq!(lan.run(), 4);
+    assert_eq!(lan.received(1), [frame, padded, longer]);
+    lan.assert_moved(&[
+        ("p0 rx", 4),
+        ("p0 rx_bytes", 284),
+        ("p0 drop unreadable", 1),
+        ("p1 tx", 3),
+        ("p1 tx_bytes", 224),
+    ]);
+}
+
+#[test]
 fn flooded_copies_are_judged_one_by_one() {
     let mut lan = perimeter_lan(vec![allow(3, 53)]);
     let mut frame = datagram(1, 0, 4000, 53);

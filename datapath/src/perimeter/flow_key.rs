@@ -77,8 +77,18 @@ impl<const WORDS: usize> FlowKey<WORDS> {
 
 /// Ethernet, IPv4 and what says of the transport which flow it is.
 pub(super) const IPV4_HEADERS: usize = HEADERS4 + UDP_BYTES;
-const HEADERS4: usize = 14 + 20;
+const HEADERS4: usize = ETHERNET_BYTES + 20;
+const ETHERNET_BYTES: usize = 14;
 const IPV6_HEADERS: usize = 14 + 40 + UDP_BYTES;
+
+/// The four bytes from the EtherType on, without type of service: IPv4, and a header without options.
+const PLAIN: u32 = 0x0045_0008;
+/// Of the four bytes from an IPv4 header's flags on: all flags but "don't fragment", and the fragment's offset.
+const FRAGMENT: u32 = 0xff3f;
+/// Of the same: the protocol.
+const PROTOCOL: u32 = 0xff00_0000;
+const UDP: u32 = (PROTOCOL_UDP as u32) << 24;
+const TCP: u32 = (PROTOCOL_TCP as u32) << 24;
 
 impl FlowKey<WORDS4> {
     /// The key of an IPv4 frame with this header copy. `frame_bytes` is its whole length.
@@ -111,13 +121,8 @@ impl FlowKey<WORDS6> {
 /// Whether an IPv4 frame has a key. `frame_bytes` is its whole length. Of `header`, what is behind that may be anything.
 #[inline]
 pub(super) fn has_key4(header: &[u8; IPV4_HEADERS], frame_bytes: u32) -> bool {
-    // Flags but for "don't fragment", and fragment offset; protocol.
-    const KIND: u64 = 0xff00_ff3f_0000_0000;
-    const UDP: u64 = (PROTOCOL_UDP as u64) << 56;
-    const TCP: u64 = (PROTOCOL_TCP as u64) << 56;
-    // EtherType, version and header length.
-    let is_plain = (word(header, 12) as u32) << 8 == 0x4500_0800;
-    let kind = word(header, 16) & KIND;
+    let is_plain = half(header, 12) & 0xff_ffff == PLAIN;
+    let kind = half(header, 20) & (FRAGMENT | PROTOCOL);
     let payload_bytes = i32::from(quarter(header, 16)) - IPV4_BYTES;
     // Behind a UDP header that fits there are all bytes that a key is read from; a TCP header may be cut off.
     let fits = payload_bytes + HEADERS4 as i32 <= frame_bytes as i32;
@@ -128,6 +133,47 @@ pub(super) fn has_key4(header: &[u8; IPV4_HEADERS], frame_bytes: u32) -> bool {
         return (UDP_BYTES as i32..=payload_bytes).contains(&quarter(header, 38).into());
     }
     kind == TCP && payload_bytes >= 0 && frame_bytes as usize >= IPV4_HEADERS
+}
+
+/// What all UDP frames of one length have in common that are IPv4 and have no padding: most frames. Told with half of the
+/// instructions of [`has_key4`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Unpadded4 {
+    frame_bytes: u32,
+    /// Of the eight bytes from the EtherType on: EtherType, version and header length, total length.
+    plain: u64,
+    /// The length in the UDP header, as it lies there.
+    udp_bytes: [u8; 2],
+}
+
+impl Unpadded4 {
+    /// What of these eight bytes counts.
+    const PLAIN: u64 = 0xffff_00ff_ffff;
+
+    /// Of frames of this length, whole; there may be none.
+    #[inline]
+    pub(super) fn new(frame_bytes: u32) -> Self {
+        let ipv4_bytes = frame_bytes.checked_sub(ETHERNET_BYTES as u32).and_then(|bytes| u16::try_from(bytes).ok());
+        let lengths =
+            ipv4_bytes.zip(frame_bytes.checked_sub(HEADERS4 as u32).filter(|&bytes| bytes >= UDP_BYTES as u32));
+        let (plain, udp_bytes) = lengths.map_or((u64::MAX, 0), |(ipv4_bytes, udp_bytes)| {
+            (u64::from(ipv4_bytes.to_be()) << 32 | u64::from(PLAIN), udp_bytes as u16)
+        });
+        Self { frame_bytes, plain, udp_bytes: udp_bytes.to_be_bytes() }
+    }
+
+    #[inline]
+    pub(super) fn frame_bytes(self) -> u32 {
+        self.frame_bytes
+    }
+
+    /// Whether a frame of this length has a key if that says UDP.
+    #[inline]
+    pub(super) fn has(self, header: &[u8; IPV4_HEADERS]) -> bool {
+        word(header, 12) & Self::PLAIN == self.plain
+            && half(header, 20) & FRAGMENT == 0
+            && chunk(header, 38) == self.udp_bytes
+    }
 }
 
 /// Whether the keys of two IPv4 frames that have one are the same. What differs most is compared first.
@@ -155,6 +201,11 @@ fn chunk<const BYTES: usize>(header: &[u8], at: usize) -> [u8; BYTES] {
 #[inline]
 fn word(header: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(chunk(header, at))
+}
+
+#[inline]
+fn half(header: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(chunk(header, at))
 }
 
 /// A number.
@@ -242,6 +293,18 @@ mod tests {
         }
 
         #[test]
+        fn unpadded_frames_are_told_in_short(mut frame in nearly(false), padding in 0..3u32, less in 0..3u8) {
+            frame[39] = frame[39].wrapping_sub(less);
+            let bytes = frame.len() as u32 + padding;
+            let Some(header) = frame.first_chunk() else { return Ok(()) };
+            let is_udp = header[23] == PROTOCOL_UDP;
+            let has_key = has_key4(header, bytes);
+            let ends = [quarter(header, 16) as u32 + 14, quarter(header, 38) as u32 + 34];
+            let is_unpadded = ends == [bytes; 2];
+            prop_assert_eq!(Unpadded4::new(bytes).has(header) && is_udp, has_key && is_udp && is_unpadded);
+        }
+
+        #[test]
         fn what_lies_behind_a_short_frame_counts_for_nothing(
             frame in nearly(false), length in 14..60usize, total in 20..46u8, behind in any::<[u8; 60]>(),
         ) {
@@ -256,6 +319,15 @@ mod tests {
             let header = copy.first_chunk().unwrap();
             prop_assert_eq!(has_key4(header, length as u32).then(|| FlowKey::of(header)), key);
         }
+    }
+
+    #[test]
+    fn of_some_lengths_there_is_no_unpadded_datagram() {
+        for frame_bytes in [0, 13, 33, 41, 65535 + 15, u32::MAX] {
+            let Unpadded4 { plain, .. } = Unpadded4::new(frame_bytes);
+            assert_ne!(plain & Unpadded4::PLAIN, plain, "no header's");
+        }
+        assert_eq!(Unpadded4::new(65535 + 14).udp_bytes, 65515u16.to_be_bytes());
     }
 
     #[test]

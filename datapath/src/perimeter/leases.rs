@@ -136,8 +136,8 @@ pub(crate) struct Leases<const WORDS: usize, const STRIDE: usize> {
     first: usize,
     /// A bit for each [`WAYS`] places that have the same keys.
     ever_taken: Box<[u64]>,
-    /// Number of entries less one.
-    mask: u32,
+    /// Their number, a power of two.
+    count: usize,
     /// Seeded: which flows share a place cannot be foreseen.
     hasher: RandomState,
 }
@@ -156,7 +156,7 @@ impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
         let words = vec![0u64; entries * STRIDE + LINE_WORDS].into_boxed_slice();
         // Entries begin where a cache line does.
         let first = (words.as_ptr() as usize / 8).wrapping_neg() % LINE_WORDS;
-        Self { words, first, ever_taken, mask: entries as u32 - 1, hasher: RandomState::default() }
+        Self { words, first, ever_taken, count: entries, hasher: RandomState::default() }
     }
 
     /// Its addresses.
@@ -169,7 +169,7 @@ impl<const WORDS: usize, const STRIDE: usize> Leases<WORDS, STRIDE> {
     #[inline]
     pub(crate) fn open(&self) -> Opened<'_, WORDS, STRIDE> {
         let (entries, _) = self.words[self.first..].as_chunks();
-        Opened { entries, ever_taken: &self.ever_taken, mask: self.mask, hasher: &self.hasher }
+        Opened { entries: &entries[..self.count], ever_taken: &self.ever_taken, hasher: &self.hasher }
     }
 
     /// The same, to be written to.
@@ -210,12 +210,18 @@ fn places(place: u32) -> [u32; WAYS] {
     std::array::from_fn(|way| place ^ way as u32)
 }
 
+/// An entry's key, and what it says.
+#[inline]
+fn parts<const WORDS: usize, const STRIDE: usize>(entry: &[u64; STRIDE]) -> (&[u64; WORDS], &Said) {
+    let (key, said) = entry.split_first_chunk().expect("an entry has room for its key");
+    (key, said.first_chunk().expect("an entry has room for what it says"))
+}
+
 /// A table that is read: what look-ups need of it, at hand.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Opened<'a, const WORDS: usize, const STRIDE: usize> {
     entries: &'a [[u64; STRIDE]],
     ever_taken: &'a [u64],
-    mask: u32,
     hasher: &'a RandomState,
 }
 
@@ -241,7 +247,27 @@ impl<'a, const WORDS: usize, const STRIDE: usize> Opened<'a, WORDS, STRIDE> {
     /// Where a lease is looked for first.
     #[inline]
     pub(crate) fn first_place(&self, key: &FlowKey<WORDS>) -> u32 {
-        self.hasher.hash_one(key) as u32 & self.mask
+        self.first_index(key) as u32
+    }
+
+    /// The same, and the compiler sees that there is an entry.
+    #[inline]
+    fn first_index(&self, key: &FlowKey<WORDS>) -> usize {
+        self.hasher.hash_one(key) as usize & (self.entries.len() - 1)
+    }
+
+    /// A flow's lease, if it is in its first place or in the second: nearly all of few are.
+    #[inline]
+    pub(crate) fn held_near(&self, key: &FlowKey<WORDS>) -> Option<Held<'a>> {
+        let index = self.first_index(key);
+        self.held_by(index, key).or_else(|| self.held_by(index ^ 1, key))
+    }
+
+    /// What is held at an entry, if it is this flow's.
+    #[inline]
+    fn held_by(&self, index: usize, key: &FlowKey<WORDS>) -> Option<Held<'a>> {
+        let (own, said) = parts(&self.entries[index]);
+        key.is(own).then_some(Held(said))
     }
 
     /// Whether a flow's lease is at its place.
@@ -274,9 +300,7 @@ impl<'a, const WORDS: usize, const STRIDE: usize> Opened<'a, WORDS, STRIDE> {
     /// The entry at a place: its key, and what it says.
     #[inline]
     fn entry(&self, place: u32) -> (&'a [u64; WORDS], &'a Said) {
-        let entry = &self.entries[place as usize];
-        let (key, said) = entry.split_first_chunk().expect("an entry has room for its key");
-        (key, said.first_chunk().expect("an entry has room for what it says"))
+        parts(&self.entries[place as usize])
     }
 
     fn until_ns(&self, place: u32) -> u64 {

@@ -128,6 +128,7 @@ mod tests {
                 burst.next_hops[index] = NextHop::Undecided;
             }
             burst.length = source_ports.len();
+            burst.are_undecided = true;
             let passes = recall(burst, PortId(0), port, snapshot, perimeters, fdb);
             if !passes {
                 let leased: Vec<_> = (0..burst.length).map(|index| burst.egress[index] == Stand::LEASED).collect();

@@ -25,12 +25,14 @@ pub(crate) fn receive(
     burst.origins[..burst.length].fill(Origin::Port(id));
     burst.next_hops[..burst.length].fill(NextHop::Undecided);
     burst.all_finished();
+    burst.are_undecided = true;
     let mut bytes = 0;
     for index in 0..burst.length {
         let frame = &burst.frames[index];
         bytes += u64::from(frame.frame_bytes);
         if let Err(reason) = check(burst, index, ring, frame_bytes_max) {
             burst.next_hops[index] = NextHop::Drop(reason);
+            burst.are_undecided = false;
         }
     }
     port.counters.rings[usize::from(queue)].traffic.add(burst.length as u64, bytes);
