@@ -349,7 +349,7 @@ fn run(
     mailbox.adopted.store(initial.generation, Ordering::Release);
     let mut worker = Worker::linked(initial, Arc::clone(counters), links);
     worker.tell(events);
-    let mut last_busy_ns = 0;
+    let (mut last_busy_ns, mut are_kicks_enabled) = (0, false);
     loop {
         while mailbox.is_waiting()
             && let Some(command) = mailbox.take()
@@ -361,7 +361,12 @@ fn run(
         }
         // 2^64 ns are 584 years.
         let now_ns = started.elapsed().as_nanos() as u64;
-        if worker.turn(now_ns) > 0 {
+        let moved = worker.turn(now_ns);
+        if std::mem::take(&mut are_kicks_enabled) {
+            // Not before: what has woken us does not wait for a look at each ring.
+            worker.disable_kicks();
+        }
+        if moved > 0 {
             last_busy_ns = now_ns;
             continue;
         }
@@ -374,7 +379,7 @@ fn run(
             sleeper.sleep(HOUSEKEEPING_MS, |port, queue| worker.kicked(port, queue));
         }
         worker.get_up();
-        worker.disable_kicks();
+        are_kicks_enabled = true;
     }
 }
 
