@@ -122,3 +122,41 @@ fn frames_cross_between_workers_in_order_and_wake_them() {
         }
     }
 }
+
+/// Asleep it wants to be kicked; awake it does not, and says so after what has woken it.
+#[test]
+fn a_worker_that_was_woken_asks_for_no_more_kicks() {
+    let config = WorkerConfig { index: 0, cpu: None, polling: Polling::Adaptive };
+    let worker = WorkerHandle::spawn(config, snapshot(1)).unwrap();
+    let mut stations = [Station::new(0, 1), Station::new(1, 1)];
+    let mut kicks = Vec::new();
+    for station in &mut stations {
+        for (queue, of) in (0..).zip(&station.queues) {
+            let ring = of.ring.open(F_VERSION_1 | F_MERGEABLE);
+            kicks.push(ring.kick().unwrap().try_clone().unwrap());
+            worker.attach(station.id, queue, ring);
+        }
+        station.fill();
+    }
+    let wants_kicks = |station: &Station| {
+        let ring = &station.queues[1].ring;
+        ring.guest.read_u16(ring.used) == 0
+    };
+    for _ in 0..3 {
+        until("it sleeps, and wants to be kicked", || wants_kicks(&stations[0]));
+        until("it is awake, and does not", || {
+            stations[0].send(&frame(mac(2), mac(1), 64, 0));
+            kicks[1].signal().unwrap();
+            until("a frame comes", || stations[1].received().len() == 1);
+            !wants_kicks(&stations[0])
+        });
+    }
+}
+
+#[track_caller]
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never: {what}");
+    }
+}
