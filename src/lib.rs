@@ -11,6 +11,7 @@ pub mod features;
 pub mod log;
 pub mod port;
 pub mod qemu;
+pub mod resume_latency;
 pub mod run;
 pub mod run_dir;
 pub mod why;

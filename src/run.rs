@@ -10,6 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::api;
 use crate::config::{self, Accepted, Context, Mistake};
 use crate::control::{self, ApplyError, Control, ControlHandle};
+use crate::resume_latency::ResumeLatency;
 use crate::run_dir::{API_SOCKET, RunDir, STATS_SOCKET};
 
 /// What the command line says.
@@ -37,6 +38,9 @@ pub fn run(options: &Options) -> Result<(), String> {
     let api = run_dir.listen(API_SOCKET, 0o600).map_err(|error| error.to_string())?;
     let stats = run_dir.listen(STATS_SOCKET, 0o666).map_err(|error| error.to_string())?;
 
+    // Taken back when this ends.
+    let resume_latency = daemon.resume_latency_us.map(|latency_us| ResumeLatency::ask(&daemon.workers, latency_us));
+    let resume_latency = resume_latency.transpose().map_err(|error| error.to_string())?;
     let mut control = Control::new(daemon.clone()).map_err(|error| {
         let cpus = match &daemon.workers[..] {
             [] => String::new(),
@@ -70,7 +74,7 @@ pub fn run(options: &Options) -> Result<(), String> {
     // A question that a worker does not answer must not keep the daemon from ending.
     runtime.shutdown_timeout(Duration::from_secs(1));
     let ended = end(handle, thread);
-    drop(run_dir);
+    drop((run_dir, resume_latency));
     served.and(ended)
 }
 

@@ -15,7 +15,14 @@ fn last_cpu() -> usize {
 
 #[test]
 fn idle_tells_cpu_memory_and_wake_up() {
-    let plan = IdlePlan { ports: 3, duration: Duration::from_millis(300), wake_ups: 50, cpu: 0, peer_cpu: last_cpu() };
+    let plan = IdlePlan {
+        ports: 3,
+        duration: Duration::from_millis(300),
+        wake_ups: 50,
+        cpu: 0,
+        peer_cpu: last_cpu(),
+        resume_latency_us: None,
+    };
     let idle = idle::measure(Path::new(DAEMON), &plan).unwrap();
     assert!(idle.ticks <= 15, "half of the time: {idle:?}");
     assert!(idle.resident.anonymous_kib > 100 && idle.resident.file_kib > 100, "{idle:?}");

@@ -14,6 +14,7 @@ const GOOD: &str = r#"
 run_dir = "/run/dreamwire"
 workers = [1]
 polling = "interrupt"
+resume_latency_us = 20
 
 [[underlay]]
 name = "fabric"
@@ -44,6 +45,11 @@ fn a_good_document_is_accepted_and_survives_json() {
 }
 
 #[test]
+fn only_a_pinned_workers_cpu_is_known() {
+    expect_marked("[daemon]\nresume_latency_us = 0 #! only for workers that are pinned: add workers = [1]\n");
+}
+
+#[test]
 fn a_port_with_a_mac_hears_no_unknown_stations_unless_told_to() {
     for (keys, hears) in [
         ("", true),
@@ -67,6 +73,7 @@ colour = 1                       #! unknown key "colour"; allowed here: daemon, 
 run_dir = "run"                  #! not an absolute path
 workers = [1, 2, 1]              #! CPU 1 is listed twice
 polling = "sometimes"            #! unknown value "sometimes"; allowed: "poll", "adaptive", "interrupt"
+resume_latency_us = 1000001      #! 1000001 is out of range: 0 to 1000000 (microseconds)
 [[underlay]]                     #! underlay[0].address: missing: add address = "192.0.2.1" #! underlay[0].name: missing
 driver = "dpdk"                  #! unknown value "dpdk"; allowed: "socket", "af_xdp", "vhost-user"
 device = "much-too-long-a-name"  #! not a network device's name
@@ -331,10 +338,10 @@ fn syntax_errors_have_their_lines() {
 fn a_running_daemon_keeps_what_is_fixed_at_start() {
     let running = accept(GOOD).document.daemon;
     let context = Context { run_dir: None, running: Some(&running) };
-    let text = "[daemon]\nrun_dir='/elsewhere'\nworkers=[0]\npolling='poll'\n";
+    let text = "[daemon]\nrun_dir='/elsewhere'\nworkers=[0]\npolling='poll'\nresume_latency_us=5\n";
     let found = from_toml(text, context).unwrap_err();
     let lines: Vec<_> = found.iter().map(|mistake| mistake.line).collect();
-    assert_eq!(lines, [Some(2), Some(3), Some(4)], "{found:#?}");
+    assert_eq!(lines, [Some(2), Some(3), Some(4), Some(5)], "{found:#?}");
     assert!(found.iter().all(|mistake| mistake.message.contains("restart the daemon to change it")), "{found:#?}");
     assert_eq!(from_toml("", context).unwrap().document.daemon, running);
 }

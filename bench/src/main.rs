@@ -66,6 +66,9 @@ struct IdleArguments {
     /// CPU of the daemon's worker
     #[arg(long, default_value_t = 1)]
     peer_cpu: usize,
+    /// How long that CPU may take to wake up, µs: the daemon's setting of this name; 0: it polls while idle
+    #[arg(long)]
+    resume_latency_us: Option<u32>,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -310,6 +313,7 @@ fn idle(arguments: &IdleArguments) -> Result<(), Error> {
         wake_ups: arguments.samples as usize,
         cpu: arguments.cpu,
         peer_cpu: arguments.peer_cpu,
+        resume_latency_us: arguments.resume_latency_us,
     };
     let idle = idle::measure(&dreamwire::program(), &plan)?;
     let mut out = io::stdout().lock();

@@ -218,6 +218,7 @@ fn workers(inventory: &Inventory) -> impl Iterator<Item = Value> {
             "name": index.to_string(),
             "cpu": daemon.workers.get(index),
             "polling": polling_word(daemon.polling),
+            "resume_latency_us": daemon.resume_latency_us,
             "generation": worker.adopted_generation(),
             "busy_turns": counters.busy_turns.get(),
             "empty_turns": counters.empty_turns.get(),

@@ -33,6 +33,8 @@ pub(super) const SOCKET_PATH_BYTES_MAX: usize = 107;
 const QUEUES_MAX: i64 = 16;
 /// CPU numbers that Linux's affinity masks can name.
 const CPU_MAX: i64 = 1023;
+/// A second: no idle state takes as long.
+const RESUME_LATENCY_US_MAX: i64 = 1_000_000;
 /// Linux: IFNAMSIZ with its terminator is 16.
 const DEVICE_NAME_BYTES_MAX: usize = 15;
 /// Seconds of silence after which an address is forgotten: IEEE 802.1D's default, and a month at most.
@@ -149,6 +151,13 @@ fn decode_daemon(node: Option<&Node>, context: Context<'_>, findings: &mut Findi
     let modes = [Polling::Poll, Polling::Adaptive, Polling::Interrupt];
     let polling = fields.word("polling", &modes.map(|mode| (polling_word(mode), mode)), &[]);
 
+    let resume_latency_us = fields
+        .integer("resume_latency_us", 0..=RESUME_LATENCY_US_MAX, "microseconds")
+        .and_then(|latency| u32::try_from(latency).ok());
+    if resume_latency_us.is_some() && workers.is_none() {
+        fields.mistake("resume_latency_us", "only for workers that are pinned: add workers = [1]");
+    }
+
     let daemon = if let Some(running) = context.running {
         let fixed = "takes effect at start only; restart the daemon to change it (now:";
         if let Some(path) = run_dir.filter(|path| *path != running.run_dir) {
@@ -162,12 +171,17 @@ fn decode_daemon(node: Option<&Node>, context: Context<'_>, findings: &mut Findi
             let now = polling_word(running.polling);
             fields.mistake("polling", format!("{} {fixed} {now})", polling_word(mode)));
         }
+        if let Some(latency) = resume_latency_us.filter(|latency| Some(*latency) != running.resume_latency_us) {
+            let now = running.resume_latency_us.map_or("none".to_owned(), |latency| latency.to_string());
+            fields.mistake("resume_latency_us", format!("{latency} {fixed} {now})"));
+        }
         running.clone()
     } else {
         Daemon {
             run_dir: context.run_dir.map(Path::to_owned).or(run_dir).unwrap_or_else(|| RUN_DIR_DEFAULT.into()),
             workers: workers.unwrap_or_default(),
             polling: polling.unwrap_or_default(),
+            resume_latency_us,
         }
     };
     // Both sockets of the daemon itself must fit as well.

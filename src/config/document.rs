@@ -74,6 +74,9 @@ pub struct Daemon {
     /// How workers wait.
     #[serde(serialize_with = "polling")]
     pub polling: Polling,
+    /// How long the CPUs of workers may take to wake up, µs: see [`crate::resume_latency`]. Only with `workers`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resume_latency_us: Option<u32>,
 }
 
 impl Daemon {

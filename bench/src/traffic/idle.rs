@@ -14,9 +14,9 @@ use serde::Serialize;
 
 use super::bare::BareSleeper;
 use super::latency::{self, Latencies, LatencySummary};
-use super::{Dreamwire, Failure, Plan, cpu};
+use super::{Failure, Plan, cpu};
 use crate::front_end::{FrontEnd, FrontEndError, Options};
-use crate::topology::TopologyError;
+use crate::topology::{Daemon, DaemonSpec, TopologyError};
 
 /// Time for the daemon to settle after the last guest was attached.
 const SETTLE: Duration = Duration::from_millis(500);
@@ -38,6 +38,8 @@ pub struct IdlePlan {
     pub cpu: usize,
     /// CPU of the daemon's worker.
     pub peer_cpu: usize,
+    /// The daemon's `resume_latency_us`.
+    pub resume_latency_us: Option<u32>,
 }
 
 /// What was seen.
@@ -97,21 +99,33 @@ pub enum IdleError {
 pub fn measure(binary: &Path, plan: &IdlePlan) -> Result<Idle, IdleError> {
     assert!(plan.ports >= 2 && plan.wake_ups > 0, "two ports and a frame between them: {plan:?}");
     crate::compare::raise_descriptor_limit();
-    let mut config =
-        format!("[daemon]\nrun_dir = \"{{run_dir}}\"\nworkers = [{}]\n[[network]]\nname = \"idle\"\n", plan.peer_cpu);
+    let mut config = format!("[daemon]\nrun_dir = \"{{run_dir}}\"\nworkers = [{}]\n", plan.peer_cpu);
+    if let Some(latency_us) = plan.resume_latency_us {
+        writeln!(config, "resume_latency_us = {latency_us}").expect("a string takes all");
+    }
+    config.push_str("[[network]]\nname = \"idle\"\n");
     for number in 0..plan.ports {
         write!(config, "[[port]]\nname = \"vm{number}\"\nnetwork = \"idle\"\n").expect("a string takes all");
     }
-    let daemon = Dreamwire::start_with(binary, &config)?;
+    let mut daemon = Daemon::start(&DaemonSpec { name: "dreamwire", binary, netns: None, config: &config })?;
+    let seen = watch(&daemon, plan);
+    // Not killed: what it asked the kernel for would stay.
+    let ended = daemon.terminate();
+    let seen = seen?;
+    ended?;
+    Ok(seen)
+}
+
+fn watch(daemon: &Daemon, plan: &IdlePlan) -> Result<Idle, IdleError> {
     // After the daemon was started, which would inherit it.
     let _ = cpu::pin(plan.cpu);
-    let socket = |number| daemon.daemon().path(&format!("vm{number}.sock"));
+    let socket = |number| daemon.path(&format!("vm{number}.sock"));
     let options = Options { spare_bytes: 0, ..Options::default() };
     let attach = |number| FrontEnd::connect(&socket(number), options.clone());
     let mut guests = (0..plan.ports).map(attach).collect::<Result<Vec<_>, _>>()?;
     thread::sleep(SETTLE);
 
-    let process = format!("/proc/{}", daemon.daemon().pid());
+    let process = format!("/proc/{}", daemon.pid());
     let before = ticks(&fs::read_to_string(format!("{process}/stat"))?);
     thread::sleep(plan.duration);
     let ticks = ticks(&fs::read_to_string(format!("{process}/stat"))?) - before;
