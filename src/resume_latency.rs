@@ -1,11 +1,11 @@
 //! How long the CPUs of workers may take to wake up: a request to the kernel (PM QoS), for as long as the daemon runs.
 //!
 //! The kernel then chooses no idle state that takes longer; with 0 the CPU polls while it idles. Any other thread may have it
-//! instead, but it saves no power. A request stands in a file (Linux's ABI/testing/sysfs-devices-power), so it outlives a daemon
-//! that is killed. The next one finds what it asks for there already, and takes it back in the end.
+//! instead, but it saves no power. A request stands in a file (Linux's ABI/testing/sysfs-devices-power): there is one for each CPU,
+//! whoever made it, and it outlives a daemon that is killed. The next one that asks for something on that CPU takes it back.
 
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 const CPUS: &str = "/sys/devices/system/cpu";
@@ -13,11 +13,10 @@ const CPUS: &str = "/sys/devices/system/cpu";
 const NO_REQUEST: &str = "0";
 const NO_LATENCY: &str = "n/a";
 
-/// What was asked for. Taken back when it is dropped.
+/// What was asked for. Dropped, there is no request any more.
 #[derive(Debug)]
 pub struct ResumeLatency {
-    /// Each file, and what is to stand there afterwards.
-    files: Vec<(PathBuf, String)>,
+    files: Vec<PathBuf>,
 }
 
 /// The kernel takes no request for a CPU.
@@ -32,7 +31,7 @@ impl ResumeLatency {
     /// Asks for `latency_us` (0: none) on each CPU.
     ///
     /// # Errors
-    /// If one has no such file, or it may not be written to. Those before it are as they were.
+    /// If one has no such file, or it may not be written to. Then there is no request on those before it either.
     pub fn ask(cpus: &[usize], latency_us: u32) -> Result<Self, NotTaken> {
         Self::ask_below(Path::new(CPUS), cpus, latency_us)
     }
@@ -42,12 +41,11 @@ impl ResumeLatency {
         let mut asked = Self { files: Vec::new() };
         for cpu in cpus {
             let file = directory.join(format!("cpu{cpu}/power/pm_qos_resume_latency_us"));
-            let before = fs::read_to_string(&file)
-                .and_then(|before| fs::write(&file, &request).map(|()| before))
-                .map_err(|source| NotTaken { file: file.clone(), source })?;
-            let before = before.trim();
-            let after = if before == request { NO_REQUEST } else { before };
-            asked.files.push((file, after.to_owned()));
+            // Not created: only the kernel makes such a file.
+            let written =
+                OpenOptions::new().write(true).open(&file).and_then(|mut to| to.write_all(request.as_bytes()));
+            written.map_err(|source| NotTaken { file: file.clone(), source })?;
+            asked.files.push(file);
         }
         Ok(asked)
     }
@@ -55,8 +53,8 @@ impl ResumeLatency {
 
 impl Drop for ResumeLatency {
     fn drop(&mut self) {
-        for (file, after) in &self.files {
-            if let Err(error) = fs::write(file, after) {
+        for file in &self.files {
+            if let Err(error) = fs::write(file, NO_REQUEST) {
                 tracing::warn!(file = %file.display(), %error, "the request for a resume latency stays");
             }
         }
@@ -86,20 +84,22 @@ mod tests {
     #[test]
     fn it_holds_for_these_cpus_and_no_longer_than_asked() {
         for (latency_us, request) in [(0, "n/a"), (20, "20")] {
-            let directory = cpus(&["0", "50", "n/a"]);
+            let directory = cpus(&["0", "0", "n/a"]);
             let asked = ResumeLatency::ask_below(directory.path(), &[1, 0], latency_us).unwrap();
             assert_eq!([0, 1, 2].map(|cpu| says(&directory, cpu)), [request, request, "n/a"]);
             drop(asked);
-            assert_eq!([0, 1, 2].map(|cpu| says(&directory, cpu)), ["0", "50", "n/a"]);
+            assert_eq!([0, 1, 2].map(|cpu| says(&directory, cpu)), ["0", "0", "n/a"]);
         }
     }
 
     #[test]
-    fn what_a_killed_daemon_left_is_gone_after_the_next() {
-        let directory = cpus(&["0"]);
-        std::mem::forget(ResumeLatency::ask_below(directory.path(), &[0], 0).unwrap());
-        drop(ResumeLatency::ask_below(directory.path(), &[0], 0).unwrap());
-        assert_eq!(says(&directory, 0), "0");
+    fn what_a_killed_daemon_left_is_gone_after_the_next_whatever_that_asks_for() {
+        for latency_us in [0, 20] {
+            let directory = cpus(&["0"]);
+            std::mem::forget(ResumeLatency::ask_below(directory.path(), &[0], 0).unwrap());
+            drop(ResumeLatency::ask_below(directory.path(), &[0], latency_us).unwrap());
+            assert_eq!(says(&directory, 0), "0");
+        }
     }
 
     #[test]

@@ -38,9 +38,6 @@ pub fn run(options: &Options) -> Result<(), String> {
     let api = run_dir.listen(API_SOCKET, 0o600).map_err(|error| error.to_string())?;
     let stats = run_dir.listen(STATS_SOCKET, 0o666).map_err(|error| error.to_string())?;
 
-    // Taken back when this ends.
-    let resume_latency = daemon.resume_latency_us.map(|latency_us| ResumeLatency::ask(&daemon.workers, latency_us));
-    let resume_latency = resume_latency.transpose().map_err(|error| error.to_string())?;
     let mut control = Control::new(daemon.clone()).map_err(|error| {
         let cpus = match &daemon.workers[..] {
             [] => String::new(),
@@ -56,6 +53,11 @@ pub fn run(options: &Options) -> Result<(), String> {
         };
         return Err(listing(options.config.as_deref().unwrap_or(Path::new("dreamwire")), &mistakes));
     }
+    let resume_latency = daemon.resume_latency_us.map(|latency_us| ResumeLatency::ask(&daemon.workers, latency_us));
+    let resume_latency = resume_latency.transpose().map_err(|error| {
+        control.shut_down();
+        error.to_string()
+    })?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         run_dir = %daemon.run_dir.display(),
@@ -74,7 +76,8 @@ pub fn run(options: &Options) -> Result<(), String> {
     // A question that a worker does not answer must not keep the daemon from ending.
     runtime.shutdown_timeout(Duration::from_secs(1));
     let ended = end(handle, thread);
-    drop((run_dir, resume_latency));
+    // Whoever waits for the directory asks for its own.
+    drop((resume_latency, run_dir));
     served.and(ended)
 }
 

@@ -16,6 +16,15 @@ fn cpu() -> (usize, String) {
     (cpu, format!("/sys/devices/system/cpu/cpu{cpu}/power/pm_qos_resume_latency_us"))
 }
 
+/// Whatever becomes of the test, the next one finds no request.
+struct TakesBack<'a>(&'a str);
+
+impl Drop for TakesBack<'_> {
+    fn drop(&mut self) {
+        fs::write(self.0, "0").unwrap();
+    }
+}
+
 #[test]
 fn it_is_asked_for_while_the_daemon_runs_and_the_next_clears_up_after_one_that_was_killed() {
     let (cpu, file) = cpu();
@@ -28,6 +37,7 @@ fn it_is_asked_for_while_the_daemon_runs_and_the_next_clears_up_after_one_that_w
         }
     };
     assert_eq!(before, "0", "somebody else asks for something: {file}");
+    let _takes_back = TakesBack(&file);
     let config = format!("[daemon]\nrun_dir = \"{{run_dir}}\"\nworkers = [{cpu}]\nresume_latency_us = 0\n");
     let binary = Path::new(env!("CARGO_BIN_EXE_dreamwire"));
     let mut daemon = Daemon::start(&DaemonSpec { name: "dreamwire", binary, netns: None, config: &config }).unwrap();

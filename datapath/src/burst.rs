@@ -48,7 +48,7 @@ pub struct Burst {
     offloads: [Offload; BURST],
     unfinished: u32,
     pub(crate) next_hops: [NextHop; BURST],
-    /// Of frames that a port has sent: none was dropped as it was received.
+    /// Of frames just received from a port: none was dropped as it came.
     pub(crate) are_undecided: bool,
     /// For frames from an underlay: the datagram that the frame is in.
     pub(crate) datagrams: [u8; BURST],

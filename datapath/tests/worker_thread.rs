@@ -123,7 +123,7 @@ fn frames_cross_between_workers_in_order_and_wake_them() {
     }
 }
 
-/// Asleep it wants to be kicked; awake it does not, and says so after what has woken it.
+/// Asleep it wants to be kicked; awake it does not.
 #[test]
 fn a_worker_that_was_woken_asks_for_no_more_kicks() {
     let config = WorkerConfig { index: 0, cpu: None, polling: Polling::Adaptive };

@@ -154,7 +154,7 @@ fn decode_daemon(node: Option<&Node>, context: Context<'_>, findings: &mut Findi
     let resume_latency_us = fields
         .integer("resume_latency_us", 0..=RESUME_LATENCY_US_MAX, "microseconds")
         .and_then(|latency| u32::try_from(latency).ok());
-    if resume_latency_us.is_some() && workers.is_none() {
+    if resume_latency_us.is_some() && workers.is_none() && context.running.is_none() {
         fields.mistake("resume_latency_us", "only for workers that are pinned: add workers = [1]");
     }
 

@@ -83,7 +83,7 @@ const IPV6_HEADERS: usize = 14 + 40 + UDP_BYTES;
 
 /// The four bytes from the EtherType on, without type of service: IPv4, and a header without options.
 const PLAIN: u32 = 0x0045_0008;
-/// Of the four bytes from an IPv4 header's flags on: all flags but "don't fragment", and the fragment's offset.
+/// Of the four bytes from an IPv4 header's flags on: "more fragments", and the fragment's offset.
 const FRAGMENT: u32 = 0xff3f;
 /// Of the same: the protocol.
 const PROTOCOL: u32 = 0xff00_0000;
@@ -148,7 +148,7 @@ pub(super) struct Unpadded4 {
 
 impl Unpadded4 {
     /// What of these eight bytes counts.
-    const PLAIN: u64 = 0xffff_00ff_ffff;
+    const COUNTS: u64 = 0xffff_00ff_ffff;
 
     /// Of frames of this length, whole; there may be none.
     #[inline]
@@ -170,7 +170,7 @@ impl Unpadded4 {
     /// Whether a frame of this length has a key if that says UDP.
     #[inline]
     pub(super) fn has(self, header: &[u8; IPV4_HEADERS]) -> bool {
-        word(header, 12) & Self::PLAIN == self.plain
+        word(header, 12) & Self::COUNTS == self.plain
             && half(header, 20) & FRAGMENT == 0
             && chunk(header, 38) == self.udp_bytes
     }
@@ -325,7 +325,7 @@ mod tests {
     fn of_some_lengths_there_is_no_unpadded_datagram() {
         for frame_bytes in [0, 13, 33, 41, 65535 + 15, u32::MAX] {
             let Unpadded4 { plain, .. } = Unpadded4::new(frame_bytes);
-            assert_ne!(plain & Unpadded4::PLAIN, plain, "no header's");
+            assert_ne!(plain & Unpadded4::COUNTS, plain, "no header's");
         }
         assert_eq!(Unpadded4::new(65535 + 14).udp_bytes, 65515u16.to_be_bytes());
     }

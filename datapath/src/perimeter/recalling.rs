@@ -92,11 +92,19 @@ fn seek<const CHECKS: bool>(
     Sought { count, unknown, others }
 }
 
+/// [`has_key4`], not inlined: for the few whose lengths do not say so.
+#[cold]
+#[inline(never)]
+fn has_key(header: &[u8; IPV4_HEADERS], frame_bytes: u32) -> bool {
+    has_key4(header, frame_bytes)
+}
+
 /// Those of the frames, none of which has a next hop yet, that pass by a lease for `way`, which is not TCP's, in one of
-/// their flow's first two places, and have no padding; a bit for each. In one step, for leases that need not be asked for. Not
+/// their flow's first two places; a bit for each. In one step, for leases that need not be asked for. Not
 /// inlined: as [`seek`].
 #[inline(never)]
 fn pass_alike(leases: Opened<'_, WORDS4, 8>, frames: &[RawFrame], way: Way, now_ns: u64) -> u32 {
+    debug_assert!(!way.is_tcp(), "each segment moves its connections' state");
     let (mut passed, mut usual) = (0, Unpadded4::new(0));
     // The first frame's bit is the lowest.
     for frame in frames.iter().rev() {
@@ -104,7 +112,7 @@ fn pass_alike(leases: Opened<'_, WORDS4, 8>, frames: &[RawFrame], way: Way, now_
         if frame.frame_bytes != usual.frame_bytes() {
             usual = Unpadded4::new(frame.frame_bytes);
         }
-        let passes = usual.has(header)
+        let passes = (usual.has(header) || has_key(header, frame.frame_bytes))
             && leases
                 .held_near(&FlowKey::of(header))
                 .is_some_and(|lease| lease.way() == way && now_ns < lease.until_ns());
@@ -139,6 +147,7 @@ impl Perimeters {
             && burst.are_undecided
             && let Some(next_hop) = self.next_hop(from, own.way, fdb_epoch)
         {
+            debug_assert!(burst.next_hops[..burst.length].iter().all(|hop| *hop == NextHop::Undecided));
             recalled.passed = pass_alike(leases, &burst.frames[..burst.length], own.way, self.now_ns);
             burst.decide(recalled.passed, next_hop);
             if recalled.passed.count_ones() as usize == burst.length {
@@ -161,7 +170,7 @@ impl Perimeters {
         }
         if let Some(own) = self.get(from) {
             own.all_known = all_known;
-            own.way = if 2 * alike.count_ones() as usize > burst.length { way } else { Way::NONE };
+            own.way = if all_known && 2 * alike.count_ones() as usize > burst.length { way } else { Way::NONE };
         }
         recalled
     }
