@@ -63,7 +63,7 @@ pub struct Perimeter {
     leases6: Leases6,
     /// All IPv4 flows of the last burst had a lease, or might have had one.
     all_known: bool,
-    /// That of the leases by which all frames of the last burst passed.
+    /// That of the leases by which most frames of the last burst passed.
     way: Way,
     /// By [`Direction`], with what they were made from.
     meters: [Option<(MeterLimits, Meter)>; 2],
