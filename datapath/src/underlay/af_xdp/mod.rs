@@ -17,6 +17,8 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use dreamwire_vhost::frame::{HEADER_COPY_BYTES, RawFrame};
 use dreamwire_vhost::memory::Payload;
@@ -120,7 +122,8 @@ impl XdpUnderlay {
         for queue in 0..*queues {
             let failed = |source| XdpError::Socket { device: device.clone(), queue, source };
             let bytes = usize::from(*mtu) + ETHERNET_BYTES;
-            let (rx, tx, is_zero_copy) = socket::open(index, u32::from(queue), bytes).map_err(failed)?;
+            let opened = once_free(|| socket::open(index, u32::from(queue), bytes));
+            let (rx, tx, is_zero_copy) = opened.map_err(failed)?;
             map.set(u32::from(queue), rx.descriptor()).map_err(failed)?;
             zero_copy &= is_zero_copy;
             receiving.push(rx);
@@ -128,7 +131,7 @@ impl XdpUnderlay {
         }
         let code = program::assemble(*address, *udp_port, map.descriptor());
         let program = bpf::load(&code).map_err(XdpError::Program)?;
-        let attached = Link::new(&program, index);
+        let attached = once_free(|| Link::new(&program, index));
         let (link, mode) = attached.map_err(|source| XdpError::Attach { device: device.clone(), source })?;
         tracing::info!(device, queues, zero_copy, native = mode == Mode::Native, "AF_XDP sockets are open");
         let rx = XdpRx {
@@ -152,6 +155,22 @@ impl XdpUnderlay {
 
     pub(crate) fn into_halves(self) -> (XdpRx, XdpTx) {
         (self.rx, self.tx)
+    }
+}
+
+/// How long the kernel may take to give back what a daemon had that was killed.
+const GIVEN_BACK: Duration = Duration::from_secs(1);
+
+/// Opens what only one can have. If it is somebody's, waits for it.
+fn once_free<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let deadline = Instant::now() + GIVEN_BACK;
+    loop {
+        match open() {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
     }
 }
 
