@@ -407,20 +407,7 @@ impl PackedRing {
         if let Some(tracker) = &mut self.inflight {
             tracker.used(self.staging.next);
         }
-        let (event, flags) = self.events.wanted();
-        match flags {
-            EVENT_DISABLE => false,
-            EVENT_DESC if self.event_idx => {
-                // §2.8.10: notify when the descriptor at `event` was used just now. Counted from the start of this lap:
-                // `next` lies there, what was used goes back up to a whole ring, and so does an event of the lap before.
-                let size = i32::from(self.table.size);
-                let new = i32::from(self.staging.next.index);
-                let behind = if event.wrap == self.staging.next.wrap { 0 } else { size };
-                let event = i32::from(event.index) - behind;
-                (new - slots.min(size as u32) as i32..new).contains(&event)
-            }
-            _ => true,
-        }
+        self.events.driver_wants(next, slots, self.table.size, self.event_idx)
     }
 
     pub(super) fn enable_kicks(&mut self) -> bool {

@@ -34,9 +34,27 @@ impl Events {
         unsafe { AtomicU32::from_ptr(self.device as *mut u32) }.store(word.to_le(), Ordering::Relaxed);
     }
 
+    /// Whether the driver wants to hear that the last `slots` descriptors before `next` were used, in a ring of `size`.
+    #[inline]
+    pub(super) fn driver_wants(self, next: Position, slots: u32, size: u16, event_idx: bool) -> bool {
+        let (event, flags) = self.wanted();
+        match flags {
+            EVENT_DISABLE => false,
+            EVENT_DESC if event_idx => {
+                // §2.8.10: notify when the descriptor at `event` was used just now. Counted from the start of this lap:
+                // `next` lies there, what was used goes back up to a whole ring, and so does an event of the lap before.
+                let (size, new) = (i32::from(size), i32::from(next.index));
+                let behind = if event.wrap == next.wrap { 0 } else { size };
+                let event = i32::from(event.index) - behind;
+                (new - slots.min(size as u32) as i32..new).contains(&event)
+            }
+            _ => true,
+        }
+    }
+
     /// Which descriptor the driver waits for, and its flags.
     #[inline]
-    pub(super) fn wanted(self) -> (Position, u16) {
+    fn wanted(self) -> (Position, u16) {
         // SAFETY: see the module's text.
         let word = unsafe { AtomicU32::from_ptr(self.driver as *mut u32) }.load(Ordering::Relaxed);
         let word = u32::from_le(word);
