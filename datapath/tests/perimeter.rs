@@ -120,18 +120,21 @@ fn answer_to(key: Key) -> Key {
     Key { source, destination, source_port: key.destination_port, destination_port: key.source_port, ..key }
 }
 
+/// Station 0 sends a frame three times, the third of which passes by its flow's lease; how many come to station 1.
+fn sent_thrice(lan: &mut Lan, frame: &[u8]) -> usize {
+    (0..3).for_each(|_| lan.send(0, frame));
+    lan.received(1).len()
+}
+
 #[test]
 fn a_rule_that_goes_cuts_the_flow_at_the_next_frame_and_one_that_comes_opens_it() {
     let mut lan = perimeter_lan(vec![allow(3, 53)]);
     let frame = datagram(1, 0, 4000, 53);
-    (0..3).for_each(|_| lan.send(0, &frame));
-    assert_eq!(lan.received(1).len(), 3);
+    assert_eq!(sent_thrice(&mut lan, &frame), 3);
     set_rules(&mut lan, vec![allow(4, 99)]);
-    (0..3).for_each(|_| lan.send(0, &frame));
-    assert_eq!(lan.received(1).len(), 0);
+    assert_eq!(sent_thrice(&mut lan, &frame), 0);
     set_rules(&mut lan, vec![allow(5, 53)]);
-    (0..3).for_each(|_| lan.send(0, &frame));
-    assert_eq!(lan.received(1).len(), 3);
+    assert_eq!(sent_thrice(&mut lan, &frame), 3);
     assert_eq!((hits(&lan, 3), hits(&lan, 5)), (1, 1));
 }
 
@@ -174,8 +177,7 @@ fn a_lease_ends_with_its_time_its_station_and_its_perimeter() {
 fn of_one_flow_frames_of_any_length_pass_and_what_ended_as_it_came_does_not() {
     let mut lan = perimeter_lan(vec![allow(3, 53)]);
     let frame = datagram(1, 0, 4000, 53);
-    (0..3).for_each(|_| lan.send(0, &frame));
-    assert_eq!(lan.received(1).len(), 3);
+    assert_eq!(sent_thrice(&mut lan, &frame), 3);
     lan.assert_moved(&[("p0 rx", 3), ("p0 rx_bytes", 180), ("p1 tx", 3), ("p1 tx_bytes", 180)]);
     let mut longer = [frame.clone(), vec![7; 40]].concat();
     (longer[17], longer[39]) = (86, 66);
