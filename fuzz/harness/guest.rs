@@ -125,6 +125,11 @@ pub(crate) fn send_run(ring: &mut Ring, header: &[u8], payload: &[u8]) -> u16 {
     frame.header[..header.len()].copy_from_slice(header);
     let frames = [frame.clone(), frame.clone(), frame];
     let net = |number| (number == 1).then_some(NetHeader::default());
-    let sent = ring.send_run(&frames, Bare, net, |_| Payload::private(payload));
+    let payload_of = |_| Payload::private(payload);
+    // To a driver that is near, or far.
+    let sent = match payload.len() % 2 {
+        0 => ring.send_run::<false, _, _>(&frames, Bare, net, payload_of),
+        _ => ring.send_run::<true, _, _>(&frames, Bare, net, payload_of),
+    };
     sent.map_or(0, |sent| sent.frames as u16)
 }

@@ -5,6 +5,7 @@
 //! hands them to a [`owner::RingOwner`] (the datapath), which alone touches them while they are attached.
 
 pub mod dirty_log;
+mod distance;
 pub mod eventfd;
 pub mod frame;
 pub mod inflight;
@@ -16,3 +17,4 @@ pub mod owner;
 pub mod ring;
 pub mod session;
 pub mod sigbus;
+mod stream;

@@ -6,8 +6,9 @@
 //!
 //! A front-end that can truncate the file behind it may do so: see [`crate::sigbus`] and [`Memory::is_truncated`].
 //!
-//! One of the files with unsafe code in this crate; the others are `sigbus.rs`, `dirty_log.rs`, `interrupt.rs` and those of
-//! `ring/`: `buffers.rs`, `split.rs`, `packed.rs`, their `_chain.rs`, `split_entries.rs`, `narrow.rs`.
+//! One of the files with unsafe code in this crate; the others are `sigbus.rs`, `dirty_log.rs`, `interrupt.rs`, `stream.rs`,
+//! `distance.rs` and those of `ring/`: `buffers.rs`, `far.rs`, `split.rs`, `packed.rs`, their `_chain.rs`, `split_entries.rs`,
+//! `narrow.rs`.
 
 use std::io;
 use std::marker::PhantomData;
@@ -19,6 +20,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 
 use crate::frame::NetHeader;
 use crate::sigbus::Guarded;
+use crate::stream;
 
 /// One mapped region, guest-physical `start..end`.
 #[derive(Debug, Clone, Copy)]
@@ -160,6 +162,8 @@ pub enum Wish {
     Read,
     /// To be written.
     Write,
+    /// To be written past the caches, where whole lines are.
+    Stream,
 }
 
 /// Asks for the cache line at address `host`. A hint: it reads nothing, and an address that is not mapped does no harm.
@@ -170,7 +174,9 @@ pub fn prefetch(host: usize, wish: Wish) {
     unsafe {
         match wish {
             Wish::Read => std::arch::asm!("prefetcht0 [{}]", in(reg) host, options(nostack, preserves_flags, readonly)),
-            Wish::Write => std::arch::asm!("prefetchw [{}]", in(reg) host, options(nostack, preserves_flags, readonly)),
+            Wish::Write | Wish::Stream => {
+                std::arch::asm!("prefetchw [{}]", in(reg) host, options(nostack, preserves_flags, readonly))
+            }
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -219,9 +225,23 @@ pub(crate) struct Segment {
 impl Segment {
     pub(crate) const EMPTY: Segment = Segment { host: 0, bytes: 0 };
 
+    /// Private memory, for whoever keeps it.
+    #[inline]
+    pub(crate) fn private(start: *mut u8, bytes: u32) -> Segment {
+        Segment { host: start as usize, bytes }
+    }
+
     #[inline]
     pub(crate) fn bytes(self) -> u32 {
         self.bytes
+    }
+
+    /// How many bytes it is from its start to the first end of a cache line behind `bytes` bytes, or `bytes` if it ends before.
+    #[inline]
+    pub(crate) fn to_line_end(self, bytes: u32) -> u32 {
+        let start = self.host % CACHE_LINE_BYTES;
+        let whole = ((start + bytes as usize).next_multiple_of(CACHE_LINE_BYTES) - start) as u32;
+        if whole <= self.bytes { whole } else { bytes }
     }
 
     /// What remains after the first `bytes` bytes.
@@ -312,9 +332,35 @@ impl Segment {
         }
     }
 
+    /// As [`Segment::copy_from`], whole cache lines past the caches.
+    ///
+    /// # Safety
+    /// As for [`Segment::copy_from`].
+    #[inline]
+    pub(crate) unsafe fn stream_from(self, source: Segment, bytes: u32) {
+        assert!(bytes <= self.bytes && bytes <= source.bytes);
+        // SAFETY: both ranges are mapped by the caller's promise and long enough.
+        let lines = unsafe { stream::copy_lines(source.host as *const u8, self.host as *mut u8, bytes as usize) };
+        let (start, end) = (lines.start as u32, lines.end as u32);
+        if start > 0 {
+            // SAFETY: as above.
+            unsafe { self.copy_from(source, start) };
+        }
+        if end < bytes {
+            // SAFETY: as above.
+            unsafe { self.skip(end).copy_from(source.skip(end), bytes - end) };
+        }
+    }
+
     /// Asks for the cache lines of its first bytes, to be read or written soon. No access: any address will do.
     #[inline]
     pub(crate) fn prefetch(self, wish: Wish) {
+        if wish == Wish::Stream {
+            if !self.host.is_multiple_of(CACHE_LINE_BYTES) {
+                prefetch(self.host, wish);
+            }
+            return;
+        }
         // Net header and 64 bytes of frame lie in two lines. Of a longer one the processor finds the rest by itself.
         prefetch(self.host, wish);
         prefetch(self.host.wrapping_add(CACHE_LINE_BYTES), wish);

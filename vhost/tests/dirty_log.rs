@@ -265,7 +265,7 @@ fn a_ring_that_is_logged_takes_no_runs() {
         let mut ring = driver.open(F_VERSION_1, Some(RingLog { log: Arc::clone(&log), used_address: None }));
         driver.post(&[(0x3000, 2048, WRITE)]);
         let frame = RawFrame { header_bytes: 60, frame_bytes: 60, ..RawFrame::EMPTY };
-        assert_eq!(ring.send_run(&[frame], Bare, |_| None, |_| Payload::EMPTY), Ok(Sent::default()));
+        assert_eq!(ring.send_run::<false, _, _>(&[frame], Bare, |_| None, |_| Payload::EMPTY), Ok(Sent::default()));
         assert_eq!(marked(&log), [].into());
     }
 }

@@ -288,7 +288,7 @@ fn buffers_that_another_device_kept_are_filled_first() {
     let mut ring = Ring::resume(split_setup(&driver, &region)).unwrap();
     // They go the general way, each by itself.
     let raw = RawFrame { header_bytes: 60, frame_bytes: 60, ..RawFrame::EMPTY };
-    assert_eq!(ring.send_run(&[raw], Bare, |_| None, |_| Payload::EMPTY), Ok(Sent::default()));
+    assert_eq!(ring.send_run::<false, _, _>(&[raw], Bare, |_| None, |_| Payload::EMPTY), Ok(Sent::default()));
     (0..2).for_each(|number| ring.send(NetHeader::default(), &frame(number), Payload::EMPTY).unwrap());
     ring.flush();
     assert_eq!([0, 1].map(|index| driver.used_entry(index).0), [2, 1]);

@@ -93,7 +93,7 @@ fn receive(ring: &mut Ring, frames: &mut [RawFrame]) {
 }
 
 fn send(ring: &mut Ring, frames: &[RawFrame]) {
-    let sent = ring.send_run(frames, Bare, |_| None, |_| Payload::EMPTY);
+    let sent = ring.send_run::<false, _, _>(frames, Bare, |_| None, |_| Payload::EMPTY);
     assert_eq!(sent.map(|sent| sent.frames), Ok(BURST as u64));
     ring.flush();
 }

@@ -407,8 +407,8 @@ fn send_in_runs(ring: &mut Ring, oracle: &mut Oracle, burst: &[usize], is_wrappe
     while at < burst.len() {
         let (net_of, payload) = (|ahead| run_net(at + ahead), |ahead: usize| Payload::private(&tails[at + ahead]));
         let sent = match is_wrapped {
-            true => ring.send_run(&frames[at..], Outer, net_of, payload),
-            false => ring.send_run(&frames[at..], Bare, net_of, payload),
+            true => ring.send_run::<false, _, _>(&frames[at..], Outer, net_of, payload),
+            false => ring.send_run::<false, _, _>(&frames[at..], Bare, net_of, payload),
         };
         let sent = match sent {
             Ok(sent) => sent,

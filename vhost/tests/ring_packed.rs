@@ -268,7 +268,7 @@ fn send_in_runs(split: &mut Ring, packed: &mut Ring, burst: &[usize]) -> Result<
     let mut at = 0;
     while at < burst.len() {
         let (net_of, payload) = (|ahead| Some(net(at + ahead)), |ahead: usize| Payload::private(parts[at + ahead].1));
-        let end = match packed.send_run(&frames[at..], Bare, net_of, payload) {
+        let end = match packed.send_run::<false, _, _>(&frames[at..], Bare, net_of, payload) {
             Ok(sent) => at + sent.frames as usize,
             Err(error) => {
                 prop_assert_eq!(one(at), Err(error), "there is room for none");

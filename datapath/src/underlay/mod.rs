@@ -261,18 +261,24 @@ impl Tx {
         }
     }
 
+    /// Whether whoever takes what is sent is as far away as memory ([`Ring::is_far`]).
+    #[inline]
+    pub(crate) fn is_far(&self) -> bool {
+        matches!(self, Self::Ring(tx) if tx.ring.as_ref().is_some_and(Ring::is_far))
+    }
+
     /// Writes a packet around each of a run of finished frames, of which `flow_hash` and `payload` give the rest. Returns how many are
     /// on the wire, or will be with the next flush; an error if there is room for none. It may stop before any of them, which
     /// is for [`Tx::stage`] then.
     #[inline]
-    pub(crate) fn send_run<'f>(
+    pub(crate) fn send_run<'f, const FAR: bool>(
         &mut self,
         frames: &[RawFrame],
         flow_hash: impl Fn(&RawFrame) -> u32,
         payload: impl Fn(usize) -> Payload<'f>,
     ) -> Result<Sent, DropReason> {
         match self {
-            Self::Ring(tx) => tx.send_run(frames, flow_hash, payload),
+            Self::Ring(tx) => tx.send_run::<FAR>(frames, flow_hash, payload),
             Self::Socket(_) | Self::Xdp(_) => Ok(Sent::default()),
         }
     }

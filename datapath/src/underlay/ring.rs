@@ -231,7 +231,7 @@ impl RingTx {
 
     /// See [`super::Tx::send_run`].
     #[inline]
-    pub(super) fn send_run<'f>(
+    pub(super) fn send_run<'f, const FAR: bool>(
         &mut self,
         frames: &[RawFrame],
         flow_hash: impl Fn(&RawFrame) -> u32,
@@ -241,7 +241,7 @@ impl RingTx {
         let Some(ring) = ring.as_mut() else { return Err(DropReason::PortDown) };
         let Some(before) = encap.before(flow_hash) else { return Ok(Sent::default()) };
         let was_broken = ring.is_broken();
-        let sent = ring.send_run(frames, before, |_| None, payload).map_err(refusal);
+        let sent = ring.send_run::<FAR, _, _>(frames, before, |_| None, payload).map_err(refusal);
         *is_touched |= sent.is_ok_and(|sent| sent.frames > 0);
         if !was_broken
             && ring.is_broken()

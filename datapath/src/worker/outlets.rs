@@ -255,7 +255,31 @@ impl Outlets {
 
     /// Puts frames into one of a guest's receiveqs. What the receiver cannot do itself is done first.
     #[inline(always)]
-    fn fill(&mut self, snapshot: &Snapshot, id: PortId, port: &Port, pair: u16, mut frames: Run<'_>) {
+    fn fill(&mut self, snapshot: &Snapshot, id: PortId, port: &Port, pair: u16, frames: Run<'_>) {
+        let sink = self.sinks[usize::from(id.0)].rings[usize::from(pair)].as_ref();
+        if sink.is_some_and(|sink| sink.ring.is_far()) {
+            self.fill_far(snapshot, id, port, pair, frames);
+        } else {
+            self.fill_as::<false>(snapshot, id, port, pair, frames);
+        }
+    }
+
+    /// Apart: registers and stack that it takes are not those of the others.
+    #[inline(never)]
+    fn fill_far(&mut self, snapshot: &Snapshot, id: PortId, port: &Port, pair: u16, frames: Run<'_>) {
+        self.fill_as::<true>(snapshot, id, port, pair, frames);
+    }
+
+    /// For a guest whose driver is far away, or not ([`Ring::send_run`]).
+    #[inline(always)]
+    fn fill_as<const FAR: bool>(
+        &mut self,
+        snapshot: &Snapshot,
+        id: PortId,
+        port: &Port,
+        pair: u16,
+        mut frames: Run<'_>,
+    ) {
         // The port may have fewer queues in this snapshot than its guest still has rings here.
         let sink = self.sinks[usize::from(id.0)].rings[usize::from(pair)].as_mut();
         let (Some(sink), Some(counters)) = (sink, port.counters.rings.get(usize::from(2 * pair))) else {
@@ -268,7 +292,7 @@ impl Outlets {
             let suited = frames.suited(sink.features);
             if suited > 0 {
                 let (net, payload) = (|ahead| frames.ahead(ahead).net_header(), |ahead| frames.ahead(ahead).payload());
-                match sink.ring.send_run(&frames.raw()[..suited], Bare, net, payload) {
+                match sink.ring.send_run::<FAR, _, _>(&frames.raw()[..suited], Bare, net, payload) {
                     Ok(run) => {
                         sent += run;
                         frames.leave_out(run.frames as usize);
@@ -323,6 +347,30 @@ impl Outlets {
         snapshot: &Snapshot,
         vtep: &IpAddr,
         id: NetworkId,
+        frames: Run<'_>,
+    ) -> bool {
+        let tunnel = snapshot.network(id).and_then(|network| network.tunnel.as_ref());
+        let uplink = tunnel.and_then(|tunnel| self.uplinks[usize::from(tunnel.underlay.0)].as_ref());
+        if uplink.is_some_and(|uplink| uplink.tx.is_far()) {
+            self.deliver_to_vtep_far(snapshot, vtep, id, frames)
+        } else {
+            self.deliver_to_vtep_as::<false>(snapshot, vtep, id, frames)
+        }
+    }
+
+    /// As [`Outlets::fill_far`].
+    #[inline(never)]
+    fn deliver_to_vtep_far(&mut self, snapshot: &Snapshot, vtep: &IpAddr, id: NetworkId, frames: Run<'_>) -> bool {
+        self.deliver_to_vtep_as::<true>(snapshot, vtep, id, frames)
+    }
+
+    /// As [`Outlets::fill_as`].
+    #[inline(always)]
+    fn deliver_to_vtep_as<const FAR: bool>(
+        &mut self,
+        snapshot: &Snapshot,
+        vtep: &IpAddr,
+        id: NetworkId,
         mut frames: Run<'_>,
     ) -> bool {
         let Some(network) = snapshot.network(id) else { return false };
@@ -355,7 +403,7 @@ impl Outlets {
                     |frame: &RawFrame| flow_hash(&self.hasher, frame.headers()),
                     |ahead| frames.ahead(ahead).payload(),
                 );
-                match uplink.tx.send_run(&frames.raw()[..finished], hash, payload) {
+                match uplink.tx.send_run::<FAR>(&frames.raw()[..finished], hash, payload) {
                     Ok(run) => {
                         sent += run;
                         takes_runs = run.frames > 0;

@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 use super::{BURST_SEGMENTS_MAX, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX, RingFault, RingSetup};
 use crate::dirty_log::RingLog;
+use crate::distance::Distance;
 use crate::frame::{Before, FrameFault, HEADER_COPY_BYTES, NetHeader, RawFrame, Tail};
-use crate::memory::{Memory, Payload, PayloadCursor, Segment};
+use crate::memory::{Memory, Payload, PayloadCursor, Segment, Wish};
 
 /// Takes the pieces of a chain one by one; false to be given no more.
 pub(super) type Take<'a> = &'a mut dyn FnMut(Segment) -> bool;
@@ -37,6 +38,8 @@ pub(super) struct Buffers {
     /// Pieces of the burst (from the guest) or of the frame being written (to the guest).
     segments: Box<[Segment]>,
     used: usize,
+    /// Of the guest's driver.
+    pub(super) distance: Distance,
 }
 
 impl Buffers {
@@ -47,6 +50,17 @@ impl Buffers {
             net_header_bytes: super::net_header_bytes(setup.features) as u32,
             segments: vec![Segment::EMPTY; BURST_SEGMENTS_MAX].into_boxed_slice(),
             used: 0,
+            distance: Distance::new(),
+        }
+    }
+
+    /// What the first lines of a buffer are wanted for.
+    #[inline]
+    pub(super) fn wish(&self, direction: Direction) -> Wish {
+        match direction {
+            Direction::DeviceReads => Wish::Read,
+            Direction::DeviceWrites if self.distance.is_far() => Wish::Stream,
+            Direction::DeviceWrites => Wish::Write,
         }
     }
 
@@ -210,6 +224,7 @@ impl Buffers {
     #[inline(always)]
     pub(super) fn fill_frame<'f, const BYTES: usize, const WORDS: usize>(
         &self,
+        way: &mut impl Way,
         into: Segment,
         net: Option<NetHeader>,
         before: &mut impl Before<BYTES, WORDS>,
@@ -222,24 +237,18 @@ impl Buffers {
         }
         let words = before.words(frame)?;
         let net = net.map_or((0, 0), NetHeader::to_words);
-        let mut rest = self.fill_start(into, net, if BYTES > 0 { before.same() } else { frame.headers() });
+        let start = way.place::<BYTES>(into);
+        let mut rest = self.fill_start(start, net, if BYTES > 0 { before.same() } else { frame.headers() });
         if BYTES > 0 {
             // Written, not read again: what differs is not waited for.
-            let start = into.skip(self.net_header_bytes);
+            let start = start.skip(self.net_header_bytes);
             // SAFETY: see the module's text.
             words.into_iter().for_each(|(at, word)| unsafe { start.write_word(at, word) });
             // SAFETY: as above.
             unsafe { rest.copy_in(frame.headers()) };
             rest = rest.skip(u32::from(frame.header_bytes));
         }
-        let tail_bytes = frame.tail_bytes();
-        if tail_bytes > 0 {
-            let payload = payload();
-            if payload.bytes() != tail_bytes {
-                return None;
-            }
-            fill_rest(rest, payload);
-        }
+        way.finish(rest, frame.tail_bytes(), payload, into)?;
         // At most the piece's bytes.
         Some(need as u32)
     }
@@ -269,6 +278,55 @@ impl Buffers {
             log.written(&self.memory, &self.segments[..self.used], need);
         }
     }
+}
+
+/// How the frames of a run get to a guest's buffers.
+pub(super) trait Way {
+    /// Where to write a frame's beginning that is to go to `into`, with `BYTES` bytes of outer headers.
+    fn place<const BYTES: usize>(&mut self, into: Segment) -> Segment;
+
+    /// The beginning is there and has left `rest`, `tail_bytes` are still to come. `None`: `payload` has not so many.
+    fn finish<'f>(
+        &mut self,
+        rest: Segment,
+        tail_bytes: u32,
+        payload: impl FnOnce() -> Payload<'f>,
+        into: Segment,
+    ) -> Option<()>;
+
+    /// All frames are there.
+    fn end(&mut self);
+}
+
+/// At once.
+pub(super) struct Straight;
+
+impl Way for Straight {
+    #[inline(always)]
+    fn place<const BYTES: usize>(&mut self, into: Segment) -> Segment {
+        into
+    }
+
+    #[inline(always)]
+    fn finish<'f>(
+        &mut self,
+        rest: Segment,
+        tail_bytes: u32,
+        payload: impl FnOnce() -> Payload<'f>,
+        _: Segment,
+    ) -> Option<()> {
+        if tail_bytes > 0 {
+            let payload = payload();
+            if payload.bytes() != tail_bytes {
+                return None;
+            }
+            fill_rest(rest, payload);
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn end(&mut self) {}
 }
 
 /// Writes a payload into one piece that has room for it.

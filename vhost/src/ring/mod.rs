@@ -16,6 +16,7 @@
 //! which one is decided once per burst or frame, never per descriptor.
 
 mod buffers;
+mod far;
 mod inflight_packed;
 mod inflight_split;
 mod narrow;
@@ -42,6 +43,8 @@ use crate::eventfd::EventFd;
 use crate::frame::{Before, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
 use crate::memory::{Memory, Payload};
+use buffers::Straight;
+use far::FarRun;
 use inflight_packed::has_inflight;
 use packed::PackedRing;
 use split::SplitRing;
@@ -336,16 +339,20 @@ impl Ring {
         if !self.enabled {
             return Err(SendError::Disabled);
         }
-        with_layout!(&mut self.layout, ring => ring.send(net, header, payload)).map_err(|error| match error {
-            SendError::Fault(fault) => SendError::Fault(self.break_down(fault)),
-            other => other,
-        })
+        with_layout!(&mut self.layout, ring => ring.send(net, header, payload)).map_err(|error| self.stop_at(error))
+    }
+
+    /// Whether the guest's driver is as far away as memory, as was measured last.
+    #[inline]
+    pub fn is_far(&self) -> bool {
+        with_layout!(&self.layout, ring => ring.is_far())
     }
 
     /// As [`Ring::send`] for frames in a row, of which `net` and `payload` give the rest, if there is any. An error if there is room
-    /// for none; it may stop before any of them, which is for [`Ring::send`] then.
+    /// for none; it may stop before any of them, which is for [`Ring::send`] then. `FAR`: past the caches, as is best where
+    /// [`Ring::is_far`]; the guest finds the same, and perhaps zeros behind a frame, up to the end of a cache line of its buffer.
     #[inline(always)]
-    pub fn send_run<'f, const BYTES: usize, const WORDS: usize>(
+    pub fn send_run<'f, const FAR: bool, const BYTES: usize, const WORDS: usize>(
         &mut self,
         frames: &[RawFrame],
         before: impl Before<BYTES, WORDS>,
@@ -361,11 +368,12 @@ impl Ring {
         if self.is_logged() {
             return Ok(Sent::default());
         }
-        with_layout!(&mut self.layout, ring => ring.send_run(frames, before, net, payload)).map_err(|error| match error
-        {
-            SendError::Fault(fault) => SendError::Fault(self.break_down(fault)),
-            other => other,
-        })
+        let sent = if FAR {
+            with_layout!(&mut self.layout, ring => ring.send_run(&mut FarRun::new(), frames, before, net, payload))
+        } else {
+            with_layout!(&mut self.layout, ring => ring.send_run(&mut Straight, frames, before, net, payload))
+        };
+        sent.map_err(|error| self.stop_at(error))
     }
 
     /// Shows everything sent since the last flush to the guest and notifies it if it asked for that. Returns whether
@@ -502,6 +510,15 @@ impl Ring {
     #[inline]
     fn is_logged(&self) -> bool {
         with_layout!(&self.layout, ring => ring.is_logged())
+    }
+
+    /// A ring with a fault is broken from here on.
+    #[cold]
+    fn stop_at(&mut self, error: SendError) -> SendError {
+        match error {
+            SendError::Fault(fault) => SendError::Fault(self.break_down(fault)),
+            other => other,
+        }
     }
 
     #[cold]

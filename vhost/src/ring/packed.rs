@@ -26,7 +26,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
-use super::buffers::{Buffers, Direction};
+use super::buffers::{Buffers, Direction, Way};
 use super::inflight_packed::{Copied, PackedTracker};
 use super::packed_chain::{
     Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_NEXT, FLAG_WRITE, Head, Table, descriptor, second_word,
@@ -41,6 +41,7 @@ use super::{
     RingSetup, SendError, Sent,
 };
 use crate::dirty_log::RingLog;
+use crate::distance::timed;
 use crate::frame::{Before, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
 use crate::memory::{CACHE_LINE_BYTES, Memory, Payload, Segment, Wish, prefetch};
@@ -161,6 +162,11 @@ impl PackedRing {
     }
 
     #[inline]
+    pub(super) fn is_far(&self) -> bool {
+        self.buffers.distance.is_far()
+    }
+
+    #[inline]
     pub(super) fn is_logged(&self) -> bool {
         self.buffers.log.is_some()
     }
@@ -217,10 +223,8 @@ impl PackedRing {
     /// asks for the cache lines of their buffers. Returns how many.
     #[inline]
     fn look_ahead(&mut self, mut at: Position, most: usize, direction: Direction) -> usize {
-        let (wish, least) = match direction {
-            Direction::DeviceReads => (Wish::Read, self.buffers.net_header_bytes),
-            Direction::DeviceWrites => (Wish::Write, 0),
-        };
+        let wish = self.buffers.wish(direction);
+        let least = if direction == Direction::DeviceReads { self.buffers.net_header_bytes } else { 0 };
         // No descriptor twice: a small ring could lap. What was resumed goes the general way.
         let most = if self.resumed.is_some() { 0 } else { most.min(usize::from(self.table.size)) };
         if self.available(at).is_none() {
@@ -293,6 +297,7 @@ impl PackedRing {
     #[inline(always)]
     pub(super) fn send_run<'f, const BYTES: usize, const WORDS: usize>(
         &mut self,
+        way: &mut impl Way,
         frames: &[RawFrame],
         mut before: impl Before<BYTES, WORDS>,
         net: impl Fn(usize) -> Option<NetHeader>,
@@ -307,11 +312,12 @@ impl PackedRing {
         let (mut sent, mut staging) = (Sent::default(), self.staging);
         for (index, (frame, place)) in frames.iter().zip(self.simple_at..self.simple_end).enumerate() {
             let Simple { id, buffer } = self.simple[place];
-            let filled = self.buffers.fill_frame(buffer, net(index), &mut before, frame, || payload(index));
+            let filled = self.buffers.fill_frame(way, buffer, net(index), &mut before, frame, || payload(index));
             let Some(bytes) = filled else { break };
             self.stage(&mut staging, Chain { id, slots: 1 }, bytes, FLAG_WRITE);
             sent += Sent { frames: 1, bytes: u64::from(frame.frame_bytes) };
         }
+        way.end();
         self.staging = staging;
         self.simple_at += sent.frames as usize;
         Ok(sent)
@@ -320,10 +326,26 @@ impl PackedRing {
     /// Notes the next buffers that the guest has posted to be written to, if they are of the usual kind.
     #[inline(never)]
     fn look_for_room(&mut self) {
+        if self.buffers.distance.is_due() {
+            self.measure();
+        }
         self.simple_end = self.look_ahead(self.staging.next, BURST, Direction::DeviceWrites);
         self.simple_at = 0;
         if self.simple_end == BURST && usize::from(self.table.size) >= POSTED_AHEAD_MIN {
             self.ask_for(self.staging.next.after(BURST as u16, self.table.size));
+        }
+    }
+
+    /// How far the driver is, by a descriptor that it has most likely made available since it was used, and that nobody has asked for:
+    /// half a ring away.
+    #[cold]
+    fn measure(&mut self) {
+        if usize::from(self.table.size) >= POSTED_AHEAD_MIN {
+            let at = self.staging.next.after(self.table.size / 2, self.table.size);
+            let (found, ticks) = timed(true, || self.available(at));
+            if found.is_some() {
+                self.buffers.distance.note(ticks);
+            }
         }
     }
 

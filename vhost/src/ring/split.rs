@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::buffers::{Buffers, Direction};
+use super::buffers::{Buffers, Direction, Way};
 use super::inflight_split::SplitTracker;
 use super::split_chain::{DESCRIPTOR_BYTES, Table, descriptor, walk};
 use super::split_entries::{Heads, UsedEntries};
@@ -20,9 +20,10 @@ use super::{
     RingSetup, SendError, Sent,
 };
 use crate::dirty_log::RingLog;
+use crate::distance::timed;
 use crate::frame::{Before, HEADER_COPY_BYTES, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
-use crate::memory::{Memory, Payload, Segment, Wish};
+use crate::memory::{Memory, Payload, Segment};
 
 const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
 const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
@@ -148,6 +149,11 @@ impl SplitRing {
     }
 
     #[inline]
+    pub(super) fn is_far(&self) -> bool {
+        self.buffers.distance.is_far()
+    }
+
+    #[inline]
     pub(super) fn is_logged(&self) -> bool {
         self.buffers.log.is_some()
     }
@@ -257,6 +263,7 @@ impl SplitRing {
     #[inline(always)]
     pub(super) fn send_run<'f, const BYTES: usize, const WORDS: usize>(
         &mut self,
+        way: &mut impl Way,
         frames: &[RawFrame],
         mut before: impl Before<BYTES, WORDS>,
         net: impl Fn(usize) -> Option<NetHeader>,
@@ -270,11 +277,12 @@ impl SplitRing {
         for (frame, ahead) in frames.iter().zip(0..self.posted_end.wrapping_sub(next)) {
             let index = usize::from(ahead);
             let Posted { head, buffer } = self.posted[usize::from(next.wrapping_add(ahead)) % NOTED_MAX];
-            let filled = self.buffers.fill_frame(buffer, net(index), &mut before, frame, || payload(index));
+            let filled = self.buffers.fill_frame(way, buffer, net(index), &mut before, frame, || payload(index));
             let Some(bytes) = filled else { break };
             used.write(first_used.wrapping_add(ahead), head, bytes);
             sent += Sent { frames: 1, bytes: u64::from(frame.frame_bytes) };
         }
+        way.end();
         self.next_avail = next.wrapping_add(sent.frames as u16);
         self.next_used = first_used.wrapping_add(sent.frames as u16);
         Ok(sent)
@@ -282,7 +290,14 @@ impl SplitRing {
 
     /// Notes the next buffers that the guest has posted to be written to.
     fn look_for_room(&mut self) -> Result<(), SendError> {
-        let ready = self.refresh_available(1).map_err(SendError::Fault)?;
+        let seen = self.avail_seen;
+        let is_measured = self.buffers.distance.is_due();
+        let (ready, ticks) = timed(is_measured, || self.refresh_available(1));
+        let ready = ready.map_err(SendError::Fault)?;
+        // Otherwise the driver's line has not come from anywhere.
+        if is_measured && self.avail_seen != seen {
+            self.buffers.distance.note(ticks);
+        }
         if ready == 0 {
             return Err(SendError::Full);
         }
@@ -309,7 +324,7 @@ impl SplitRing {
             self.posted.fill(Posted::GENERAL);
             return;
         }
-        let wish = if direction == Direction::DeviceReads { Wish::Read } else { Wish::Write };
+        let wish = self.buffers.wish(direction);
         let (table, heads) = (self.table(), self.heads());
         let least = self.buffers.net_header_bytes;
         let mut finder = self.buffers.memory.finder();
