@@ -457,17 +457,23 @@ impl<'a> PayloadCursor<'a> {
         Self { current: payload.first, rest: payload.rest }
     }
 
-    /// Fills `into` from the payload as far as either reaches; returns what is left of `into`.
+    /// Fills `into` from the payload as far as either reaches, past the caches if `FAR`; returns what is left of `into`.
     ///
     /// # Safety
     /// The memory of `into` is mapped.
     #[inline]
-    pub(crate) unsafe fn copy_into(&mut self, mut into: Segment) -> Segment {
+    pub(crate) unsafe fn copy_into<const FAR: bool>(&mut self, mut into: Segment) -> Segment {
         loop {
             let bytes = self.current.bytes.min(into.bytes);
             if bytes > 0 {
                 // SAFETY: the source is mapped because the payload borrows its owner, the destination by the caller's promise.
-                unsafe { into.copy_from(self.current, bytes) };
+                unsafe {
+                    if FAR {
+                        into.stream_from(self.current, bytes);
+                    } else {
+                        into.copy_from(self.current, bytes);
+                    }
+                }
                 self.current = self.current.skip(bytes);
                 into = into.skip(bytes);
             }

@@ -13,6 +13,7 @@ use crate::dirty_log::RingLog;
 use crate::distance::Distance;
 use crate::frame::{Before, FrameFault, HEADER_COPY_BYTES, NetHeader, RawFrame, Tail};
 use crate::memory::{Memory, Payload, PayloadCursor, Segment, Wish};
+use crate::stream;
 
 /// Takes the pieces of a chain one by one; false to be given no more.
 pub(super) type Take<'a> = &'a mut dyn FnMut(Segment) -> bool;
@@ -258,7 +259,7 @@ impl Buffers {
         let net = net.to_bytes(chains);
         let net = &net[..self.net_header_bytes as usize];
         let mut segments = self.segments[..self.used].iter();
-        let mut into = Segment::EMPTY;
+        let (mut into, is_far) = (Segment::EMPTY, self.distance.is_far());
         for piece in [Payload::private(net), Payload::private(header), payload] {
             let mut cursor = PayloadCursor::new(piece);
             let mut left = piece.bytes();
@@ -269,9 +270,12 @@ impl Buffers {
                 }
                 let before = into.bytes();
                 // SAFETY: see the module's text.
-                into = unsafe { cursor.copy_into(into) };
+                into = unsafe { if is_far { cursor.copy_into::<true>(into) } else { cursor.copy_into::<false>(into) } };
                 left -= before - into.bytes();
             }
+        }
+        if is_far {
+            stream::fence();
         }
         if let Some(log) = &self.log {
             let need = net.len() as u64 + header.len() as u64 + u64::from(payload.bytes());
@@ -336,6 +340,6 @@ fn fill_rest(into: Segment, payload: Payload<'_>) {
         // SAFETY: see the module's text; the payload borrows the owner of its memory.
         Some(piece) => unsafe { into.copy_from(piece, piece.bytes()) },
         // SAFETY: as above.
-        None => drop(unsafe { PayloadCursor::new(payload).copy_into(into) }),
+        None => drop(unsafe { PayloadCursor::new(payload).copy_into::<false>(into) }),
     }
 }

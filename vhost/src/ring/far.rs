@@ -82,7 +82,7 @@ impl Way for FarRun {
         } else {
             // SAFETY: the payload borrows the owner of its memory; what is left of the place has room for it, and for a line.
             unsafe {
-                let rest = PayloadCursor::new(payload).copy_into(rest);
+                let rest = PayloadCursor::new(payload).copy_into::<false>(rest);
                 // VIRTIO 1.2 §2.7.8.2: a device may write more than it says that it has.
                 rest.copy_in(&[0; CACHE_LINE_BYTES]);
             }
@@ -106,7 +106,7 @@ impl Way for FarRun {
 fn put_long(rest: Segment, payload: Payload<'_>, into: Segment) -> u32 {
     let Some(piece) = payload.single() else {
         // SAFETY: as in `FarRun::finish`.
-        unsafe { PayloadCursor::new(payload).copy_into(into) };
+        unsafe { PayloadCursor::new(payload).copy_into::<true>(into) };
         return 0;
     };
     let placed = into.to_line_end(0);
