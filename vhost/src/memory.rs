@@ -166,14 +166,15 @@ pub enum Wish {
     Stream,
 }
 
-/// Asks for the cache line at address `host`. A hint: it reads nothing, and an address that is not mapped does no harm.
+/// Asks for the cache line at address `host`. A hint: it reads nothing, and an address that is not mapped does no harm. What is to be
+/// read comes to the second-level cache: the first level can wait for far fewer lines at once than a burst has.
 #[inline]
 pub fn prefetch(host: usize, wish: Wish) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: neither instruction accesses memory as the program sees it. PREFETCHW does nothing where a processor lacks it.
     unsafe {
         match wish {
-            Wish::Read => std::arch::asm!("prefetcht0 [{}]", in(reg) host, options(nostack, preserves_flags, readonly)),
+            Wish::Read => std::arch::asm!("prefetcht1 [{}]", in(reg) host, options(nostack, preserves_flags, readonly)),
             Wish::Write | Wish::Stream => {
                 std::arch::asm!("prefetchw [{}]", in(reg) host, options(nostack, preserves_flags, readonly))
             }
@@ -332,7 +333,7 @@ impl Segment {
         }
     }
 
-    /// As [`Segment::copy_from`], whole cache lines past the caches.
+    /// As [`Segment::copy_from`], whole cache lines past the caches. Where both overlap it matters not what is there afterwards.
     ///
     /// # Safety
     /// As for [`Segment::copy_from`].
