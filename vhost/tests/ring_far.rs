@@ -5,10 +5,12 @@ mod common;
 
 use common::packed::PackedGuestRing;
 use common::*;
-use dreamwire_vhost::frame::{Bare, Before, NetHeader, RawFrame};
+use dreamwire_vhost::frame::{Bare, Before, HEADER_COPY_BYTES, NetHeader, RawFrame};
+use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{BURST, Ring, SendError};
 use proptest::collection::vec;
 use proptest::prelude::*;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const TRANSMIT: u64 = 0;
 const RECEIVE: u64 = 0x1_0000;
@@ -55,7 +57,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
     let start = prop_oneof![2 => Just(0u64), 1 => Just(52u64), 2 => 0..128u64];
     let buffer = (start, prop_oneof![1 => 12..300u32, 3 => 300..3800u32]);
     let features = proptest::sample::subsequence(vec![F_VERSION_1, F_MERGEABLE], 0..=2);
-    (any::<bool>(), any::<bool>(), features, vec(frame, 1..BURST), vec(buffer, 1..2 * BURST)).prop_map(
+    (any::<bool>(), any::<bool>(), features, vec(frame, 1..=BURST), vec(buffer, 1..2 * BURST)).prop_map(
         |(is_packed, is_wrapped, features, frames, buffers)| Scenario {
             is_packed,
             is_wrapped,
@@ -82,6 +84,17 @@ impl Receiver {
             let ring = GuestRing::new(guest, RECEIVE, SIZE, 0);
             let device = ring.open(scenario.features);
             (Self::Split(ring), device)
+        }
+    }
+
+    /// Where the device looks next for what the driver has written.
+    fn looked_at(&self, device: &Ring) -> u64 {
+        match self {
+            Self::Split(ring) => ring.available + 2,
+            Self::Packed(ring) => {
+                let next = device.next_avail() & 0x7fff;
+                ring.descriptors + DESCRIPTOR_BYTES * u64::from((next + SIZE / 2) % SIZE)
+            }
         }
     }
 
@@ -213,5 +226,108 @@ fn nothing_is_written_outside_of_a_buffer_that_ends_with_its_frame() {
             let (before, rest) = memory.split_at(start as usize);
             assert!(before.iter().chain(&rest[72..]).all(|byte| *byte == FILL), "start {start}");
         }
+    }
+}
+
+#[test]
+fn a_frame_that_has_lost_its_tail_is_not_sent_and_nothing_is_written() {
+    for is_packed in [false, true] {
+        let guest = Guest::new(&[(0, MEMORY_END as usize)]);
+        guest.write(BUFFERS, &[FILL; 8192]);
+        let scenario =
+            Scenario { is_packed, is_wrapped: false, features: F_VERSION_1, frames: Vec::new(), buffers: Vec::new() };
+        let (mut receiver, mut device) = Receiver::open(&guest, &scenario);
+        (0..2).for_each(|id| receiver.post(id, BUFFERS + BUFFER_ROOM * u64::from(id), 2048));
+        let header_bytes = HEADER_COPY_BYTES as u16;
+        for tail_bytes in [1, 100, 192, 193, 1000] {
+            let frame = RawFrame { header_bytes, frame_bytes: u32::from(header_bytes) + tail_bytes, ..RawFrame::EMPTY };
+            let tail = vec![7; tail_bytes as usize + 1];
+            for length in [tail_bytes as usize - 1, tail_bytes as usize + 1] {
+                let sent = device.send_run::<true, _, _>(
+                    std::slice::from_ref(&frame),
+                    Bare,
+                    |_| None,
+                    |_| Payload::private(&tail[..length]),
+                );
+                assert_eq!(sent.map(|sent| sent.frames), Ok(0), "{length} of {tail_bytes}");
+            }
+        }
+        device.flush();
+        assert_eq!(receiver.used(), []);
+        assert!(guest.read(BUFFERS, 8192).iter().all(|byte| *byte == FILL));
+    }
+}
+
+/// A driver that posts a buffer whenever one was filled.
+#[cfg(target_arch = "x86_64")]
+struct Pace {
+    guest: Guest,
+    receiver: Receiver,
+    device: Ring,
+    /// Buffers posted.
+    posted: u32,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Pace {
+    const ROOM: u32 = 128;
+
+    fn address(number: u32) -> u64 {
+        BUFFERS + u64::from(number % u32::from(SIZE) * Self::ROOM)
+    }
+
+    fn post(&mut self) {
+        self.receiver.post((self.posted % u32::from(SIZE)) as u16, Self::address(self.posted), Self::ROOM);
+        self.posted += 1;
+    }
+
+    /// Has the next frame sent; whether its ring takes the driver to be far then. `is_evicted`: what is looked at lies in memory alone.
+    fn turn(&mut self, is_evicted: bool) -> bool {
+        self.post();
+        if is_evicted {
+            let line = GuestAddress(self.receiver.looked_at(&self.device));
+            let line = self.guest.mapped().get_host_address(line).unwrap();
+            // SAFETY: a line of the guest's memory, whose content stays.
+            unsafe {
+                std::arch::x86_64::_mm_clflush(line);
+                std::arch::x86_64::_mm_mfence();
+            }
+        }
+        self.device.send(NetHeader::default(), &[1; 60], Payload::EMPTY).unwrap();
+        self.device.flush();
+        self.device.is_far()
+    }
+}
+
+/// A driver whose lines lie in memory when they are looked at, as those of one do that is far away; then one whose lines are near.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_ring_finds_out_how_far_its_driver_is() {
+    for is_packed in [false, true] {
+        let guest = Guest::new(&[(0, MEMORY_END as usize)]);
+        let features = F_VERSION_1 | F_MERGEABLE;
+        let scenario = Scenario { is_packed, is_wrapped: false, features, frames: Vec::new(), buffers: Vec::new() };
+        let (receiver, device) = Receiver::open(&guest, &scenario);
+        let mut pace = Pace { guest, receiver, device, posted: 0 };
+        // Of a packed ring so many that there is one half a ring away; of a split ring none that is known of.
+        let ahead = if is_packed { 100 } else { 0 };
+        (0..ahead).for_each(|_| pace.post());
+        // A packed ring looks once for 32 buffers; one look in 61 is measured, and twelve have to agree.
+        let turns = 4 * 61 * 12 * if is_packed { 32 } else { 1 };
+        assert!(!pace.turn(false));
+        assert!((0..turns).any(|_| pace.turn(true)), "near for ever, is_packed {is_packed}");
+
+        // A frame in three buffers.
+        let first = pace.posted - ahead;
+        (0..3).for_each(|_| pace.post());
+        let frame: Vec<u8> = (0..300).map(|at| at as u8).collect();
+        pace.device.send(NetHeader::default(), &frame[..128], Payload::private(&frame[128..])).unwrap();
+        pace.device.flush();
+        let buffer = |number| pace.guest.read(Pace::address(number), Pace::ROOM as usize);
+        let written: Vec<u8> = (first..first + 3).flat_map(buffer).collect();
+        assert_eq!(written[10..12], [3, 0], "buffers");
+        assert_eq!(written[12..312], frame, "is_packed {is_packed}");
+
+        assert!((0..turns).any(|_| !pace.turn(false)), "far for ever, is_packed {is_packed}");
     }
 }

@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use super::far;
 use super::{BURST_SEGMENTS_MAX, CHAIN_SEGMENTS_MAX, FRAME_BYTES_MAX, RingFault, RingSetup};
 use crate::dirty_log::RingLog;
 use crate::distance::Distance;
@@ -60,7 +61,8 @@ impl Buffers {
     pub(super) fn wish(&self, direction: Direction) -> Wish {
         match direction {
             Direction::DeviceReads => Wish::Read,
-            Direction::DeviceWrites if self.distance.is_far() => Wish::Stream,
+            // What has to be told of goes one by one.
+            Direction::DeviceWrites if self.distance.is_far() && self.log.is_none() => Wish::Stream,
             Direction::DeviceWrites => Wish::Write,
         }
     }
@@ -201,7 +203,11 @@ impl Buffers {
     pub(super) fn fill_one(&mut self, into: Segment, net: NetHeader, header: &[u8], payload: Payload<'_>) {
         let rest = self.fill_start(into, net.to_words(), header);
         if payload.bytes() > 0 {
-            fill_rest(rest, payload);
+            if self.distance.is_far() {
+                far::fill_rest(rest, payload);
+            } else {
+                fill_rest(rest, payload);
+            }
         }
         if let Some(log) = &self.log {
             let need = u64::from(self.net_header_bytes) + header.len() as u64 + u64::from(payload.bytes());

@@ -1,9 +1,11 @@
-//! Frames for a reader that is as far away as memory (see `distance.rs`): put together here, then written past the caches.
+//! Frames for a driver that is as far away as memory (see `distance.rs`), written past the caches.
 //!
-//! A run's frames wait until all of them are there: what was just stored in small pieces is not loaded in large ones at once.
+//! A run's frames, or of long ones the beginnings, are put together in private memory first and written when all of them are there: what was
+//! just stored in small pieces is not loaded in large ones at once. The rest of a long frame goes from where it lies.
 //!
-//! One of the files with unsafe code in this crate: segments are what `buffers.rs` says, or lie in the run itself.
+//! One of the files with unsafe code in this crate: segments are what `buffers.rs` says, or places of the run.
 
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 use super::BURST;
@@ -12,56 +14,81 @@ use crate::frame::{HEADER_COPY_BYTES, NetHeader};
 use crate::memory::{CACHE_LINE_BYTES, Payload, PayloadCursor, Segment};
 use crate::stream;
 
-/// Bytes behind a header copy up to which all of a frame is put together: then no line of it is written in part.
+/// Bytes behind a header copy up to which all of a frame is put together, and the last cache line filled up with zeros: then no line of a
+/// buffer that begins where a line does is written in part.
 const SHORT_BYTES: u32 = 192;
 /// Bytes of outer headers at most.
 const BEFORE_BYTES_MAX: usize = 64;
-/// The longest beginning of a frame, the rest of a short one, and zeros up to the end of its last cache line.
+/// The longest beginning of a frame, the rest of a short one, and zeros.
 const PLACE_BYTES: usize =
     NetHeader::BYTES + BEFORE_BYTES_MAX + HEADER_COPY_BYTES + SHORT_BYTES as usize + CACHE_LINE_BYTES;
 
-/// A frame's beginning, or all of it.
+/// A frame's beginning, or all of it, and where it is to be written.
 #[repr(align(64))]
-struct Place(MaybeUninit<[u8; PLACE_BYTES]>);
+struct Place {
+    bytes: MaybeUninit<[u8; PLACE_BYTES]>,
+    into: Segment,
+}
 
-impl Place {
-    const EMPTY: Place = Place(MaybeUninit::uninit());
+/// Memory for a run, which nobody has cleared.
+pub(super) struct Places([MaybeUninit<Place>; BURST]);
 
-    #[inline]
-    fn segment(&mut self) -> Segment {
-        Segment::private(self.0.as_mut_ptr().cast(), PLACE_BYTES as u32)
+impl Places {
+    pub(super) fn new() -> Self {
+        Self([const { MaybeUninit::uninit() }; BURST])
     }
 }
 
-/// The frames of a run.
-pub(super) struct FarRun {
-    places: [Place; BURST],
-    /// The bytes that each is to be written to.
-    into: [Segment; BURST],
+/// The frames of a run. It alone uses its places, and through `places` alone: they are written to by way of segments too.
+pub(super) struct FarRun<'a> {
+    places: *mut Place,
     count: usize,
+    owner: PhantomData<&'a mut Places>,
 }
 
-impl FarRun {
-    pub(super) fn new() -> Self {
-        Self { places: [Place::EMPTY; BURST], into: [Segment::EMPTY; BURST], count: 0 }
+impl<'a> FarRun<'a> {
+    pub(super) fn new(places: &'a mut Places) -> Self {
+        Self { places: places.0.as_mut_ptr().cast(), count: 0, owner: PhantomData }
+    }
+
+    /// The next frame's.
+    ///
+    /// # Panics
+    /// If it has no more: a ring notes no more buffers than a burst has frames.
+    #[inline(always)]
+    fn next(&self) -> *mut Place {
+        assert!(self.count < BURST);
+        // SAFETY: one of the places.
+        unsafe { self.places.add(self.count) }
     }
 
     /// Writes all frames.
     #[inline(never)]
     fn write(&mut self) {
-        for (place, into) in self.places.iter_mut().zip(&self.into[..self.count]) {
-            // SAFETY: see the module's text; `finish` has written so many bytes of the place.
-            unsafe { into.stream_from(place.segment(), into.bytes()) };
+        for index in 0..self.count {
+            // SAFETY: `finish` has written so many bytes of the first `count` places, and where they go; see the module's text.
+            unsafe {
+                let place = self.places.add(index);
+                let into = (*place).into;
+                into.stream_from(segment(place), into.bytes());
+            }
         }
         self.count = 0;
     }
 }
 
-impl Way for FarRun {
+/// The bytes of one of a run's places.
+#[inline(always)]
+fn segment(place: *mut Place) -> Segment {
+    // SAFETY: the address of a field, of a place that is there.
+    Segment::private(unsafe { &raw mut (*place).bytes }.cast(), PLACE_BYTES as u32)
+}
+
+impl Way for FarRun<'_> {
     #[inline(always)]
     fn place<const BYTES: usize>(&mut self, _: Segment) -> Segment {
         const { assert!(BYTES <= BEFORE_BYTES_MAX) };
-        self.places[self.count].segment()
+        segment(self.next())
     }
 
     #[inline(always)]
@@ -88,7 +115,8 @@ impl Way for FarRun {
             }
             into.to_line_end(begun + tail_bytes)
         };
-        self.into[self.count] = into.limit(placed);
+        // SAFETY: one of the places.
+        unsafe { (&raw mut (*self.next()).into).write(into.limit(placed)) };
         self.count += 1;
         Some(())
     }
@@ -100,20 +128,24 @@ impl Way for FarRun {
     }
 }
 
-/// Writes a payload that is not put together to `into`, but for its first bytes up to the end of a cache line, for which there is
-/// `rest`; returns how many those are.
+/// Writes a long payload to `into`, but for its first bytes up to the end of a cache line, which go to `rest`; returns how many those
+/// are.
 #[inline(never)]
 fn put_long(rest: Segment, payload: Payload<'_>, into: Segment) -> u32 {
-    let Some(piece) = payload.single() else {
-        // SAFETY: as in `FarRun::finish`.
-        unsafe { PayloadCursor::new(payload).copy_into::<true>(into) };
-        return 0;
-    };
     let placed = into.to_line_end(0);
-    // SAFETY: as in `FarRun::finish`.
+    let mut cursor = PayloadCursor::new(payload);
+    // SAFETY: as in `FarRun::finish`; the payload is longer than a line.
     unsafe {
-        rest.copy_from(piece, placed);
-        into.skip(placed).stream_from(piece.skip(placed), piece.bytes() - placed);
+        cursor.copy_into::<false>(rest.limit(placed));
+        cursor.copy_into::<true>(into.skip(placed));
     }
     placed
+}
+
+/// Writes a payload into one piece that has room for it.
+#[inline(never)]
+pub(super) fn fill_rest(into: Segment, payload: Payload<'_>) {
+    // SAFETY: as in `FarRun::finish`.
+    unsafe { PayloadCursor::new(payload).copy_into::<true>(into) };
+    stream::fence();
 }

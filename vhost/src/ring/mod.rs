@@ -44,7 +44,7 @@ use crate::frame::{Before, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
 use crate::memory::{Memory, Payload};
 use buffers::Straight;
-use far::FarRun;
+use far::{FarRun, Places};
 use inflight_packed::has_inflight;
 use packed::PackedRing;
 use split::SplitRing;
@@ -369,7 +369,9 @@ impl Ring {
             return Ok(Sent::default());
         }
         let sent = if FAR {
-            with_layout!(&mut self.layout, ring => ring.send_run(&mut FarRun::new(), frames, before, net, payload))
+            let mut places = Places::new();
+            let mut run = FarRun::new(&mut places);
+            with_layout!(&mut self.layout, ring => ring.send_run(&mut run, frames, before, net, payload))
         } else {
             with_layout!(&mut self.layout, ring => ring.send_run(&mut Straight, frames, before, net, payload))
         };

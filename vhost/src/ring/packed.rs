@@ -29,10 +29,10 @@ use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 use super::buffers::{Buffers, Direction, Way};
 use super::inflight_packed::{Copied, PackedTracker};
 use super::packed_chain::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_NEXT, FLAG_WRITE, Head, Table, descriptor, second_word,
-    walk,
+    Chain, DESCRIPTOR_BYTES, Descriptor, FLAG_BATCH_END, FLAG_NEXT, FLAG_WRITE, Head, Simple, Table, descriptor,
+    second_word, walk,
 };
-use super::packed_events::{EVENT_BYTES, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, Events};
+use super::packed_events::{EVENT_BYTES, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, Events, Kicks};
 use super::packed_resumed::Resumed;
 use super::packed_staging::{KeptBack, Staging};
 use super::position::Position;
@@ -50,22 +50,6 @@ use crate::memory::{CACHE_LINE_BYTES, Memory, Payload, Segment, Wish, prefetch};
 const LINE_DESCRIPTORS: u16 = CACHE_LINE_BYTES as u16 / DESCRIPTOR_BYTES as u16;
 /// Descriptors of a ring in which most likely all buffers of the next burst have been posted when those of one are looked for.
 const POSTED_AHEAD_MIN: usize = 4 * BURST;
-
-/// A chain of one descriptor and its buffer in one region, seen before it is needed.
-#[derive(Debug, Clone, Copy)]
-struct Simple {
-    id: u16,
-    buffer: Segment,
-}
-
-/// What the device area says about kicks, as last written by us.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kicks {
-    /// Whoever served the ring before us wrote it.
-    Unknown,
-    Wanted,
-    Unwanted,
-}
 
 #[derive(Debug)]
 pub(super) struct PackedRing {

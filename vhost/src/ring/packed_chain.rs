@@ -58,6 +58,13 @@ pub(super) struct Chain {
     pub(super) slots: u16,
 }
 
+/// A chain of one descriptor and its buffer in one region, seen before it is needed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Simple {
+    pub(super) id: u16,
+    pub(super) buffer: Segment,
+}
+
 /// A table of descriptors: the ring's own, checked to lie whole in mapped memory, or one in private memory.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Table {

@@ -61,3 +61,12 @@ impl Events {
         (Position::from_bits(word as u16), (word >> 16) as u16 & EVENT_FLAGS)
     }
 }
+
+/// What the device area says about kicks, as last written by us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kicks {
+    /// Whoever served the ring before us wrote it.
+    Unknown,
+    Wanted,
+    Unwanted,
+}

@@ -14,7 +14,7 @@ use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_U
 use super::buffers::{Buffers, Direction, Way};
 use super::inflight_split::SplitTracker;
 use super::split_chain::{DESCRIPTOR_BYTES, Table, descriptor, walk};
-use super::split_entries::{Heads, UsedEntries};
+use super::split_entries::{Heads, Posted, UsedEntries};
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
     RingSetup, SendError, Sent,
@@ -30,18 +30,6 @@ const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
 
 /// Chains that are noted: a burst that was taken, and the next one.
 const NOTED_MAX: usize = 2 * BURST;
-
-/// A chain seen before its turn comes.
-#[derive(Debug, Clone, Copy)]
-struct Posted {
-    head: u16,
-    /// Empty: to be looked at in the general way.
-    buffer: Segment,
-}
-
-impl Posted {
-    const GENERAL: Posted = Posted { head: 0, buffer: Segment::EMPTY };
-}
 
 #[derive(Debug)]
 pub(super) struct SplitRing {
@@ -60,6 +48,8 @@ pub(super) struct SplitRing {
     next_avail: u16,
     /// The available index as last read, checked to be at most `size` ahead of `next_avail` at that time.
     avail_seen: u16,
+    /// The same, unchecked, when that cache line was here last.
+    line_seen: u16,
     /// Next used entry to write.
     next_used: u16,
     /// The used index as the guest sees it.
@@ -122,6 +112,7 @@ impl SplitRing {
             mergeable: super::mergeable(setup.features),
             next_avail,
             avail_seen: next_avail,
+            line_seen: next_avail,
             next_used: setup.next_used,
             published_used: setup.next_used,
             taken: 0,
@@ -290,14 +281,15 @@ impl SplitRing {
 
     /// Notes the next buffers that the guest has posted to be written to.
     fn look_for_room(&mut self) -> Result<(), SendError> {
-        let seen = self.avail_seen;
-        let is_measured = self.buffers.distance.is_due();
+        // If it knows of more there is no look.
+        let is_measured = self.avail_seen == self.next_avail && self.buffers.distance.is_due();
         let (ready, ticks) = timed(is_measured, || self.refresh_available(1));
         let ready = ready.map_err(SendError::Fault)?;
-        // Otherwise the driver's line has not come from anywhere.
-        if is_measured && self.avail_seen != seen {
+        // Otherwise the line was here.
+        if is_measured && self.avail_seen != self.line_seen {
             self.buffers.distance.note(ticks);
         }
+        self.line_seen = self.avail_seen;
         if ready == 0 {
             return Err(SendError::Full);
         }
@@ -421,7 +413,9 @@ impl SplitRing {
             let used_event = self.available_u16(4 + 2 * usize::from(self.size)).load(Ordering::Relaxed);
             new.wrapping_sub(used_event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
-            self.available_u16(0).load(Ordering::Relaxed) & NO_INTERRUPT == 0
+            let is_wanted = self.available_u16(0).load(Ordering::Relaxed) & NO_INTERRUPT == 0;
+            self.line_seen = self.available_index(Ordering::Relaxed);
+            is_wanted
         }
     }
 

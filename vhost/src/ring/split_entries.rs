@@ -5,6 +5,8 @@
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use crate::memory::Segment;
+
 /// The heads in an available ring that was checked to lie whole in mapped memory.
 #[derive(Clone, Copy)]
 pub(super) struct Heads {
@@ -51,4 +53,16 @@ impl UsedEntries {
         // SAFETY: as in `Heads::get`; 4-byte aligned. The guest does not read it before the used index is published.
         unsafe { entry.write_unaligned(value) };
     }
+}
+
+/// A chain seen before its turn comes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Posted {
+    pub(super) head: u16,
+    /// Empty: to be looked at in the general way.
+    pub(super) buffer: Segment,
+}
+
+impl Posted {
+    pub(super) const GENERAL: Posted = Posted { head: 0, buffer: Segment::EMPTY };
 }
