@@ -255,7 +255,12 @@ impl Buffers {
             unsafe { rest.copy_in(frame.headers()) };
             rest = rest.skip(u32::from(frame.header_bytes));
         }
-        way.finish(rest, frame.tail_bytes(), payload, into)?;
+        let tail_bytes = frame.tail_bytes();
+        let payload = if tail_bytes > 0 { payload() } else { Payload::EMPTY };
+        if payload.bytes() != tail_bytes {
+            return None;
+        }
+        way.finish(rest, payload, into);
         // At most the piece's bytes.
         Some(need as u32)
     }
@@ -295,14 +300,8 @@ pub(super) trait Way {
     /// Where to write a frame's beginning that is to go to `into`, with `BYTES` bytes of outer headers.
     fn place<const BYTES: usize>(&mut self, into: Segment) -> Segment;
 
-    /// The beginning is there and has left `rest`, `tail_bytes` are still to come. `None`: `payload` has not so many.
-    fn finish<'f>(
-        &mut self,
-        rest: Segment,
-        tail_bytes: u32,
-        payload: impl FnOnce() -> Payload<'f>,
-        into: Segment,
-    ) -> Option<()>;
+    /// The beginning is there and has left `rest`; behind it comes `payload`, for which `into` has room as well.
+    fn finish(&mut self, rest: Segment, payload: Payload<'_>, into: Segment);
 
     /// All frames are there.
     fn end(&mut self);
@@ -318,21 +317,10 @@ impl Way for Straight {
     }
 
     #[inline(always)]
-    fn finish<'f>(
-        &mut self,
-        rest: Segment,
-        tail_bytes: u32,
-        payload: impl FnOnce() -> Payload<'f>,
-        _: Segment,
-    ) -> Option<()> {
-        if tail_bytes > 0 {
-            let payload = payload();
-            if payload.bytes() != tail_bytes {
-                return None;
-            }
+    fn finish(&mut self, rest: Segment, payload: Payload<'_>, _: Segment) {
+        if payload.bytes() > 0 {
             fill_rest(rest, payload);
         }
-        Some(())
     }
 
     #[inline(always)]

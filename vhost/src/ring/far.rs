@@ -92,19 +92,9 @@ impl Way for FarRun<'_> {
     }
 
     #[inline(always)]
-    fn finish<'f>(
-        &mut self,
-        rest: Segment,
-        tail_bytes: u32,
-        payload: impl FnOnce() -> Payload<'f>,
-        into: Segment,
-    ) -> Option<()> {
-        let payload = if tail_bytes > 0 { payload() } else { Payload::EMPTY };
-        if payload.bytes() != tail_bytes {
-            return None;
-        }
+    fn finish(&mut self, rest: Segment, payload: Payload<'_>, into: Segment) {
         let begun = PLACE_BYTES as u32 - rest.bytes();
-        let placed = if tail_bytes > SHORT_BYTES {
+        let placed = if payload.bytes() > SHORT_BYTES {
             begun + put_long(rest, payload, into.skip(begun))
         } else {
             // SAFETY: the payload borrows the owner of its memory; what is left of the place has room for it, and for a line.
@@ -113,12 +103,11 @@ impl Way for FarRun<'_> {
                 // VIRTIO 1.2 §2.7.8.2: a device may write more than it says that it has.
                 rest.copy_in(&[0; CACHE_LINE_BYTES]);
             }
-            into.to_line_end(begun + tail_bytes)
+            into.to_line_end(begun + payload.bytes())
         };
         // SAFETY: one of the places.
         unsafe { (&raw mut (*self.next()).into).write(into.limit(placed)) };
         self.count += 1;
-        Some(())
     }
 
     #[inline(always)]
