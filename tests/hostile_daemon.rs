@@ -33,7 +33,13 @@ fn an_operator_sees_why_a_ring_is_quarantined_and_that_its_reset_ends_it() {
     front_end.raw(1).submit(9999);
     wait_until(PATIENCE, "quarantine", || shown(&daemon).is_some()).unwrap();
     assert_eq!(shown(&daemon).unwrap(), "descriptor index 9999 is outside the table of 64");
-    assert!(daemon.metrics().unwrap().contains("dreamwire_ring_quarantined{port=\"vm1\",ring=\"1\"} 1"));
+    let metrics = daemon.metrics().unwrap();
+    assert!(metrics.contains("dreamwire_ring_quarantined{port=\"vm1\",ring=\"1\"} 1"));
+    assert!(metrics.contains("dreamwire_ring_far{port=\"vm1\",ring=\"0\"} 0"), "nothing was sent to it yet");
+    assert!(
+        !metrics.contains("dreamwire_ring_far{port=\"vm1\",ring=\"1\"}"),
+        "nothing is written to a transmitq's driver"
+    );
     wait_until(PATIENCE, "the log", || daemon.log().contains("ring quarantined until its driver resets")).unwrap();
     assert!(front_end.raw(1).doorbell().broken(), "the error descriptor was signalled");
     attack::reset_ring(&mut front_end, 1).unwrap();

@@ -298,3 +298,28 @@ fn a_guest_that_was_silent_for_long_is_heard_among_busy_ones() {
         assert!(lan.worker.ring_rows().iter().all(|row| row.port != PortId(station) || row.queue == 0));
     }
 }
+
+/// Guest 1's driver posts one buffer at a time, and what the worker looks at lies in memory alone.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn an_operator_sees_whose_driver_is_far() {
+    let mut lan = acquainted(2, 1);
+    let sent = frame(mac(2), mac(1), 60, 1);
+    (0..RING_SIZE).for_each(|_| lan.send(0, &sent));
+    let far = |lan: &Lan| {
+        let mut rows = lan.worker.ring_rows();
+        rows.sort_by_key(|row| (row.port.0, row.queue));
+        rows.iter().map(|row| row.far).collect::<Vec<_>>()
+    };
+    assert_eq!(far(&lan), [Some(false), None, Some(false), None]);
+    // One look in 61 is measured, and twelve have to agree.
+    let became_far = (0..4 * 61 * 12).any(|_| {
+        let queue = &mut lan.stations[1].queues[0];
+        queue.post_buffer(2048);
+        queue.ring.guest.evict(queue.ring.available + 2);
+        lan.send(0, &sent);
+        far(&lan) != [Some(false), None, Some(false), None]
+    });
+    assert!(became_far);
+    assert_eq!(far(&lan), [Some(false), None, Some(true), None]);
+}

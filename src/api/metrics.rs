@@ -95,6 +95,7 @@ impl Scrape {
         let mut calls = Family::counter("ring_calls", "Interrupts sent to the guest");
         let mut kicks = Family::counter("ring_kicks", "Times a guest's kick woke the worker");
         let mut quarantined = Family::gauge("ring_quarantined", "Whether an attached ring was found corrupt");
+        let mut far = Family::gauge("ring_far", "Whether the guest is as far from its worker as memory, by receiveq");
         for entry in &self.inventory.ports {
             let (port, session, counters) = (entry.port.name.as_str(), entry.session.state(), entry.counters.sum());
             for (direction, sum) in [("rx", counters.rx()), ("tx", counters.tx())] {
@@ -114,10 +115,14 @@ impl Scrape {
             }
             for row in self.rings.iter().filter(|row| row.port == entry.id) {
                 let queue = row.queue.to_string();
-                quarantined.add(&[("port", port), ("ring", &queue)], u64::from(row.quarantined.is_some()));
+                let labels = [("port", port), ("ring", queue.as_str())];
+                quarantined.add(&labels, u64::from(row.quarantined.is_some()));
+                if let Some(is_far) = row.far {
+                    far.add(&labels, u64::from(is_far));
+                }
             }
         }
-        vec![frames, bytes, connected, connections, ring_frames, ring_bytes, calls, kicks, quarantined]
+        vec![frames, bytes, connected, connections, ring_frames, ring_bytes, calls, kicks, quarantined, far]
     }
 
     fn networks(&self) -> Vec<Family> {

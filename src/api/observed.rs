@@ -160,6 +160,7 @@ fn ring_list(entry: &PortEntry, counters: &PortCounters, rings: &[RingRow]) -> V
             "enabled": row.map(|row| row.enabled),
             "quarantined": row.and_then(|row| row.quarantined.clone()),
             "kicked_but_empty": row.map(|row| row.kicked_but_empty),
+            "far": row.and_then(|row| row.far),
             "frames": counters.traffic.frames.get(),
             "bytes": counters.traffic.bytes.get(),
             "calls": counters.calls.get(),

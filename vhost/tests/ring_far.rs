@@ -10,7 +10,6 @@ use dreamwire_vhost::memory::Payload;
 use dreamwire_vhost::ring::{BURST, Ring, SendError};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const TRANSMIT: u64 = 0;
 const RECEIVE: u64 = 0x1_0000;
@@ -285,13 +284,7 @@ impl Pace {
     fn turn(&mut self, is_evicted: bool) -> bool {
         self.post();
         if is_evicted {
-            let line = GuestAddress(self.receiver.looked_at(&self.device));
-            let line = self.guest.mapped().get_host_address(line).unwrap();
-            // SAFETY: a line of the guest's memory, whose content stays.
-            unsafe {
-                std::arch::x86_64::_mm_clflush(line);
-                std::arch::x86_64::_mm_mfence();
-            }
+            self.guest.evict(self.receiver.looked_at(&self.device));
         }
         self.device.send(NetHeader::default(), &[1; 60], Payload::EMPTY).unwrap();
         self.device.flush();

@@ -99,6 +99,8 @@ pub struct RingRow {
     pub quarantined: Option<String>,
     /// The guest kicked it but nothing ever appeared in it: the VM's memory is most likely not shared.
     pub kicked_but_empty: bool,
+    /// Of a guest's receiveq: whether the guest's driver is as far away as memory ([`Ring::is_far`]).
+    pub far: Option<bool>,
 }
 
 /// Places of a connection table that are read between two turns: some 20 µs.

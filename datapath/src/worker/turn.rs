@@ -577,6 +577,7 @@ impl Worker {
             enabled: ring.enabled(),
             quarantined: ring.fault().map(|fault| fault.to_string()),
             kicked_but_empty,
+            far: queue.is_multiple_of(2).then(|| ring.is_far()),
         };
         let receiveqs = self.outlets.rings().map(|(port, pair, ring)| row(port, 2 * pair, ring, false));
         let transmitqs = self.sources.iter().map(|s| row(s.port, s.queue, &s.ring, s.kicked_but_empty));

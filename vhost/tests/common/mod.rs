@@ -10,7 +10,7 @@ use dreamwire_vhost::eventfd::EventFd;
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::memory::Memory;
 use dreamwire_vhost::ring::{BURST, Ring, RingSetup};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 // VIRTIO 1.2 §2.7.5 and §6.
 pub(crate) const NEXT: u16 = 1;
@@ -56,6 +56,17 @@ impl Guest {
 
     pub(crate) fn read_u16(&self, address: u64) -> u16 {
         u16::from_le_bytes(self.read(address, 2).try_into().expect("two bytes"))
+    }
+
+    /// Has the line at `address` lie in memory alone.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn evict(&self, address: u64) {
+        let line = self.mapped().get_host_address(GuestAddress(address)).expect("guest memory");
+        // SAFETY: a line of the guest's memory, whose content stays.
+        unsafe {
+            std::arch::x86_64::_mm_clflush(line);
+            std::arch::x86_64::_mm_mfence();
+        }
     }
 
     /// Writes entry `index` of the descriptor table at `table`.
