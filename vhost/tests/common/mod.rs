@@ -10,7 +10,7 @@ use dreamwire_vhost::eventfd::EventFd;
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::memory::Memory;
 use dreamwire_vhost::ring::{BURST, Ring, RingSetup};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 // VIRTIO 1.2 §2.7.5 and §6.
 pub(crate) const NEXT: u16 = 1;
@@ -61,7 +61,8 @@ impl Guest {
     /// Has the line at `address` lie in memory alone.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn evict(&self, address: u64) {
-        let line = self.mapped().get_host_address(GuestAddress(address)).expect("guest memory");
+        let line = vm_memory::GuestMemoryBackend::get_host_address(self.mapped(), GuestAddress(address));
+        let line = line.expect("an address in the guest");
         // SAFETY: a line of the guest's memory, whose content stays.
         unsafe {
             std::arch::x86_64::_mm_clflush(line);
