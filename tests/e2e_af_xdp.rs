@@ -114,11 +114,13 @@ fn interoperates(underlay: Underlay) {
     let mut guest = guest(&daemon);
     peer.send(&text_frame(IN_GUEST, BEHIND, "hello")).unwrap();
     receive(&mut guest, 1);
+    let before_guest = drops(&daemon).get("ports/vm1/port_down").copied();
     wait_reached(&mut guest, &peer, "hello too");
     // What was sent before the neighbour was known is gone, for that reason alone; what came late is not waited for. The other
     // host's device may have spoken (IPv6) between the opening of the underlay and the network's first snapshot, or the guest's start.
     let early = ["networks/blue/unresolved", "underlays/fabric/unknown_vni", "ports/vm1/port_down"];
     assert!(drops(&daemon).keys().all(|name| early.contains(&name.as_str())), "{:?}", drops(&daemon));
+    assert_eq!(drops(&daemon).get("ports/vm1/port_down").copied(), before_guest);
     let _ = peer.receive(&FrameFilter::any().source(IN_GUEST), 10_000, std::time::Duration::from_millis(200));
 
     let before = drops(&daemon);

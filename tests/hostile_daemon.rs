@@ -19,11 +19,15 @@ fn daemon() -> Daemon {
     Daemon::start(&DaemonSpec { name: "dreamwire", binary, netns: None, config }).unwrap()
 }
 
-/// Why vm1's transmitq is quarantined, as `dreamwire show` prints it.
+/// A ring of vm1, as `dreamwire show` prints it.
+fn ring(daemon: &Daemon, queue: usize) -> Value {
+    let mut shown: Value = serde_json::from_str(&daemon.cli(&["show", "port", "vm1", "--json"]).unwrap()).unwrap();
+    shown["rings"][queue].take()
+}
+
+/// Why vm1's transmitq is quarantined.
 fn shown(daemon: &Daemon) -> Option<String> {
-    let shown: Value = serde_json::from_str(&daemon.cli(&["show", "port", "vm1", "--json"]).unwrap()).unwrap();
-    let rings = shown["rings"].as_array().unwrap();
-    rings[1]["quarantined"].as_str().map(str::to_owned)
+    ring(daemon, 1)["quarantined"].as_str().map(str::to_owned)
 }
 
 #[test]
@@ -33,6 +37,7 @@ fn an_operator_sees_why_a_ring_is_quarantined_and_that_its_reset_ends_it() {
     front_end.raw(1).submit(9999);
     wait_until(PATIENCE, "quarantine", || shown(&daemon).is_some()).unwrap();
     assert_eq!(shown(&daemon).unwrap(), "descriptor index 9999 is outside the table of 64");
+    assert_eq!([0, 1].map(|queue| ring(&daemon, queue)["far"].take()), [Value::Bool(false), Value::Null]);
     let metrics = daemon.metrics().unwrap();
     assert!(metrics.contains("dreamwire_ring_quarantined{port=\"vm1\",ring=\"1\"} 1"));
     assert!(metrics.contains("dreamwire_ring_far{port=\"vm1\",ring=\"0\"} 0"), "nothing was sent to it yet");
