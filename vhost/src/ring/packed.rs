@@ -41,7 +41,7 @@ use super::{
     RingSetup, SendError, Sent,
 };
 use crate::dirty_log::RingLog;
-use crate::distance::timed;
+use crate::distance::timed_load;
 use crate::frame::{Before, NetHeader, RawFrame};
 use crate::inflight::InflightPart;
 use crate::memory::{CACHE_LINE_BYTES, Memory, Payload, Segment, Wish, prefetch};
@@ -326,8 +326,8 @@ impl PackedRing {
     fn measure(&mut self) {
         if usize::from(self.table.size) >= POSTED_AHEAD_MIN {
             let at = self.staging.next.after(self.table.size / 2, self.table.size);
-            let (found, ticks) = timed(true, || self.available(at));
-            if found.is_some() {
+            let (flags, ticks) = timed_load(self.flags_at(at.index));
+            if at.is_available(u16::from_le(flags)) {
                 self.buffers.distance.note(ticks);
             }
         }

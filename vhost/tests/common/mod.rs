@@ -4,13 +4,17 @@
 pub(crate) mod packed;
 pub(crate) mod pair;
 
+use std::fs::File;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use dreamwire_vhost::eventfd::EventFd;
 use dreamwire_vhost::frame::RawFrame;
 use dreamwire_vhost::memory::Memory;
 use dreamwire_vhost::ring::{BURST, Ring, RingSetup};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MmapAdvise, madvise};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 // VIRTIO 1.2 §2.7.5 and §6.
 pub(crate) const NEXT: u16 = 1;
@@ -23,6 +27,7 @@ pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 pub(crate) const F_VERSION_1: u64 = 1 << 32;
 
 pub(crate) const DESCRIPTOR_BYTES: u64 = 16;
+const PAGE_BYTES: u64 = 4096;
 
 /// A guest's memory.
 #[derive(Debug, Clone)]
@@ -31,8 +36,12 @@ pub(crate) struct Guest(pub(crate) Arc<Memory>);
 impl Guest {
     /// Regions: start and length.
     pub(crate) fn new(regions: &[(u64, usize)]) -> Self {
-        let ranges: Vec<_> = regions.iter().map(|&(start, bytes)| (GuestAddress(start), bytes)).collect();
-        let mapped = GuestMemoryMmap::from_ranges(&ranges).expect("anonymous memory");
+        let ranges = regions.iter().map(|&(start, bytes)| {
+            let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
+            file.set_len(bytes as u64).expect("room");
+            (GuestAddress(start), bytes, Some(FileOffset::new(file, 0)))
+        });
+        let mapped = GuestMemoryMmap::from_ranges_with_files(ranges).expect("shared memory");
         Self(Arc::new(Memory::new(Arc::new(mapped)).expect("room for its regions")))
     }
 
@@ -58,16 +67,13 @@ impl Guest {
         u16::from_le_bytes(self.read(address, 2).try_into().expect("two bytes"))
     }
 
-    /// Has the line at `address` lie in memory alone.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn evict(&self, address: u64) {
-        let line = vm_memory::GuestMemoryBackend::get_host_address(self.mapped(), GuestAddress(address));
-        let line = line.expect("an address in the guest");
-        // SAFETY: a line of the guest's memory, whose content stays.
-        unsafe {
-            std::arch::x86_64::_mm_clflush(line);
-            std::arch::x86_64::_mm_mfence();
-        }
+    /// Has the next load from the page at `address` take longer than any from memory: a page fault, on any machine.
+    pub(crate) fn unmap_page(&self, address: u64) {
+        let page = address / PAGE_BYTES * PAGE_BYTES;
+        let host = self.mapped().get_host_address(GuestAddress(page)).expect("an address in the guest");
+        let host = NonNull::new(host.cast()).expect("a mapped page");
+        // SAFETY: a page of the guest's memory, whose content stays: it is a file's.
+        unsafe { madvise(host, PAGE_BYTES as usize, MmapAdvise::MADV_DONTNEED) }.expect("a page of shared memory");
     }
 
     /// Writes entry `index` of the descriptor table at `table`.
