@@ -30,6 +30,7 @@ mod recover;
 mod split;
 mod split_chain;
 mod split_entries;
+mod split_resumed;
 
 use std::ops::AddAssign;
 use std::sync::Arc;

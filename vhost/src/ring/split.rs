@@ -15,6 +15,7 @@ use super::buffers::{Buffers, Direction, Way};
 use super::inflight_split::SplitTracker;
 use super::split_chain::{DESCRIPTOR_BYTES, Table, descriptor, walk};
 use super::split_entries::{Heads, Posted, UsedEntries};
+use super::split_resumed::Resumed;
 use super::{
     BURST, BURST_DESCRIPTORS_MAX, CHAIN_DESCRIPTORS_MAX, MERGED_CHAINS_MAX, RING_SIZE_MAX, RingError, RingFault,
     RingSetup, SendError, Sent,
@@ -64,14 +65,6 @@ pub(super) struct SplitRing {
     resumed: Option<Box<Resumed>>,
 }
 
-/// What takes the place of the available ring's entries from `first` on: a device that finishes out of order leaves other
-/// chains to be done than those that stand there.
-#[derive(Debug)]
-struct Resumed {
-    first: u16,
-    heads: Vec<u16>,
-}
-
 impl SplitRing {
     pub(super) fn new(setup: &RingSetup) -> Result<Self, RingError> {
         let size = setup.size;
@@ -98,8 +91,7 @@ impl SplitRing {
         // Whoever was there before has taken what it gave back and what is in flight, and the latter counts as not taken yet:
         // the front-end's word may be older.
         let next_avail = if found.is_some() { setup.next_used } else { setup.next_avail };
-        let resumed = found.filter(|heads| !heads.is_empty());
-        let resumed = resumed.map(|heads| Box::new(Resumed { first: next_avail, heads }));
+        let resumed = found.and_then(|heads| Resumed::new(next_avail, heads)).map(Box::new);
         Ok(Self {
             addresses: (setup.descriptors, setup.available, setup.used),
             descriptors,
@@ -404,8 +396,8 @@ impl SplitRing {
             return false;
         }
         self.published_used = new;
-        if self.buffers.log.is_some() {
-            self.log_used_entries(old, new);
+        if let Some(log) = &self.buffers.log {
+            self.used_entries().log(log, old, new);
         }
         if let Some(tracker) = &self.inflight {
             tracker.using();
@@ -469,19 +461,6 @@ impl SplitRing {
         }
     }
 
-    /// Logs the used entries with indices from `old` to `new`, before the guest can see them.
-    #[cold]
-    fn log_used_entries(&self, old: u16, new: u16) {
-        let Some(log) = &self.buffers.log else { return };
-        let first = old & (self.size - 1);
-        // At most two runs: up to the end of the ring, and from its start.
-        let count = new.wrapping_sub(old);
-        let before_end = count.min(self.size - first);
-        for (slot, count) in [(first, before_end), (0, count - before_end)] {
-            log.used(4 + 8 * u64::from(slot), 8 * u64::from(count));
-        }
-    }
-
     /// Notes the burst that was just taken in the in-flight region.
     #[cold]
     fn track_taken(&mut self) {
@@ -497,16 +476,12 @@ impl SplitRing {
     #[cold]
     fn take_resumed(&mut self, chains: &[(u16, u32)]) {
         let (Some(resumed), Some(tracker)) = (&self.resumed, &mut self.inflight) else { return };
-        let done = usize::from(self.next_avail.wrapping_sub(resumed.first));
-        let left = resumed.heads.len().saturating_sub(done);
-        chains.iter().take(left).for_each(|&(head, _)| tracker.took(head));
+        chains.iter().take(resumed.left(self.next_avail)).for_each(|&(head, _)| tracker.took(head));
     }
 
     /// Lets go of them when all were served: an index that comes round again means the available ring's entry.
     fn end_resumed(&mut self) {
-        let is_over =
-            |resumed: &Resumed| usize::from(self.next_avail.wrapping_sub(resumed.first)) >= resumed.heads.len();
-        if self.taken == 0 && self.resumed.as_deref().is_some_and(is_over) {
+        if self.taken == 0 && self.resumed.as_ref().is_some_and(|resumed| resumed.left(self.next_avail) == 0) {
             self.resumed = None;
         }
     }
@@ -541,9 +516,7 @@ impl SplitRing {
     /// The head of the chain in entry `index`, checked.
     #[inline]
     fn available_entry(&self, index: u16) -> Result<u16, RingFault> {
-        if let Some(resumed) = &self.resumed
-            && let Some(&head) = resumed.heads.get(usize::from(index.wrapping_sub(resumed.first)))
-        {
+        if let Some(head) = self.resumed.as_ref().and_then(|resumed| resumed.head(index)) {
             return Ok(head);
         }
         let head = self.heads().get(index);

@@ -5,6 +5,7 @@
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use crate::dirty_log::RingLog;
 use crate::memory::Segment;
 
 /// The heads in an available ring that was checked to lie whole in mapped memory.
@@ -52,6 +53,18 @@ impl UsedEntries {
         let value = (u64::from(head) | u64::from(bytes) << 32).to_le();
         // SAFETY: as in `Heads::get`; 4-byte aligned. The guest does not read it before the used index is published.
         unsafe { entry.write_unaligned(value) };
+    }
+
+    /// Logs the entries with indices from `old` to `new`, before the guest can see them.
+    #[cold]
+    pub(super) fn log(self, log: &RingLog, old: u16, new: u16) {
+        let first = old & self.mask;
+        // At most two runs: up to the end of the ring, and from its start.
+        let count = new.wrapping_sub(old);
+        let before_end = count.min(self.mask + 1 - first);
+        for (slot, count) in [(first, before_end), (0, count - before_end)] {
+            log.used(4 + 8 * u64::from(slot), 8 * u64::from(count));
+        }
     }
 }
 
