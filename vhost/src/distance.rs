@@ -89,7 +89,7 @@ pub(crate) fn timed_load(line: &AtomicU16) -> (u16, u32) {
 }
 
 /// Where to load from if `is_measured` is false. A processor guesses that it is, wrongly when it is not, and would have asked for
-/// `line` long before the clock is read: memory's 390 ticks were 208 to 312.
+/// `line` long before the clock is read: loads from memory would seem to take too little, down to half.
 #[inline(always)]
 pub(crate) fn decoy_if(is_measured: bool, line: &AtomicU16) -> &AtomicU16 {
     static DECOY: AtomicU16 = AtomicU16::new(0);
